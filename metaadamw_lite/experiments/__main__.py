@@ -1,0 +1,68 @@
+"""The command line: ``python -m metaadamw_lite.experiments run | sweep | status``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments.datasets import DataError
+from metaadamw_lite.experiments.records import RESULTS, RunKey
+from metaadamw_lite.experiments.studies import status_lines, sweep
+from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
+from metaadamw_lite.experiments.training import VARIANTS, RunInProgressError, run
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the three commands."""
+    top = argparse.ArgumentParser(prog="python -m metaadamw_lite.experiments", description="Run the paper's experiments.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    one = commands.add_parser("run", help="one training run; writes one record")
+    one.add_argument("task", choices=list(TASKS))
+    one.add_argument("--optimizer", required=True, choices=VARIANTS)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--profile", choices=PROFILES, default="lite", help="smoke: seconds, synthetic data (default: lite)")
+    one.add_argument("--protocol", choices=PROTOCOLS, default="paper")
+    one.add_argument("--data", choices=SOURCES, default="real", help="synthetic: a stand-in of the same shape")
+
+    many = commands.add_parser("sweep", help="all runs of a study that have no record yet")
+    many.add_argument("study", help="main, main/paper, main/lite or smoke")
+    many.add_argument("--jobs", type=int, help="runs at a time (default: one for each core)")
+    many.add_argument("--scheduler", metavar="ADDRESS", help="send the runs to the Dask cluster at this address")
+
+    state = commands.add_parser("status", help="what is recorded, what is missing")
+    for command in (one, many):
+        command.add_argument("--device", default="cpu", help="as torch names it (default: cpu)")
+    for command in (one, many, state):
+        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: data/results)")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code; what the caller did wrong is told in one line."""
+    args = parser().parse_args(arguments)
+    try:
+        if args.command == "run":
+            key = RunKey(args.task, args.optimizer, args.protocol, args.profile, args.seed, args.data)
+            record = run(key, args.results, args.device)
+            best = record["best"]
+            outcome = "no finite epoch" if best is None else f"best {record['metric']} {best['metric']:.6g} in epoch {best['epoch']}"
+            print(f"{key.path(args.results)}: {record['status']}, {outcome}, data: {record['data']}")
+        elif args.command == "sweep":
+            if args.jobs is not None and args.jobs < 1:
+                raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
+            failed = sweep(args.study, args.results, args.jobs, args.scheduler, args.device)
+            return 1 if failed else 0
+        else:
+            print("\n".join(status_lines(args.results)))
+    except (ValueError, DataError, RunInProgressError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last whole epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

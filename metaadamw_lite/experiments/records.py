@@ -1,0 +1,175 @@
+"""What a run leaves behind: one JSON file, written whole or not at all.
+
+``data/results/TASK/VARIANT/PROTOCOL-PROFILE-seedN.json``. A run with a record is done; beside it, while the run is going
+on, lie its checkpoint (``.ckpt``) and its lock (``.lock``), which are not part of the results.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES, check_choice
+
+RESULTS = Path("data/results")
+FORMAT = 1
+
+
+class RecordError(ValueError):
+    """A record that is not what it should be: edited by hand, truncated, or of another run."""
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """Which run it is; two runs with the same key are the same run.
+
+    Raises:
+        ValueError: for an unknown profile, protocol or data source, or a negative seed.
+    """
+
+    task: str
+    variant: str
+    protocol: str
+    profile: str
+    seed: int
+    source: str = "real"
+
+    def __post_init__(self) -> None:
+        check_choice("protocol", self.protocol, PROTOCOLS)
+        check_choice("profile", self.profile, PROFILES)
+        check_choice("data", self.source, SOURCES)
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+
+    @property
+    def stem(self) -> str:
+        """The record's file name without its ending; stand-in data shows in it unless the profile says so already."""
+        stand_in = "synthetic-" if self.source == "synthetic" and self.profile != "smoke" else ""
+        return f"{self.protocol}-{self.profile}-{stand_in}seed{self.seed}"
+
+    def path(self, results: Path, ending: str = ".json") -> Path:
+        """Where the record (or, by another ending, the checkpoint or the lock) lies."""
+        return results / self.task / self.variant / (self.stem + ending)
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.variant} {self.stem}"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment it is either absent, as before, or whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_record(record: dict[str, Any], key: RunKey, results: Path) -> Path:
+    """Write the record of a run and return its path. What is not finite becomes null."""
+    path = key.path(results)
+    content = {"format": FORMAT, "run": asdict(key), **_finite(record)}
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        RecordError: if it is not JSON, lacks a part, or says that it is another run than its path says.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        key = RunKey(**record["run"])
+        for part in ("settings", "status", "epochs", "environment"):
+            record[part]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a record ({error!r}); delete it to have the run made again") from error
+    if record.get("format") != FORMAT:
+        raise RecordError(f"{path} has format {record.get('format')!r}; this code reads {FORMAT}")
+    if key.path(Path(".")).parts[-3:] != path.parts[-3:]:
+        raise RecordError(f"{path} is the record of {key}, which belongs at {key.path(Path('.'))}")
+    return record
+
+
+def read_records(results: Path, task: str | None = None) -> list[dict[str, Any]]:
+    """All records below a folder, of one task or of all, in the order of their paths."""
+    return [read_record(path) for path in sorted((results / (task or ".")).rglob("*.json"))]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions and source revision, for the record."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "revision": _revision(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _revision() -> str | None:
+    """The commit of the source, with "+" if the package was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", str(here.parent))
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let ``peak_memory_mib`` count from now on, where the system can do that (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Largest memory since the reset: allocated on the GPU, or resident in this process; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 2**10
+    except (OSError, StopIteration):
+        return None
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: _finite(y) for k, y in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(y) for y in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,0 +1,364 @@
+"""One run, from the seed to the record.
+
+All arms of a comparison are paired by seed: with the same seed they start from the same weights, see the same batches
+in the same order and draw the same dropout masks. That holds because every source of randomness is seeded from (seed,
+epoch, purpose) alone, and because a meta-update leaves the random number generators as it found them. It also makes a
+run that was killed go on to the same result from the checkpoint of its last whole epoch.
+"""
+
+import copy
+import io
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from metaadamw_lite import MetaAdamW
+from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments.records import (
+    RESULTS,
+    RunKey,
+    environment,
+    peak_memory_mib,
+    read_record,
+    reset_peak_memory,
+    write_atomically,
+    write_record,
+)
+from metaadamw_lite.experiments.task import Batch, Data, Settings, Task, check_choice
+
+VARIANTS = ("adamw", "metaadamw", "metaadamw-frozen")
+"""AdamW; MetaAdamW; and the control, MetaAdamW whose random Φ is never updated."""
+
+EVALUATION_BATCH = 256
+TRACE_POINTS_PER_EPOCH = 10
+
+
+class RunInProgressError(RuntimeError):
+    """Another process is making the same run."""
+
+
+def run(
+    key: RunKey,
+    results: Path = RESULTS,
+    device: str = "cpu",
+    progress: bool = True,
+    settings: Settings | None = None,
+) -> dict[str, Any]:
+    """Make one run and write its record; if it has one already, read that.
+
+    Args:
+        key: which run.
+        results: folder of the records.
+        device: as torch names it.
+        progress: show a progress bar.
+        settings: instead of those of the key's profile; for trying things out, with another ``results``.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: for an unknown task or variant.
+        RunInProgressError: if another process is at this run.
+    """
+    check_choice("task", key.task, tuple(TASKS))
+    check_choice("optimizer", key.variant, VARIANTS)
+    path = key.path(results)
+    if path.exists():
+        return read_record(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(key.path(results, ".lock"))
+    try:
+        with lock.acquire(blocking=False):
+            if not path.exists():  # it may have been finished while we came here
+                task = TASKS[key.task]
+                record = _Run(task, key, settings or task.settings(key.profile), results, torch.device(device)).make(progress)
+                write_record(record, key, results)
+                key.path(results, ".ckpt").unlink(missing_ok=True)
+    except Timeout:
+        raise RunInProgressError(f"{key} is being made by another process (lock {lock.lock_file})") from None
+    key.path(results, ".lock").unlink(missing_ok=True)
+    return read_record(path)
+
+
+def make_optimizer(
+    variant: str, model: nn.Module, settings: Settings, total_steps: int, seed: int
+) -> torch.optim.AdamW:
+    """The optimizer of a variant. Φ's random start follows the run's seed."""
+    check_choice("optimizer", variant, VARIANTS)
+    common: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if variant == "adamw":
+        return torch.optim.AdamW(model.parameters(), **common)
+    return MetaAdamW(model.named_parameters(), **common, **settings.metaadamw, total_steps=total_steps, seed=seed)
+
+
+def derived_seed(seed: int, epoch: int, purpose: str) -> int:
+    """A seed of its own for each purpose in each epoch of a run."""
+    return int(np.random.SeedSequence([seed, epoch, *purpose.encode()]).generate_state(1)[0])
+
+
+def shuffled_batches(samples: Batch, size: int, seed: int) -> list[Tensor]:
+    """The sample numbers of one epoch's batches, in an order that depends on ``seed`` alone; the last may be smaller."""
+    order = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(seed))
+    return list(order.split(size))
+
+
+def pick(samples: Batch, numbers: Tensor) -> Batch:
+    """The samples with these numbers."""
+    return tuple(x[numbers.to(x.device)] for x in samples)
+
+
+@torch.no_grad()
+def mean_loss(task: Task, model: nn.Module, samples: Batch) -> float:
+    """The task's loss in eval mode, averaged over samples."""
+    model.eval()
+    count = len(samples[0])
+    total = 0.0
+    for numbers in torch.arange(count).split(EVALUATION_BATCH):
+        total += task.loss(model, pick(samples, numbers)).item() * len(numbers)
+    return total / count
+
+
+class _Run:
+    """The state of a run between its epochs, which is what a checkpoint holds."""
+
+    def __init__(self, task: Task, key: RunKey, settings: Settings, results: Path, device: torch.device) -> None:
+        self.task, self.key, self.settings, self.device = task, key, settings, device
+        self.checkpoint = key.path(results, ".ckpt")
+        source = "synthetic" if key.profile == "smoke" else key.source
+        data = task.load(key.protocol, settings, source)
+        parts = [None if part is None else tuple(x.to(device) for x in part) for part in (data.train, data.val, data.test)]
+        assert parts[0] is not None and parts[1] is not None
+        self.data = Data(parts[0], parts[1], parts[2], data.source)
+        torch.manual_seed(derived_seed(key.seed, 0, "weights"))
+        self.model = task.build(settings).to(device)
+        self.steps_per_epoch = math.ceil(len(self.data.train[0]) / settings.batch_size)
+        self.optimizer = make_optimizer(
+            key.variant, self.model, settings, settings.epochs * self.steps_per_epoch, key.seed
+        )
+        self.phi_at_start = (
+            copy.deepcopy(self.optimizer.modulator) if isinstance(self.optimizer, MetaAdamW) else None
+        )
+        self.best_weights: dict[str, Tensor] = {}
+        self.meta_updates = 0
+        self.history: dict[str, list[dict[str, Any]]] = {"epochs": [], "meta_updates": [], "trace": []}
+
+    def make(self, progress: bool) -> dict[str, Any]:
+        """Train until the last epoch, an early stop or a loss that is not finite; return the record."""
+        reset_peak_memory(self.device)
+        self._resume()
+        with tqdm(
+            total=self.settings.epochs * self.steps_per_epoch,
+            initial=len(self.history["epochs"]) * self.steps_per_epoch,
+            desc=str(self.key),
+            unit="step",
+            disable=not progress,
+        ) as bar:
+            while (status := self._status()) == "running":
+                self._epoch(len(self.history["epochs"]) + 1, bar)
+                self._save()
+        return self._record(status)
+
+    def _status(self) -> str:
+        """Whether to go on: "running", "finished" (all epochs), "stopped early" or "diverged"."""
+        epochs = self.history["epochs"]
+        if epochs and not all(math.isfinite(epochs[-1][k]) for k in ("train_loss", "val_loss")):
+            return "diverged"
+        best, waited = math.inf, 0
+        for epoch in epochs:
+            improved = epoch["val_loss"] < best - self.settings.min_delta
+            best, waited = (epoch["val_loss"], 0) if improved else (best, waited + 1)
+        if waited >= self.settings.patience:
+            return "stopped early"
+        return "finished" if len(epochs) == self.settings.epochs else "running"
+
+    def _epoch(self, epoch: int, bar: "tqdm[Any]") -> None:
+        task, settings, seed = self.task, self.settings, self.key.seed
+        batches = shuffled_batches(self.data.train, settings.batch_size, derived_seed(seed, epoch, "order"))
+        meta_batches = self._meta_batches(epoch)
+        torch.manual_seed(derived_seed(seed, epoch, "dropout"))
+        self.model.train()
+        started = time.perf_counter()
+        step_seconds = meta_seconds = summed = 0.0
+        trace_every = max(1, self.steps_per_epoch // TRACE_POINTS_PER_EPOCH)
+        for index, numbers in enumerate(batches):
+            loss = task.loss(self.model, pick(self.data.train, numbers))
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            step_started = time.perf_counter()
+            self.optimizer.step()
+            step_seconds += time.perf_counter() - step_started
+            summed += (value := loss.item()) * len(numbers)
+            if not math.isfinite(value):
+                summed = math.nan
+                break
+
+            t = (epoch - 1) * self.steps_per_epoch + index + 1
+            if isinstance(self.optimizer, MetaAdamW):
+                if t % trace_every == 0:
+                    self._trace(t, self.optimizer)
+                warm = t >= settings.warmup_epochs * self.steps_per_epoch
+                if self.key.variant != "metaadamw-frozen" and warm and t % settings.meta_every == 0:
+                    meta_started = time.perf_counter()
+                    self._meta_update(t, self.optimizer, meta_batches)
+                    meta_seconds += time.perf_counter() - meta_started
+            bar.update()
+            bar.set_postfix(self._figures(value), refresh=False)
+
+        train_seconds = time.perf_counter() - started
+        val_loss = mean_loss(task, self.model, self.data.val) if math.isfinite(summed) else math.nan
+        entry = {
+            "epoch": epoch,
+            "train_loss": summed / len(self.data.train[0]),
+            "val_loss": val_loss,
+            "metric": task.metric_from_loss(val_loss),
+            "seconds": round(time.perf_counter() - started, 3),
+            "train_seconds": round(train_seconds, 3),
+            "step_seconds": round(step_seconds, 3),
+            "meta_seconds": round(meta_seconds, 3),
+        }
+        if val_loss < min((e["val_loss"] for e in self.history["epochs"]), default=math.inf):
+            self.best_weights = {k: x.detach().cpu().clone() for k, x in self.model.state_dict().items()}
+        self.history["epochs"].append(entry)
+
+    def _figures(self, loss: float) -> dict[str, str]:
+        """What a person watches beside the progress bar."""
+        figures = {"loss": f"{loss:.4g}"}
+        if self.history["epochs"]:
+            figures["val"] = f"{self.history['epochs'][-1]['metric']:.4g}"
+            best = (min if self.task.lower_is_better else max)(e["metric"] for e in self.history["epochs"])
+            figures["best"] = f"{best:.4g}"
+        if isinstance(self.optimizer, MetaAdamW):
+            figures["α"] = f"{self.optimizer.alpha.min():.2f}–{self.optimizer.alpha.max():.2f}"
+        return figures
+
+    # ------------------------------------------------------------ meta-updates
+
+    def _meta_batches(self, epoch: int) -> Iterator[tuple[Batch, Batch]]:
+        """B₁ and B₂ from two shuffles of the training data that are fresh in every epoch."""
+        orders = [
+            shuffled_batches(self.data.train, self.settings.batch_size, derived_seed(self.key.seed, epoch, purpose))
+            for purpose in ("B1", "B2")
+        ]
+        while True:
+            for first, second in zip(*orders, strict=True):
+                yield pick(self.data.train, first), pick(self.data.train, second)
+
+    def _val_batch(self) -> Batch:
+        """Validation batches in order, one for each meta-update, from the beginning again after the last."""
+        numbers = torch.arange(len(self.data.val[0])).split(self.settings.batch_size)
+        return pick(self.data.val, numbers[self.meta_updates % len(numbers)])
+
+    def _meta_update(self, t: int, optimizer: MetaAdamW, batches: Iterator[tuple[Batch, Batch]]) -> None:
+        batch1, batch2 = next(batches)
+        entry: dict[str, Any] = {"step": t}
+        try:
+            losses = optimizer.update_attention(self.model, batch1, batch2, self.task.loss, self._val_batch())
+            entry |= losses._asdict()
+        except ValueError as error:  # a loss that is not finite: it belongs in the record
+            entry["error"] = str(error)
+        self.meta_updates += 1
+        entry |= self._movement(optimizer)
+        self.history["meta_updates"].append(entry)
+
+    def _movement(self, optimizer: MetaAdamW) -> dict[str, Any]:
+        """How far Φ is from its random start: in weights (relative norm), in log σ², and in the factors it gives."""
+        assert self.phi_at_start is not None
+        with torch.no_grad():
+            now, start = (nn.utils.parameters_to_vector(m.parameters()) for m in (optimizer.modulator, self.phi_at_start))
+            features = optimizer.features()
+            new, old = optimizer.modulator(features), self.phi_at_start(features)
+        return {
+            "phi_moved": float((now - start).norm() / start.norm()),
+            "log_var": [] if optimizer.huw is None else [float(s) for s in optimizer.huw.log_var],
+            "alpha_moved": float((new.alpha - old.alpha).abs().max()),
+            "beta_moved": float((new.beta - old.beta).abs().max()),
+        }
+
+    def _trace(self, t: int, optimizer: MetaAdamW) -> None:
+        def rounded(x: Tensor) -> list[float]:
+            return [round(value, 5) for value in x.tolist()]
+
+        self.history["trace"].append({"step": t, "alpha": rounded(optimizer.alpha), "beta": rounded(optimizer.beta)})
+
+    # ------------------------------------------------------------ checkpoint and record
+
+    def _save(self) -> None:
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "settings": _plain(asdict(self.settings)),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best_weights": self.best_weights,
+                "meta_updates": self.meta_updates,
+                "history": self.history,
+            },
+            buffer,
+        )
+        write_atomically(self.checkpoint, buffer.getvalue())
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint, if there is one of a run with the same settings."""
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if state["settings"] != _plain(asdict(self.settings)):
+            raise ValueError(f"{self.checkpoint} is of a run with other settings; delete it to start this one afresh")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best_weights, self.meta_updates = state["best_weights"], state["meta_updates"]
+        self.history = state["history"]
+
+    def _record(self, status: str) -> dict[str, Any]:
+        epochs = self.history["epochs"]
+        finite = [e for e in epochs if math.isfinite(e["val_loss"])]
+        best = min(finite, key=lambda e: e["val_loss"], default=None)
+        record: dict[str, Any] = {
+            "status": status,
+            "metric": self.task.metric,
+            "data": self.data.source,
+            "samples": {
+                "train": len(self.data.train[0]),
+                "val": len(self.data.val[0]),
+                "test": 0 if self.data.test is None else len(self.data.test[0]),
+            },
+            "settings": _plain(asdict(self.settings)),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "best": None if best is None else {k: best[k] for k in ("epoch", "val_loss", "metric")},
+            "test": None,
+            "epochs": epochs,
+            "peak_memory_mib": peak_memory_mib(self.device),
+            "environment": environment(self.device),
+        }
+        if self.data.test is not None and best is not None:
+            self.model.load_state_dict(self.best_weights)
+            test_loss = mean_loss(self.task, self.model, self.data.test)
+            record["test"] = {"loss": test_loss, "metric": self.task.metric_from_loss(test_loss)}
+        if isinstance(self.optimizer, MetaAdamW):
+            record["groups"] = [
+                {"name": g.name, "parameters": sum(p.numel() for p in g.params)} for g in self.optimizer.groups
+            ]
+            record["meta_updates"] = self.history["meta_updates"]
+            record["trace"] = self.history["trace"]
+        return record
+
+
+def _plain(x: Any) -> Any:
+    """Settings as JSON knows them, so that a stored copy compares equal."""
+    if isinstance(x, dict):
+        return {k: _plain(y) for k, y in x.items()}
+    return [_plain(y) for y in x] if isinstance(x, Sequence) and not isinstance(x, str) else x

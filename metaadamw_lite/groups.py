@@ -1,0 +1,220 @@
+"""Which parameters share one α and one β (paper, section 3.2).
+
+A modulation group collects the parameters of one layer type (embedding, attention, feed-forward, norm, other), one
+third of the network's depth and one kind (weight or bias). The paper names these three criteria and no more; what we
+chose where it is silent stands beside the function that makes the choice, and chapter 2 of the book shows the result
+on real models.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+LAYER_TYPES = ("embedding", "attention", "feed-forward", "norm", "other")
+DEPTHS = ("shallow", "middle", "deep")
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+)
+
+# The end of a user's class name tells what it is: BertSelfAttention, GPT2MLP, LlamaRMSNorm, BertEmbeddings.
+_CLASS_NAMES = {
+    "norm": re.compile(r"norm(\dd)?$", re.IGNORECASE),
+    "embedding": re.compile(r"embeddings?$", re.IGNORECASE),
+    "attention": re.compile(r"(attention|attn)$", re.IGNORECASE),
+    "feed-forward": re.compile(r"(mlp|ffn|feed_?forward)$", re.IGNORECASE),
+}
+
+_PARAMETER_NAMES = {
+    "norm": re.compile(r"norm|(^|[._])(ln|bn)(_?\w)?\."),
+    "embedding": re.compile(r"embed|(^|\.)(wte|wpe)\."),
+    "attention": re.compile(r"attn|attention|(in|q|k|v)_proj"),
+    "feed-forward": re.compile(r"ffn|mlp|feed_?forward"),
+}
+
+# "layers.3." and "layer3." count blocks; "conv1", "bn2" or "linear1" number the parts of one block and do not.
+_BLOCK = re.compile(r"(?:^|\.)(?:(?:layer|block|stage)s?_?)?(\d+)(?=\.|$)")
+_RECURRENT_LAYER = re.compile(r"_l(\d+)(?:_reverse)?$")
+
+
+@dataclass(frozen=True)
+class ModulationGroup:
+    """Parameters that share one learning-rate factor α_g and one decay factor β_g.
+
+    Attributes:
+        name: ``layer type/depth/kind``, as in ``attention/shallow/weight``; ``param_group_0`` and so on under the
+            "original" strategy.
+        params: the group's tensors, in the order the optimizer was given them.
+        depth: mean position of the group's tensors in the network, 0 (first block) to 1 (last block).
+        bias_ratio: share of the group's tensors that are biases, 0 to 1.
+    """
+
+    name: str
+    params: tuple[Tensor, ...]
+    depth: float
+    bias_ratio: float
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.params)
+        return f"ModulationGroup({self.name!r}, {len(self.params)} tensors, {count:,} parameters)"
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter is a bias: its own name starts or ends with "bias" (``bias``, ``in_proj_bias``, ``bias_ih_l0``).
+
+    The scale of a norm is one-dimensional too, but it multiplies and starts at one, so it counts as a weight.
+    """
+    leaf = name.rpartition(".")[2]
+    return leaf.startswith("bias") or leaf.endswith("bias")
+
+
+def layer_type(name: str, shapes: Mapping[str, Sequence[int]], model: nn.Module | None) -> str:
+    """The layer type of a parameter, by module class first and by name second.
+
+    Args:
+        name: the parameter's dotted name.
+        shapes: the shapes of all named parameters, used where no class is known: only a norm has a one-dimensional
+            ``weight``, and ``linear1`` beside ``self_attn`` is the feed-forward part of a Transformer layer.
+        model: the model the names belong to, or None if only the names are known.
+    """
+    return (_type_by_class(name, model) if model is not None else None) or _type_by_name(name, shapes)
+
+
+def _type_by_class(name: str, model: nn.Module) -> str | None:
+    """Walk from the module that owns the parameter outwards; the first class that says something decides.
+
+    The model itself is not asked by its class name: an ``AttentionClassifier`` may contain anything.
+    """
+    path = name.split(".")[:-1]
+    while True:
+        module = _submodule(model, path)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            return "embedding"
+        if isinstance(module, _NORMS):
+            return "norm"
+        if isinstance(module, nn.MultiheadAttention):
+            return "attention"
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            return "feed-forward"  # its norms and attentions were recognised on the way out
+        if not path:
+            return None
+        for type_, pattern in _CLASS_NAMES.items():
+            if pattern.search(type(module).__name__):
+                return type_
+        path = path[:-1]
+
+
+def _submodule(model: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    """The submodule at a path, or None where the names do not belong to the model."""
+    try:
+        return model.get_submodule(".".join(path))
+    except AttributeError:
+        return None
+
+
+def _type_by_name(name: str, shapes: Mapping[str, Sequence[int]]) -> str:
+    module, _, leaf = name.rpartition(".")
+    if leaf in ("weight", "bias") and len(shapes.get(f"{module}.weight" if module else "weight", (0, 0))) == 1:
+        return "norm"
+    parent, _, layer = module.rpartition(".")
+    if layer in ("linear1", "linear2") and any(other.startswith(f"{parent}.self_attn.") for other in shapes):
+        return "feed-forward"
+    for type_, pattern in _PARAMETER_NAMES.items():
+        if pattern.search(name.lower()):
+            return type_
+    return "other"
+
+
+def block_index(name: str) -> int | None:
+    """The number of the block a parameter belongs to: the first one in its name, or None (``encoder.layers.3.norm1.bias`` → 3)."""
+    match = _BLOCK.search(name.rpartition(".")[0]) or _RECURRENT_LAYER.search(name)
+    return int(match.group(1)) if match else None
+
+
+def depths(names: Sequence[str]) -> list[float]:
+    """Each parameter's position in the network, 0 (first block) to 1 (last block).
+
+    The paper says "depth bucket" without saying how depth is measured. We take the first block number in the name,
+    scaled between the smallest and the largest one. What comes before all numbered blocks (an input projection) is at
+    0, what comes after them (a head) at 1, and the middle is taken where the names tell nothing.
+    """
+    indices = [block_index(name) for name in names]
+    known = [i for i in indices if i is not None]
+    if not known:
+        return [0.5] * len(names)
+    first_named = next(k for k, i in enumerate(indices) if i is not None)
+    last_named = max(k for k, i in enumerate(indices) if i is not None)
+    low, high = min(known), max(known)
+    positions = []
+    for k, i in enumerate(indices):
+        if i is None:
+            positions.append(0.0 if k < first_named else 1.0 if k > last_named else 0.5)
+        else:
+            positions.append((i - low) / (high - low) if high > low else 0.5)
+    return positions
+
+
+def depth_third(position: float) -> str:
+    """Shallow below one third of the depth, deep above two thirds, middle between (both borders included)."""
+    return "shallow" if position < 1 / 3 else "deep" if position > 2 / 3 else "middle"
+
+
+def fine_grained_groups(
+    named_parameters: Iterable[tuple[str, Tensor]], model: nn.Module | None = None
+) -> list[ModulationGroup]:
+    """Group parameters by layer type, depth third and kind (section 3.2), in order of first appearance.
+
+    Args:
+        named_parameters: pairs of dotted name and tensor, as ``model.named_parameters()`` gives them.
+        model: the model, for deciding by module class. Without it names and shapes decide.
+    """
+    pairs = list(named_parameters)
+    shapes = {name: tuple(p.shape) for name, p in pairs}
+    positions = depths([name for name, _ in pairs])
+    collected: dict[str, list[tuple[Tensor, float, bool]]] = {}
+    for (name, p), position in zip(pairs, positions, strict=True):
+        bias = is_bias(name)
+        key = f"{layer_type(name, shapes, model)}/{depth_third(position)}/{'bias' if bias else 'weight'}"
+        collected.setdefault(key, []).append((p, position, bias))
+    return [
+        ModulationGroup(
+            name=key,
+            params=tuple(p for p, _, _ in members),
+            depth=sum(position for _, position, _ in members) / len(members),
+            bias_ratio=sum(bias for _, _, bias in members) / len(members),
+        )
+        for key, members in collected.items()
+    ]
+
+
+def native_groups(
+    param_groups: Sequence[Sequence[Tensor]], names: Sequence[Sequence[str]] | None
+) -> list[ModulationGroup]:
+    """One modulation group for each of the optimizer's own parameter groups (the "original" strategy).
+
+    Args:
+        param_groups: the tensors of each parameter group.
+        names: their names in the same order, if known. Without names a one-dimensional tensor counts as a bias and
+            the depth is the middle everywhere.
+    """
+    if names is None:
+        positions = [[0.5] * len(params) for params in param_groups]
+        biases = [[p.ndim <= 1 for p in params] for params in param_groups]
+    else:
+        flat = iter(depths([name for group in names for name in group]))
+        positions = [[next(flat) for _ in group] for group in names]
+        biases = [[is_bias(name) for name in group] for group in names]
+    return [
+        ModulationGroup(
+            name=f"param_group_{k}",
+            params=tuple(params),
+            depth=sum(positions[k]) / max(len(params), 1),
+            bias_ratio=sum(biases[k]) / max(len(params), 1),
+        )
+        for k, params in enumerate(param_groups)
+    ]

@@ -1,0 +1,70 @@
+"""Priority-injected homoscedastic uncertainty weighting (paper, section 2.4 and Eq. 13)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("regression", "classification")
+
+
+class PriorityHUW(nn.Module):
+    """Balance several losses by learned variances σ² = exp(s), with a priority p on each regulariser.
+
+    A "regression" loss L enters as ½·e^{−s}·L + ½·p·s (Eq. 13), a "classification" loss as e^{−s}·L + p·s. For a
+    fixed L > 0 both are smallest at σ² = L/p: the priority multiplies the weight that the loss ends up with. For
+    L ≤ 0 there is no smallest value; s falls without bound (chapter 4).
+
+    Args:
+        kinds: "regression" or "classification" for each loss.
+        priorities: p for each loss, positive.
+        init_log_var: where every s starts.
+
+    Raises:
+        ValueError: for an unknown kind, a priority that is not positive and finite, or unequal lengths.
+
+    The learned s are the parameter ``log_var``, shape (number of losses,).
+    """
+
+    def __init__(self, kinds: Sequence[str], priorities: Sequence[float], init_log_var: float = 0.0) -> None:
+        super().__init__()
+        kinds, priorities = tuple(kinds), tuple(float(p) for p in priorities)
+        if not kinds:
+            raise ValueError("kinds is empty; at least one loss is needed")
+        for kind in kinds:
+            if kind not in KINDS:
+                raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
+        check_priorities(priorities, len(kinds))
+        if not math.isfinite(init_log_var):
+            raise ValueError(f"init_log_var is {init_log_var}; it must be finite")
+        self.kinds = kinds
+        self.priorities = priorities
+        self.log_var = nn.Parameter(torch.full((len(kinds),), float(init_log_var)))
+
+    def forward(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
+        """The weighted sum of scalar losses, a scalar.
+
+        Raises:
+            ValueError: if there are more or fewer losses than kinds.
+        """
+        if len(losses) != len(self.kinds):
+            raise ValueError(f"got {len(losses)} losses, but PriorityHUW was made for {len(self.kinds)}")
+        terms = [
+            (0.5 if kind == "regression" else 1.0) * (torch.exp(-s) * loss + p * s)
+            for kind, p, s, loss in zip(self.kinds, self.priorities, self.log_var, losses, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    def extra_repr(self) -> str:
+        """Kinds and priorities, for printing."""
+        return f"kinds={self.kinds}, priorities={self.priorities}"
+
+
+def check_priorities(priorities: Sequence[float], count: int) -> None:
+    """Raise a ValueError unless there are ``count`` positive, finite priorities."""
+    if len(priorities) != count:
+        raise ValueError(f"priorities {tuple(priorities)} has {len(priorities)} entries; {count} are needed")
+    for p in priorities:
+        if not (math.isfinite(p) and p > 0):
+            raise ValueError(f"priority is {p}; priorities must be positive and finite")

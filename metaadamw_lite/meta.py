@@ -1,0 +1,271 @@
+"""How Φ is trained: the three meta-losses and their gradient (paper, section 3.5 and Algorithm 2).
+
+The hypothetical step θ′ = θ − ηα_g(u + β_gλθ), with u = m̂′/(√v̂′ + ε), depends on Φ only through the 2G numbers α and β. So
+
+    dL/dα_g = ⟨∂L/∂θ′, −η(u + β_gλθ)⟩_g     and     dL/dβ_g = ⟨∂L/∂θ′, −ηα_gλθ⟩_g ,
+
+and what is left is ∂L/∂θ′. For L_loss it is an ordinary gradient. L_grad is a function of g′ = ∇L₂(θ′), so there
+∂L_grad/∂θ′ = H₂(θ′)·r with r = ∂L_grad/∂g′, and a Hessian-vector product is a difference of two gradients:
+
+    H₂(θ′)·r ≈ (∇L₂(θ′ + δr) − ∇L₂(θ′)) / δ.
+
+Only first-order gradients are asked of the model (``first_order_losses``). ``double_backward_losses`` lets autograd
+differentiate twice instead; it exists to check the other one. Chapter 5 of the book derives and compares both.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+from metaadamw_lite.modulator import Modulation
+
+OBJECTIVES = ("combined", "gradient", "loss_decrease", "gen_gap")
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+class MetaLosses(NamedTuple):
+    """The values of one meta-update; a term that the objective leaves out is NaN.
+
+    Attributes:
+        total: what Φ descends: Eq. 13 (or the plain sum, or the single term) plus the gate penalty, if there are gates.
+        gradient: L_grad, Eq. 10.
+        loss_decrease: L_loss, Eq. 11.
+        gen_gap: L_gap, Eq. 12.
+    """
+
+    total: float
+    gradient: float
+    loss_decrease: float
+    gen_gap: float
+
+
+def gradient_alignment(
+    modulation: Modulation, groups: Sequence[int], g: Sequence[Tensor], g_prime: Sequence[Tensor]
+) -> Tensor:
+    """L_grad of Eq. 10, a scalar: (1/G) Σ_g (λ₁‖g′_g‖² − λ₂ cos(g_g, g′_g)).
+
+    Args:
+        modulation: the factors λ₁ and λ₂, each (G,).
+        groups: the group number of each tensor.
+        g: gradients on B₁ at θ, one tensor each.
+        g_prime: gradients on B₂ at θ′, of the same shapes.
+
+    A group's gradient is that of all its tensors laid end to end. The cosine with a zero gradient is 0, and so is its
+    derivative.
+    """
+    count = len(modulation.lambda1)
+    like = modulation.lambda1
+    terms = []
+    for k in range(count):
+        members = [i for i, group in enumerate(groups) if group == k]
+        if not members:
+            continue
+        square = torch.stack([g_prime[i].square().sum().to(like) for i in members]).sum()
+        norm_g = torch.stack([g[i].square().sum().to(like) for i in members]).sum().sqrt()
+        dot = torch.stack([(g[i] * g_prime[i]).sum().to(like) for i in members]).sum()
+        # The clamp stands inside the root, whose slope at zero is infinite.
+        norms = norm_g * square.clamp_min(torch.finfo(like.dtype).tiny).sqrt()
+        cosine = dot / norms.clamp_min(torch.finfo(like.dtype).tiny)
+        terms.append(modulation.lambda1[k] * square - modulation.lambda2[k] * cosine)
+    return torch.stack(terms).sum() / count
+
+
+@dataclass
+class HypotheticalStep:
+    """One MetaAdamW step from θ that is looked at and not kept: θ′ = θ − ηα_g(u + β_gλθ) (Algorithm 2, lines 12 to 17).
+
+    Attributes:
+        params: the live parameter tensors that have a gradient on B₁.
+        theta: copies of their values θ.
+        g: their gradients on B₁.
+        u: AdamW's direction m̂′/(√v̂′ + ε), in which m′ and v′ include g (line 14).
+        lr, weight_decay: η and λ of each tensor.
+        groups: the modulation group number of each tensor.
+    """
+
+    params: list[Tensor]
+    theta: list[Tensor]
+    g: list[Tensor]
+    u: list[Tensor]
+    lr: list[float]
+    weight_decay: list[float]
+    groups: list[int]
+
+    def theta_prime(self, alpha: Tensor, beta: Tensor) -> list[Tensor]:
+        """θ′ for factors α and β of shape (G,), differentiable in both."""
+        return [
+            theta - lr * alpha[k].to(theta) * (u + beta[k].to(theta) * wd * theta)
+            for theta, u, lr, wd, k in zip(self.theta, self.u, self.lr, self.weight_decay, self.groups, strict=True)
+        ]
+
+    def pull_back(self, vector: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """From ∂L/∂θ′ to (dL/dα, dL/dβ), each (G,): the inner products with ∂θ′/∂α_g and ∂θ′/∂β_g."""
+        d_alpha, d_beta = torch.zeros_like(alpha), torch.zeros_like(beta)
+        for x, theta, u, lr, wd, k in zip(
+            vector, self.theta, self.u, self.lr, self.weight_decay, self.groups, strict=True
+        ):
+            along_u, along_theta = (x * u).sum().to(alpha), (x * theta).sum().to(alpha)
+            d_alpha[k] -= lr * (along_u + beta[k] * wd * along_theta)
+            d_beta[k] -= lr * alpha[k] * wd * along_theta
+        return d_alpha, d_beta
+
+
+@dataclass
+class Evaluator:
+    """Losses of a model on batches, all under the same random numbers, so that only θ makes a difference."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    devices: list[torch.device]
+
+    def loss(self, name: str, batch: Any) -> Tensor:
+        """The scalar loss on a batch; a ValueError that names the batch if it is not one finite number."""
+        with same_random_numbers(self.devices):
+            loss = self.loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn returned {what} on {name}; it must return a tensor with one element")
+        if not torch.isfinite(loss).all():
+            raise ValueError(f"the loss on {name} is {loss.item()}; a meta-update needs finite losses")
+        return loss.reshape(())
+
+    def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of the loss on a batch by ``params``; zeros for those that the loss does not contain."""
+        grads = torch.autograd.grad(self.loss(name, batch), params, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+
+
+def first_order_losses(
+    evaluate: Evaluator, step: HypotheticalStep, modulation: Modulation, objective: str, batch2: Any, val_batch: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """L_grad and L_val(θ′) as functions of Φ, with first-order gradients of the model only.
+
+    Returns:
+        (L_grad, L_val(θ′)): scalars with the right value and the right derivative by Φ; None where ``objective`` does
+        not need the term. The parameters are left at θ′ or near it: the caller restores them.
+    """
+    alpha, beta = modulation.alpha.detach(), modulation.beta.detach()
+    with torch.no_grad():
+        theta_prime = step.theta_prime(alpha, beta)
+        _write(step.params, theta_prime)
+
+    def through_the_step(value: Tensor, vector: Sequence[Tensor]) -> Tensor:
+        """``value``, with the derivatives by α and β that ∂L/∂θ′ = ``vector`` implies."""
+        d_alpha, d_beta = step.pull_back(vector, alpha, beta)
+        return value + (d_alpha * (modulation.alpha - alpha)).sum() + (d_beta * (modulation.beta - beta)).sum()
+
+    l_grad = l_val = None
+    if objective in ("loss_decrease", "combined"):
+        loss = evaluate.loss("val_batch", val_batch)
+        grads = torch.autograd.grad(loss, step.params, allow_unused=True)
+        vector = [torch.zeros_like(p) if g is None else g for p, g in zip(step.params, grads, strict=True)]
+        l_val = through_the_step(loss.detach(), vector)
+    if objective in ("gradient", "combined"):
+        g_prime = evaluate.gradient("batch2", batch2, step.params)
+        leaves = [g.detach().requires_grad_() for g in g_prime]
+        value = gradient_alignment(modulation, step.groups, step.g, leaves)
+        r = torch.autograd.grad(value, leaves, retain_graph=True)
+        with torch.no_grad():
+            delta = _difference_step(theta_prime, r)
+            _write(step.params, [p + delta * x for p, x in zip(theta_prime, r, strict=True)])
+        moved = evaluate.gradient("batch2", batch2, step.params)
+        hessian_r = [(a - b) / delta for a, b in zip(moved, g_prime, strict=True)]
+        # λ₁ and λ₂ depend on Φ too; g′ is cut off here because its dependence is what ``hessian_r`` stands for.
+        value = gradient_alignment(modulation, step.groups, step.g, g_prime)
+        l_grad = through_the_step(value, hessian_r)
+    return l_grad, l_val
+
+
+def double_backward_losses(
+    evaluate: Evaluator, step: HypotheticalStep, modulation: Modulation, objective: str, batch2: Any, val_batch: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same two losses as ``first_order_losses``, with autograd differentiating twice through the model.
+
+    Needs a second derivative of every operation in the model, which fused attention kernels and cuDNN's recurrent
+    layers do not have, and the memory for its graph.
+    """
+    theta_prime = step.theta_prime(modulation.alpha, modulation.beta)
+    by_identity = {id(p): x for p, x in zip(step.params, theta_prime, strict=True)}
+    swapped = {
+        name: by_identity[id(p)]
+        for name, p in evaluate.model.named_parameters(remove_duplicate=False)
+        if id(p) in by_identity
+    }
+    l_grad = l_val = None
+    with _reparametrize_module(evaluate.model, swapped):
+        if objective in ("loss_decrease", "combined"):
+            l_val = evaluate.loss("val_batch", val_batch)
+        if objective in ("gradient", "combined"):
+            loss = evaluate.loss("batch2", batch2)
+            g_prime = torch.autograd.grad(loss, theta_prime, create_graph=True, materialize_grads=True)
+            l_grad = gradient_alignment(modulation, step.groups, step.g, g_prime)
+    return l_grad, l_val
+
+
+def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
+
+
+def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
+    """δ of a forward difference: √(machine ε)·(1 + ‖θ‖)/‖r‖ balances rounding against curvature."""
+    precision = max(torch.finfo(p.dtype).eps for p in at)
+    norm_at = torch.stack([torch.linalg.vector_norm(p).double().cpu() for p in at]).norm().item()
+    norm_r = torch.stack([torch.linalg.vector_norm(x).double().cpu() for x in direction]).norm().item()
+    return float(precision**0.5 * (1 + norm_at) / max(norm_r, 1e-30))
+
+
+@contextmanager
+def same_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
+    """Run a block and put back every random number generator it may have used (torch's, Python's and NumPy's)."""
+    accelerators = {d for d in devices if d.type != "cpu"}
+    kind = next(iter(accelerators)).type if accelerators else "cuda"
+    indices = sorted({d.index or 0 for d in accelerators if d.type == kind})
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(indices, device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Leave parameters, gradients, buffers and train/eval modes as they are, whatever the block does or raises.
+
+    Yields:
+        Copies of the values of ``params``.
+    """
+    theta = [p.detach().clone() for p in params]
+    grads = [(p, p.grad) for p in [*model.parameters(), *params]]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield theta
+    finally:
+        with torch.no_grad():
+            _write(params, theta)
+            for module, name, buffer, value in buffers:
+                buffer.copy_(value)
+                module._buffers[name] = buffer
+        for p, grad in grads:
+            p.grad = grad
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,497 @@
+"""MetaAdamW: AdamW with a learning-rate factor α_g and a decay factor β_g for each parameter group g (Eq. 1 to 4).
+
+One step is torch's AdamW with learning rate ηα_g and weight decay β_gλ, run by torch's own kernels:
+
+    θ ← θ − ηα_g (m̂/(√v̂ + ε) + β_gλθ)
+
+The factors come from the attention module Φ (``modulator``), which sees statistics of every group (``features``).
+Every K_meta steps the training loop calls ``update_attention``, which trains Φ (``meta``).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import getgeneratorlocals, isgenerator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from metaadamw_lite.features import FeatureConfig, TensorState, group_features, time_feature
+from metaadamw_lite.groups import ModulationGroup, fine_grained_groups, native_groups
+from metaadamw_lite.huw import PriorityHUW, check_priorities
+from metaadamw_lite.meta import (
+    OBJECTIVES,
+    Evaluator,
+    HypotheticalStep,
+    LossFn,
+    MetaLosses,
+    as_found,
+    double_backward_losses,
+    first_order_losses,
+)
+from metaadamw_lite.modulator import Modulator
+
+GROUP_STRATEGIES = ("fine_grained", "original")
+META_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+
+_META_STATE_VERSION = 1
+
+
+class MetaAdamW(torch.optim.AdamW):
+    r"""AdamW with per-group factors from a self-attentive meta-optimizer (arXiv 2605.04055).
+
+    .. code-block:: text
+
+        every step (Algorithm 1)                       every K_meta steps (Algorithm 2)
+        F      = statistics of g, m, θ, v per group    g  = ∇L(θ; B₁)
+        α, β   = Φ(F)                                  θ′ = one step of the left column with g
+        m, v   = AdamW's moments                       g′ = ∇L(θ′; B₂)
+        θ      = θ − ηα(m̂/(√v̂ + ε) + βλθ)              Φ  = Φ − η_meta ∇_Φ L_meta(g, g′, θ′)
+
+    >>> optimizer = MetaAdamW(model.named_parameters(), lr=5e-4)
+    >>> for step, batch in enumerate(batches, start=1):
+    ...     loss_fn(model, batch).backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     if step % K_meta == 0:
+    ...         optimizer.update_attention(model, train_batch_1, train_batch_2, loss_fn, val_batch)
+
+    With ``alpha_range=beta_range=0`` it is ``torch.optim.AdamW``.
+
+    Args:
+        params: ``model.named_parameters()``, ``model.parameters()`` or parameter-group dicts, as torch takes them.
+        lr, betas, eps, weight_decay: η, (β₁, β₂), ε and λ of AdamW, also per parameter group. ε stands outside the
+            root, as in torch; Eq. 4 of the paper writes it inside.
+        alpha_range: α_g stays in 1 ± alpha_range/2 (Eq. 7); 0 to 2.
+        beta_range: β_g stays in 1 ± beta_range/2 (Eq. 8); 0 to 2.
+        group_strategy: "fine_grained" (layer type × depth third × bias, section 3.2) or "original" (the optimizer's
+            own parameter groups). Without parameter names it is "original".
+        model: decides layer types by module class. It is found by itself where ``params`` is
+            ``model.named_parameters()``; where it is not known, names and shapes decide.
+        feature_version: "basic", "basic_plus", "enhanced", "norm_basic" or "norm_basic_plus" (section 3.3).
+        use_v_norms, include_time_step: the optional feature columns.
+        use_feature_gating: learn a gate for every feature column.
+        feature_gating_sparsity: weight of the gates' L1 norm in the meta-loss.
+        group_embed_dim: width of the learned group embedding ("enhanced" only).
+        attn_layers, attn_hidden_dim, attn_heads: L, D_ff and H of the encoder; H must divide the feature size.
+        meta_objective: "combined" (Eq. 13), "gradient" (Eq. 10), "loss_decrease" (Eq. 11) or "gen_gap" (Eq. 12).
+        huw_priorities: p of Eq. 13, in the order gradient, loss decrease, generalisation gap; None for the plain sum.
+            Used by the combined objective.
+        meta_lr, meta_weight_decay: step size of Φ and the L2 decay on it.
+        meta_optimizer: "sgd" (Algorithm 2, line 33) or "adam".
+        total_steps: length of the run, for the time column; None if unknown.
+        seed: of Φ's random start. The global random number generators are not touched.
+        foreach, fused: which of torch's AdamW kernels to use, as in torch.
+
+    Attributes:
+        groups: the G modulation groups, in order, each with ``name`` and ``params``.
+        alpha, beta: the factors that the last step used, shape (G,); ones before the first step.
+        modulator: Φ, an ``nn.Module``.
+        huw: the uncertainty weights, or None.
+
+    Raises:
+        ValueError: for an argument out of range, an unknown name, complex parameters or an empty parameter list.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        alpha_range: float = 1.0,
+        beta_range: float = 1.0,
+        group_strategy: str = "fine_grained",
+        model: nn.Module | None = None,
+        feature_version: str = "basic",
+        use_v_norms: bool = True,
+        include_time_step: bool = True,
+        use_feature_gating: bool = False,
+        feature_gating_sparsity: float = 1e-4,
+        group_embed_dim: int = 4,
+        attn_layers: int = 8,
+        attn_hidden_dim: int = 16,
+        attn_heads: int = 6,
+        meta_objective: str = "combined",
+        huw_priorities: Sequence[float] | None = (1.0, 1.0, 1.0),
+        meta_lr: float = 1e-4,
+        meta_weight_decay: float = 1e-4,
+        meta_optimizer: str = "sgd",
+        total_steps: int | None = None,
+        seed: int = 0,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        for name, value in (("alpha_range", alpha_range), ("beta_range", beta_range)):
+            if not 0 <= value <= 2:
+                raise ValueError(f"{name} is {value}; it must be in [0, 2], so that no factor is negative")
+        for name, value in (
+            ("feature_gating_sparsity", feature_gating_sparsity),
+            ("meta_lr", meta_lr),
+            ("meta_weight_decay", meta_weight_decay),
+        ):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be finite and not negative")
+        for name, value in (
+            ("group_embed_dim", group_embed_dim),
+            ("attn_layers", attn_layers),
+            ("attn_hidden_dim", attn_hidden_dim),
+            ("attn_heads", attn_heads),
+            *([] if total_steps is None else [("total_steps", total_steps)]),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        for name, choice, allowed in (
+            ("group_strategy", group_strategy, GROUP_STRATEGIES),
+            ("meta_objective", meta_objective, OBJECTIVES),
+            ("meta_optimizer", meta_optimizer, tuple(META_OPTIMIZERS)),
+        ):
+            if choice not in allowed:
+                raise ValueError(f"{name} is {choice!r}; allowed are {', '.join(allowed)}")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed is {seed!r}; it must be an integer")
+        if huw_priorities is not None:
+            check_priorities(tuple(huw_priorities), 3)
+
+        self._feature_config = FeatureConfig(feature_version, use_v_norms, include_time_step)
+        self._group_strategy = group_strategy
+        self._model = model if model is not None else _model_behind(params)
+        self._meta_objective = meta_objective
+        self._feature_gating_sparsity = feature_gating_sparsity
+        self._total_steps = total_steps
+        self._t = 0
+        self.groups: list[ModulationGroup] = []
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused
+        )
+        # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
+        self._step_supports_amp_scaling = False
+        self._regroup()
+
+        reference = self.groups[0].params[0]
+        double = all(p.dtype == torch.float64 for p in self._parameters())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.modulator = Modulator(
+                len(self._feature_config.columns),
+                len(self.groups),
+                layers=attn_layers,
+                heads=attn_heads,
+                hidden_dim=attn_hidden_dim,
+                alpha_range=alpha_range,
+                beta_range=beta_range,
+                group_embed_dim=group_embed_dim if feature_version == "enhanced" else 0,
+                gating=use_feature_gating,
+            )
+        self.modulator.to(reference.device, torch.float64 if double else torch.float32)
+        self.huw: PriorityHUW | None = None
+        if meta_objective == "combined" and huw_priorities is not None:
+            self.huw = PriorityHUW(("regression",) * 3, tuple(huw_priorities))
+            self.huw.to(self._phi_device, self._phi_dtype)
+        weights = {"params": list(self.modulator.parameters()), "weight_decay": meta_weight_decay}
+        variances = {"params": list(self.huw.parameters()) if self.huw else [], "weight_decay": 0.0}
+        self._meta_optimizer = META_OPTIMIZERS[meta_optimizer]([weights, variances], lr=meta_lr)
+        self.alpha = torch.ones(len(self.groups), device=self._phi_device, dtype=self._phi_dtype)
+        self.beta = torch.ones_like(self.alpha)
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step (Algorithm 1) and return the closure's loss, if there is a closure.
+
+        Parameters without a gradient are neither moved nor decayed; without any gradient nothing changes.
+
+        Raises:
+            RuntimeError: for sparse gradients, before anything is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if all(p.grad is None for p in self._parameters()):
+            return loss
+
+        modulation = self.modulator(self.features())
+        self.alpha, self.beta = modulation.alpha.detach(), modulation.beta.detach()
+        factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
+        for index, k, params in self._buckets:
+            group, (alpha, beta) = self.param_groups[index], factors[k]
+            tensors: list[list[Tensor]] = [[], [], [], [], [], []]  # params, grads, m, v, max v, step counts
+            self._init_group({**group, "params": params}, *tensors)
+            adamw(
+                *tensors,
+                foreach=group["foreach"],
+                fused=group["fused"],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"] * alpha,
+                weight_decay=beta * group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+        self._t += 1
+        return loss
+
+    def features(self) -> Tensor:
+        """What Φ would see now: the feature matrix F (section 3.3), shape (G, D), from the gradients in ``.grad``.
+
+        The columns are named by ``FeatureConfig.columns``. Gates and group embeddings belong to Φ and are not in it.
+
+        Raises:
+            RuntimeError: for sparse gradients.
+        """
+        return self._features({p: p.grad for p in self._parameters() if p.grad is not None})
+
+    def _features(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
+        states = []
+        for group in self.groups:
+            present = [p for p in group.params if p in gradients]
+            states.append([TensorState(p, gradients[p], *self._moments(p)) for p in present])
+            if any(gradients[p].is_sparse for p in present):
+                raise RuntimeError(
+                    f"a parameter of group {group.name} has a sparse gradient; MetaAdamW, like AdamW, needs dense ones "
+                    "(for nn.Embedding: sparse=False)"
+                )
+        time = time_feature(self._t, self._total_steps)
+        return group_features(self._feature_config, self.groups, states, time, self._phi_dtype, self._phi_device)
+
+    def _moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """m and v of a parameter; zeros (that take no memory) before its first step."""
+        state = self.state.get(p)
+        if not state:
+            zero = p.new_zeros(()).expand_as(p)
+            return zero, zero
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    # ---------------------------------------------------------------- the meta-update
+
+    def update_attention(
+        self,
+        model: nn.Module,
+        batch1: Any,
+        batch2: Any,
+        loss_fn: LossFn,
+        val_batch: Any = None,
+        *,
+        double_backward: bool = False,
+    ) -> MetaLosses:
+        """Train Φ by one step on the meta-objective (Algorithm 2) and return its terms.
+
+        Everything but Φ, its optimizer and the uncertainty weights is left as it was: parameters, ``.grad``, moments,
+        buffers, train/eval mode and random number generators, also when ``loss_fn`` raises. The losses are taken in the
+        mode (train or eval) the model is in, under the same random numbers, so dropout does not blur the differences.
+
+        Args:
+            model: the model whose parameters this optimizer holds.
+            batch1, batch2: training batches B₁ and B₂.
+            loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor.
+            val_batch: validation batch, required unless the objective is "gradient".
+            double_backward: differentiate twice through the model instead of taking a difference of two gradients. Slower
+                and not possible with every kernel; for checking.
+
+        Raises:
+            ValueError: without a ``val_batch`` that the objective needs, or if a loss or the gradient of Φ is not
+                finite. Φ stays as it was.
+        """
+        objective = self._meta_objective
+        if val_batch is None and objective != "gradient":
+            raise ValueError(f"val_batch is None, but meta_objective={objective!r} needs a validation batch")
+        params = [p for p in self._parameters() if p.requires_grad]
+        evaluate = Evaluator(model, loss_fn, [p.device for p in params])
+        with torch.enable_grad(), as_found(model, params) as theta:
+            loss1 = evaluate.loss("batch1", batch1)
+            grads = torch.autograd.grad(loss1, params, allow_unused=True)
+            g = {p: x for p, x in zip(params, grads, strict=True) if x is not None}
+            modulation = self.modulator(self._features(g))
+            step = self._hypothetical_step(g, dict(zip(params, theta, strict=True)))
+            l_loss = l_gap = None
+            if objective != "gradient":
+                with torch.no_grad():
+                    val_at_theta = evaluate.loss("val_batch", val_batch)
+                l_gap = (loss1.detach() - val_at_theta).abs()  # Eq. 12 contains no θ′, so it cannot move Φ
+            route = double_backward_losses if double_backward else first_order_losses
+            l_grad, val_at_theta_prime = route(evaluate, step, modulation, objective, batch2, val_batch)
+            if val_at_theta_prime is not None:
+                l_loss = val_at_theta_prime - val_at_theta  # Eq. 11
+            if objective in ("gradient", "loss_decrease"):
+                l_gap = None
+            terms = [term.to(modulation.alpha) for term in (l_grad, l_loss, l_gap) if term is not None]
+            total = self.huw(terms) if self.huw is not None else torch.stack(terms).sum()
+            penalty = self.modulator.gate_penalty()
+            if penalty is not None:
+                total = total + self._feature_gating_sparsity * penalty
+            self._descend(total)
+        return MetaLosses(total.item(), *(math.nan if x is None else x.item() for x in (l_grad, l_loss, l_gap)))
+
+    def _hypothetical_step(self, g: Mapping[Tensor, Tensor], theta: Mapping[Tensor, Tensor]) -> HypotheticalStep:
+        """What ``step`` would do now with gradients ``g``, as a function of α and β."""
+        step = HypotheticalStep([], [], [], [], [], [], [])
+        for index, k, params in self._buckets:
+            group = self.param_groups[index]
+            beta1, beta2 = group["betas"]
+            for p in params:
+                if p not in g:
+                    continue
+                t = float(self.state[p]["step"]) + 1 if self.state.get(p) else 1.0
+                m, v = self._moments(p)
+                m = beta1 * m + (1 - beta1) * g[p]  # Eq. 1
+                v = beta2 * v + (1 - beta2) * g[p].square()  # Eq. 2
+                m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)  # Eq. 3
+                step.params.append(p)
+                step.theta.append(theta[p])
+                step.g.append(g[p])
+                step.u.append(m_hat / (v_hat.sqrt() + group["eps"]))
+                step.lr.append(float(group["lr"]))
+                step.weight_decay.append(group["weight_decay"])
+                step.groups.append(k)
+        return step
+
+    def _descend(self, total: Tensor) -> None:
+        """One step of the meta-optimizer down ``total``; a ValueError before it if the gradient is not finite."""
+        phi = [p for group in self._meta_optimizer.param_groups for p in group["params"]]
+        if total.requires_grad:
+            grads = torch.autograd.grad(total, phi, allow_unused=True)
+        else:  # "gen_gap" without gates: nothing in it depends on Φ
+            grads = (None,) * len(phi)
+        if not all(torch.isfinite(x).all() for x in (total, *grads) if x is not None):
+            raise ValueError(f"the meta-loss is {total.item()} and its gradient is not finite; Φ is left as it was")
+        for p, grad in zip(phi, grads, strict=True):
+            p.grad = torch.zeros_like(p) if grad is None else grad
+        self._meta_optimizer.step()
+        self._meta_optimizer.zero_grad()
+
+    # ---------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as torch does; the modulation groups are formed anew.
+
+        Φ keeps what it has learned. Where it has group embeddings, groups that exist already keep theirs (they are
+        recognised by name) and new ones start at zero.
+
+        Raises:
+            ValueError: for complex parameters.
+        """
+        built = hasattr(self, "modulator")
+        if built and self._model is None:
+            self._model = _model_behind(param_group["params"])
+        super().add_param_group(param_group)
+        names = self.param_groups[-1].get("param_names", [None] * len(self.param_groups[-1]["params"]))
+        for name, p in zip(names, self.param_groups[-1]["params"], strict=True):
+            if p.is_complex():
+                self.param_groups.pop()
+                raise ValueError(f"parameter {name or tuple(p.shape)} is {p.dtype}; only real parameters are supported")
+        if not built:
+            return
+        before = [group.name for group in self.groups]
+        self._regroup()
+        after = [group.name for group in self.groups]
+        self.alpha = torch.ones(len(after), device=self._phi_device, dtype=self._phi_dtype)
+        self.beta = torch.ones_like(self.alpha)
+        if self.modulator.embeddings is not None:
+            old = self.modulator.embeddings
+            new = old.new_zeros(len(after), old.shape[1])
+            for row, name in enumerate(after):
+                if name in before:
+                    new[row] = old.detach()[before.index(name)]
+            old.data = new
+
+    def _regroup(self) -> None:
+        """Form the modulation groups, and the buckets that share one parameter group and one modulation group."""
+        params = [group["params"] for group in self.param_groups]
+        names = [group.get("param_names") for group in self.param_groups]
+        named = all(names)
+        if self._group_strategy == "fine_grained" and named:
+            pairs = [pair for ps, ns in zip(params, names, strict=True) for pair in zip(ns, ps, strict=True)]
+            self.groups = fine_grained_groups(pairs, self._model)
+        else:
+            self.groups = native_groups(params, names if named else None)
+        number = {p: k for k, group in enumerate(self.groups) for p in group.params}
+        buckets: dict[tuple[int, int], list[Tensor]] = {}
+        for index, ps in enumerate(params):
+            for p in ps:
+                buckets.setdefault((index, number[p]), []).append(p)
+        self._buckets = [(index, k, ps) for (index, k), ps in buckets.items()]
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    @property
+    def _phi_dtype(self) -> torch.dtype:
+        return self.modulator.output.weight.dtype
+
+    @property
+    def _phi_device(self) -> torch.device:
+        return self.modulator.output.weight.device
+
+    # ---------------------------------------------------------------- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's state and, under "meta", Φ, its optimizer, the uncertainty weights and the step count."""
+        state = super().state_dict()
+        state["meta"] = {
+            "version": _META_STATE_VERSION,
+            "t": self._t,
+            "groups": [group.name for group in self.groups],
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "modulator": dict(self.modulator.state_dict()),
+            "huw": None if self.huw is None else dict(self.huw.state_dict()),
+            "meta_optimizer": self._meta_optimizer.state_dict(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned; training then goes on as if it had not stopped.
+
+        Raises:
+            ValueError: if the state was not saved by MetaAdamW, or for other groups or another Φ. Nothing is changed then.
+        """
+        meta = state_dict.get("meta")
+        if meta is None:
+            raise ValueError("the state has no entry 'meta': it was not saved by MetaAdamW")
+        if meta["version"] != _META_STATE_VERSION:
+            raise ValueError(f"the state has version {meta['version']}; this code reads {_META_STATE_VERSION}")
+        names = [group.name for group in self.groups]
+        if meta["groups"] != names:
+            raise ValueError(f"the state has modulation groups {meta['groups']}, this optimizer has {names}")
+        mine = {k: tuple(x.shape) for k, x in self.modulator.state_dict().items()}
+        theirs = {k: tuple(x.shape) for k, x in meta["modulator"].items()}
+        if mine != theirs:
+            differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+            raise ValueError(f"the state's attention module has another architecture; differing: {', '.join(differing)}")
+        if (meta["huw"] is None) != (self.huw is None):
+            raise ValueError("the state and this optimizer differ in whether they use uncertainty weighting")
+
+        meta = copy.deepcopy(meta)
+        # torch keeps the caller's tensors where it need not convert them, and would then train into them.
+        super().load_state_dict(copy.deepcopy({k: x for k, x in state_dict.items() if k != "meta"}))
+        self._t = meta["t"]
+        self.alpha = meta["alpha"].to(self._phi_device)
+        self.beta = meta["beta"].to(self._phi_device)
+        self.modulator.load_state_dict(meta["modulator"])
+        if self.huw is not None:
+            self.huw.load_state_dict(meta["huw"])
+        self._meta_optimizer.load_state_dict(meta["meta_optimizer"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, for pickle and ``deepcopy``; torch's own keeps the moments only."""
+        hooks = {k for k in self.__dict__ if k.endswith("_hooks") or k == "_zero_grad_profile_name"}
+        mine = {k: x for k, x in self.__dict__.items() if k not in hooks and k != "_model"}
+        return {**super().__getstate__(), **mine, "_model": None}
+
+
+def _model_behind(params: Any) -> nn.Module | None:
+    """The model whose ``named_parameters()`` this generator is, or None.
+
+    Only the module classes tell an embedding from a linear layer for certain, and this spares the caller to pass the
+    model beside its parameters.
+    """
+    owner = getgeneratorlocals(params).get("self") if isgenerator(params) else None
+    return owner if isinstance(owner, nn.Module) else None
