@@ -128,7 +128,11 @@ def group_features(
 
 
 def _basic_row(
-    config: FeatureConfig, group: ModulationGroup, states: Sequence[TensorState], dtype: torch.dtype, device: torch.device
+    config: FeatureConfig,
+    group: ModulationGroup,
+    states: Sequence[TensorState],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     if not states:
         return torch.zeros(len(config.statistics), dtype=dtype, device=device)
@@ -146,7 +150,11 @@ def _basic_row(
 
 
 def _enhanced_row(
-    config: FeatureConfig, group: ModulationGroup, states: Sequence[TensorState], dtype: torch.dtype, device: torch.device
+    config: FeatureConfig,
+    group: ModulationGroup,
+    states: Sequence[TensorState],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     structure = torch.tensor(
         [math.log1p(sum(p.numel() for p in group.params)), group.bias_ratio, group.depth], dtype=dtype, device=device

@@ -65,7 +65,7 @@ class ModulationGroup:
 
 
 def is_bias(name: str) -> bool:
-    """Whether a parameter is a bias: its own name starts or ends with "bias" (``bias``, ``in_proj_bias``, ``bias_ih_l0``).
+    """Whether a parameter is a bias: its own name starts or ends with "bias", as ``in_proj_bias`` or ``bias_ih_l0``.
 
     The scale of a norm is one-dimensional too, but it multiplies and starts at one, so it counts as a weight.
     """
@@ -131,7 +131,10 @@ def _type_by_name(name: str, shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 def block_index(name: str) -> int | None:
-    """The number of the block a parameter belongs to: the first one in its name, or None (``encoder.layers.3.norm1.bias`` → 3)."""
+    """The number of the block a parameter belongs to: the first one in its name, or None.
+
+    ``encoder.layers.3.norm1.bias`` is in block 3, ``lstm.weight_hh_l1`` in block 1.
+    """
     match = _BLOCK.search(name.rpartition(".")[0]) or _RECURRENT_LAYER.search(name)
     return int(match.group(1)) if match else None
 

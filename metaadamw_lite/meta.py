@@ -1,6 +1,7 @@
 """How Φ is trained: the three meta-losses and their gradient (paper, section 3.5 and Algorithm 2).
 
-The hypothetical step θ′ = θ − ηα_g(u + β_gλθ), with u = m̂′/(√v̂′ + ε), depends on Φ only through the 2G numbers α and β. So
+The hypothetical step θ′ = θ − ηα_g(u + β_gλθ), with u = m̂′/(√v̂′ + ε), depends on Φ only through the 2G numbers α
+and β. So
 
     dL/dα_g = ⟨∂L/∂θ′, −η(u + β_gλθ)⟩_g     and     dL/dβ_g = ⟨∂L/∂θ′, −ηα_gλθ⟩_g ,
 

@@ -65,9 +65,7 @@ class Modulator(nn.Module):
             )
         self.alpha_range = alpha_range
         self.beta_range = beta_range
-        layer = nn.TransformerEncoderLayer(
-            width, heads, hidden_dim, dropout=0.0, batch_first=True, norm_first=True
-        )
+        layer = nn.TransformerEncoderLayer(width, heads, hidden_dim, dropout=0.0, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.output = nn.Linear(width, 4)
         for p in self.parameters():

@@ -165,9 +165,7 @@ class MetaAdamW(torch.optim.AdamW):
         self._total_steps = total_steps
         self._t = 0
         self.groups: list[ModulationGroup] = []
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused
-        )
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
         self._step_supports_amp_scaling = False
         self._regroup()
@@ -221,10 +219,19 @@ class MetaAdamW(torch.optim.AdamW):
         factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
         for index, k, params in self._buckets:
             group, (alpha, beta) = self.param_groups[index], factors[k]
-            tensors: list[list[Tensor]] = [[], [], [], [], [], []]  # params, grads, m, v, max v, step counts
-            self._init_group({**group, "params": params}, *tensors)
+            moved: list[Tensor] = []
+            grads: list[Tensor] = []
+            ms: list[Tensor] = []
+            vs: list[Tensor] = []
+            steps: list[Tensor] = []
+            self._init_group({**group, "params": params}, moved, grads, ms, vs, [], steps)  # type: ignore[no-untyped-call]
             adamw(
-                *tensors,
+                moved,
+                grads,
+                ms,
+                vs,
+                [],
+                steps,
                 foreach=group["foreach"],
                 fused=group["fused"],
                 amsgrad=False,
@@ -292,8 +299,8 @@ class MetaAdamW(torch.optim.AdamW):
             batch1, batch2: training batches B₁ and B₂.
             loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor.
             val_batch: validation batch, required unless the objective is "gradient".
-            double_backward: differentiate twice through the model instead of taking a difference of two gradients. Slower
-                and not possible with every kernel; for checking.
+            double_backward: differentiate twice through the model instead of taking a difference of two gradients.
+                Slower, and not possible with every kernel; for checking.
 
         Raises:
             ValueError: without a ``val_batch`` that the objective needs, or if a loss or the gradient of Φ is not
@@ -355,10 +362,9 @@ class MetaAdamW(torch.optim.AdamW):
     def _descend(self, total: Tensor) -> None:
         """One step of the meta-optimizer down ``total``; a ValueError before it if the gradient is not finite."""
         phi = [p for group in self._meta_optimizer.param_groups for p in group["params"]]
-        if total.requires_grad:
+        grads: Sequence[Tensor | None] = [None] * len(phi)
+        if total.requires_grad:  # not so for "gen_gap" without gates: nothing in it depends on Φ
             grads = torch.autograd.grad(total, phi, allow_unused=True)
-        else:  # "gen_gap" without gates: nothing in it depends on Φ
-            grads = (None,) * len(phi)
         if not all(torch.isfinite(x).all() for x in (total, *grads) if x is not None):
             raise ValueError(f"the meta-loss is {total.item()} and its gradient is not finite; Φ is left as it was")
         for p, grad in zip(phi, grads, strict=True):
@@ -404,13 +410,13 @@ class MetaAdamW(torch.optim.AdamW):
     def _regroup(self) -> None:
         """Form the modulation groups, and the buckets that share one parameter group and one modulation group."""
         params = [group["params"] for group in self.param_groups]
-        names = [group.get("param_names") for group in self.param_groups]
-        named = all(names)
-        if self._group_strategy == "fine_grained" and named:
-            pairs = [pair for ps, ns in zip(params, names, strict=True) for pair in zip(ns, ps, strict=True)]
+        named = all("param_names" in group for group in self.param_groups)
+        names = [group["param_names"] for group in self.param_groups] if named else None
+        if names is not None and self._group_strategy == "fine_grained":
+            pairs = [pair for ns, ps in zip(names, params, strict=True) for pair in zip(ns, ps, strict=True)]
             self.groups = fine_grained_groups(pairs, self._model)
         else:
-            self.groups = native_groups(params, names if named else None)
+            self.groups = native_groups(params, names)
         number = {p: k for k, group in enumerate(self.groups) for p in group.params}
         buckets: dict[tuple[int, int], list[Tensor]] = {}
         for index, ps in enumerate(params):
@@ -451,7 +457,8 @@ class MetaAdamW(torch.optim.AdamW):
         """Load what ``state_dict`` returned; training then goes on as if it had not stopped.
 
         Raises:
-            ValueError: if the state was not saved by MetaAdamW, or for other groups or another Φ. Nothing is changed then.
+            ValueError: if the state was not saved by MetaAdamW, or for other groups or another Φ. Nothing is changed
+                then.
         """
         meta = state_dict.get("meta")
         if meta is None:
@@ -465,7 +472,9 @@ class MetaAdamW(torch.optim.AdamW):
         theirs = {k: tuple(x.shape) for k, x in meta["modulator"].items()}
         if mine != theirs:
             differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-            raise ValueError(f"the state's attention module has another architecture; differing: {', '.join(differing)}")
+            raise ValueError(
+                f"the state's attention module has another architecture; differing: {', '.join(differing)}"
+            )
         if (meta["huw"] is None) != (self.huw is None):
             raise ValueError("the state and this optimizer differ in whether they use uncertainty weighting")
 

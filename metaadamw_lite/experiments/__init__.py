@@ -6,8 +6,9 @@
 * ``training``  one run, from the seed to the record
 * ``records``   what a run leaves behind
 * ``studies``   which runs belong together, and running all that are missing
-* ``report``    tables, statistics and figures made from records
-* ``live``      the short run at the end of a task's chapter
+* ``report``    tables and statistics made from records
+* ``figures``   the book's figures
+* ``notebook``  what every notebook does first
 
 ``python -m metaadamw_lite.experiments --help`` lists the commands.
 """

@@ -14,14 +14,18 @@ from metaadamw_lite.experiments.training import VARIANTS, RunInProgressError, ru
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of the three commands."""
-    top = argparse.ArgumentParser(prog="python -m metaadamw_lite.experiments", description="Run the paper's experiments.")
+    top = argparse.ArgumentParser(
+        prog="python -m metaadamw_lite.experiments", description="Run the paper's experiments."
+    )
     commands = top.add_subparsers(dest="command", required=True)
 
     one = commands.add_parser("run", help="one training run; writes one record")
     one.add_argument("task", choices=list(TASKS))
     one.add_argument("--optimizer", required=True, choices=VARIANTS)
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--profile", choices=PROFILES, default="lite", help="smoke: seconds, synthetic data (default: lite)")
+    one.add_argument(
+        "--profile", choices=PROFILES, default="lite", help="smoke: seconds, synthetic data (default: lite)"
+    )
     one.add_argument("--protocol", choices=PROTOCOLS, default="paper")
     one.add_argument("--data", choices=SOURCES, default="real", help="synthetic: a stand-in of the same shape")
 
@@ -34,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     for command in (one, many):
         command.add_argument("--device", default="cpu", help="as torch names it (default: cpu)")
     for command in (one, many, state):
-        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: data/results)")
+        command.add_argument(
+            "--results", type=Path, default=RESULTS, help="folder of the records (default: data/results)"
+        )
     return top
 
 
@@ -46,7 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
             key = RunKey(args.task, args.optimizer, args.protocol, args.profile, args.seed, args.data)
             record = run(key, args.results, args.device)
             best = record["best"]
-            outcome = "no finite epoch" if best is None else f"best {record['metric']} {best['metric']:.6g} in epoch {best['epoch']}"
+            outcome = (
+                "no finite epoch"
+                if best is None
+                else f"best {record['metric']} {best['metric']:.6g} in epoch {best['epoch']}"
+            )
             print(f"{key.path(args.results)}: {record['status']}, {outcome}, data: {record['data']}")
         elif args.command == "sweep":
             if args.jobs is not None and args.jobs < 1:

@@ -43,7 +43,8 @@ def fetch(file: DataFile) -> Path:
     """The path of a checked data file, downloaded first if it is not there.
 
     Raises:
-        DataError: if the file can be had neither way, or is not the expected one. The message names it and says what to do.
+        DataError: if the file can be had neither way, or is not the expected one. The message names it and says what
+            to do.
     """
     path = data_folder() / file.path
     if not path.exists():

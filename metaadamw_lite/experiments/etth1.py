@@ -5,6 +5,7 @@ from the released code (batch size, epochs, initialisation, early stopping, one 
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,12 +29,12 @@ WINDOW = 96
 
 
 def synthetic_series(hours: int = HOURS) -> pd.DataFrame:
-    """A stand-in with the columns of ETTh1.csv: daily and yearly cycles, slow drift and noise, the same at every call."""
+    """A stand-in with the columns of ETTh1.csv: daily and yearly cycles, slow drift and noise; the same each time."""
     rng = np.random.default_rng(20260410)
     t = np.arange(hours)
     cycles = 8 * np.sin(2 * np.pi * t / 8766) + 3 * np.sin(2 * np.pi * t / 24)
     drift = np.convolve(rng.normal(size=hours + 47), np.full(48, 48**-0.5), mode="valid")
-    frame = {"date": pd.date_range("2016-07-01", periods=hours, freq="h").astype(str)}
+    frame: dict[str, Any] = {"date": pd.date_range("2016-07-01", periods=hours, freq="h").astype(str)}
     for load in ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL"):
         frame[load] = rng.normal(size=hours) + np.sin(2 * np.pi * t / 24 + rng.uniform(0, 6))
     frame["OT"] = 15 + cycles + 2 * drift + 0.3 * rng.normal(size=hours)
@@ -43,9 +44,9 @@ def synthetic_series(hours: int = HOURS) -> pd.DataFrame:
 def load(protocol: str, settings: Settings, source: str) -> Data:
     """Windows of 96 hours and the hour that follows, standardised.
 
-    ``paper``: the series is standardised with its own mean and deviation, the first 80 % of the windows train and the last
-    20 % validate; there is no test part. ``clean``: the same last 20 % are the test part, the last eighth of the rest
-    validates, and mean and deviation come from the hours that training may see.
+    ``paper``: the series is standardised with its own mean and deviation, the first 80 % of the windows train and the
+    last 20 % validate; there is no test part. ``clean``: the same last 20 % are the test part, the last eighth of the
+    rest validates, and mean and deviation come from the hours that training may see.
 
     Returns:
         Batches (x, y) with x of shape (N, 96) and y of shape (N, 1), in standard deviations.
@@ -104,10 +105,11 @@ class TimeSeriesTransformer(nn.Module):
         h = self.input_projection(x.unsqueeze(-1)) + self.positions
         for layer in self.layers[:-1]:
             h = layer(h)
-        return self.output_projection(last_position(self.layers[-1], h))
+        forecast: Tensor = self.output_projection(last_position(self.layers[-1], h))
+        return forecast
 
 
-def last_position(layer: nn.Module, h: Tensor) -> Tensor:
+def last_position(layer: Any, h: Tensor) -> Tensor:
     """What a pre-norm encoder layer makes of the last position, (N, T, d) → (N, d), at half the cost of a step.
 
     The forecast reads no other position, so the last layer need not compute any: the same function, tested equal.
@@ -115,7 +117,8 @@ def last_position(layer: nn.Module, h: Tensor) -> Tensor:
     normed = layer.norm1(h)
     last = h[:, -1:] + layer.dropout1(layer.self_attn(normed[:, -1:], normed, normed, need_weights=False)[0])
     hidden = layer.dropout(F.relu(layer.linear1(layer.norm2(last))))
-    return (last + layer.dropout2(layer.linear2(hidden))).squeeze(1)
+    result: Tensor = (last + layer.dropout2(layer.linear2(hidden))).squeeze(1)
+    return result
 
 
 def sinusoidal_positions(length: int, width: int) -> Tensor:
@@ -142,7 +145,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def settings(profile: str) -> Settings:
-    """``paper``: Tables 1 and 4. ``lite``: the same, three epochs. ``smoke``: two epochs of a short synthetic series."""
+    """``paper``: Tables 1 and 4. ``lite``: the same, three epochs. ``smoke``: two epochs, short synthetic series."""
     check_choice("profile", profile, PROFILES)
     epochs, meta_every, data = {
         "paper": (8, 217, {}),

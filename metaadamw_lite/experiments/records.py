@@ -1,9 +1,10 @@
 """What a run leaves behind: one JSON file, written whole or not at all.
 
-``data/results/TASK/VARIANT/PROTOCOL-PROFILE-seedN.json``. A run with a record is done; beside it, while the run is going
-on, lie its checkpoint (``.ckpt``) and its lock (``.lock``), which are not part of the results.
+``data/results/TASK/VARIANT/PROTOCOL-PROFILE-seedN.json``. A run with a record is done; beside it, while the run is
+going on, lie its checkpoint (``.ckpt``) and its lock (``.lock``), which are not part of the results.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -98,14 +99,15 @@ def read_record(path: Path) -> dict[str, Any]:
         raise RecordError(f"{path} is not a record ({error!r}); delete it to have the run made again") from error
     if record.get("format") != FORMAT:
         raise RecordError(f"{path} has format {record.get('format')!r}; this code reads {FORMAT}")
-    if key.path(Path(".")).parts[-3:] != path.parts[-3:]:
-        raise RecordError(f"{path} is the record of {key}, which belongs at {key.path(Path('.'))}")
+    place = key.path(Path())
+    if place.parts != path.parts[-3:]:
+        raise RecordError(f"{path} is the record of {key}, which belongs at {place}")
     return record
 
 
 def read_records(results: Path, task: str | None = None) -> list[dict[str, Any]]:
     """All records below a folder, of one task or of all, in the order of their paths."""
-    return [read_record(path) for path in sorted((results / (task or ".")).rglob("*.json"))]
+    return [read_record(path) for path in sorted((results / (task or "")).rglob("*.json"))]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -150,14 +152,12 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Largest memory since the reset: allocated on the GPU, or resident in this process; None where it cannot be told."""
+    """Largest memory since the reset: allocated on the GPU, or resident in this process; None if it cannot be told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import joblib
@@ -21,8 +22,8 @@ def study_runs(study: str) -> list[RunKey]:
     """The runs of a study, in the order in which they are wanted: whole pairs first, seed by seed.
 
     Args:
-        study: "main" (Table 2: every task, arm and protocol, five seeds, profiles ``paper`` and ``lite``), "main/paper" or
-            "main/lite" for one profile, or "smoke".
+        study: "main" (Table 2: every task, arm and protocol, five seeds, profiles ``paper`` and ``lite``),
+            "main/paper" or "main/lite" for one profile, or "smoke".
 
     Raises:
         ValueError: for an unknown study or profile.
@@ -57,7 +58,12 @@ def _done(key: RunKey, results: Path) -> bool:
 
 
 def sweep(
-    study: str, results: Path, jobs: int | None = None, scheduler: str | None = None, device: str = "cpu", progress: bool = True
+    study: str,
+    results: Path,
+    jobs: int | None = None,
+    scheduler: str | None = None,
+    device: str = "cpu",
+    progress: bool = True,
 ) -> list[RunKey]:
     """Make all runs of a study that have no record, several at once, and return those that failed.
 
@@ -73,7 +79,7 @@ def sweep(
         progress: show a bar over the runs.
     """
     todo = missing(study_runs(study), results)
-    with _backend(scheduler, jobs) as workers:
+    with _workers(scheduler, jobs) as workers:
         outcomes = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(
             joblib.delayed(_one)(key, results.resolve(), device, None if scheduler else workers) for key in todo
         )
@@ -93,34 +99,22 @@ def _one(key: RunKey, results: Path, device: str, sharing: int | None) -> tuple[
         run(key, results, device, progress=False)
     except RunInProgressError:
         return key, None
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return key, f"{type(error).__name__}: {error}"
     return key, None
 
 
-class _backend:
+@contextmanager
+def _workers(scheduler: str | None, jobs: int | None) -> Iterator[int]:
     """joblib on local processes, or on a Dask cluster; yields the number of runs at a time."""
+    if scheduler is None:
+        with joblib.parallel_config(backend="loky"):
+            yield jobs or os.cpu_count() or 1
+    else:
+        from dask.distributed import Client
 
-    def __init__(self, scheduler: str | None, jobs: int | None) -> None:
-        self.scheduler, self.jobs = scheduler, jobs
-
-    def __enter__(self) -> int:
-        if self.scheduler is None:
-            self.config = joblib.parallel_config(backend="loky")
-            workers = self.jobs or os.cpu_count() or 1
-        else:
-            from dask.distributed import Client
-
-            self.client = Client(self.scheduler)
-            self.config = joblib.parallel_config(backend="dask")
-            workers = self.jobs or -1
-        self.config.__enter__()
-        return workers
-
-    def __exit__(self, *error: object) -> None:
-        self.config.__exit__(*error)
-        if self.scheduler is not None:
-            self.client.close()
+        with Client(scheduler), joblib.parallel_config(backend="dask"):  # type: ignore[no-untyped-call]
+            yield jobs or -1
 
 
 def status_lines(results: Path) -> Iterator[str]:
@@ -133,4 +127,5 @@ def status_lines(results: Path) -> Iterator[str]:
                     keys = [k for k in runs if (k.task, k.protocol, k.variant) == (task, protocol, variant)]
                     left = missing(keys, results)
                     note = f"missing seeds {', '.join(str(k.seed) for k in left)}" if left else "complete"
-                    yield f"main/{profile:<6} {task:<10} {protocol:<6} {variant:<17} {len(keys) - len(left)}/{len(keys)}  {note}"
+                    done = f"{len(keys) - len(left)}/{len(keys)}"
+                    yield f"main/{profile:<6} {task:<10} {protocol:<6} {variant:<17} {done}  {note}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 PROFILES = ("smoke", "lite", "paper")
@@ -60,6 +61,14 @@ class Data:
     val: Batch
     test: Batch | None
     source: str
+
+    def to(self, device: torch.device) -> "Data":
+        """The same samples on a device."""
+
+        def moved(part: Batch) -> Batch:
+            return tuple(x.to(device) for x in part)
+
+        return Data(moved(self.train), moved(self.val), None if self.test is None else moved(self.test), self.source)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from metaadamw_lite.experiments.records import (
     write_atomically,
     write_record,
 )
-from metaadamw_lite.experiments.task import Batch, Data, Settings, Task, check_choice
+from metaadamw_lite.experiments.task import Batch, Settings, Task, check_choice
 
 VARIANTS = ("adamw", "metaadamw", "metaadamw-frozen")
 """AdamW; MetaAdamW; and the control, MetaAdamW whose random Φ is never updated."""
@@ -80,8 +80,8 @@ def run(
         with lock.acquire(blocking=False):
             if not path.exists():  # it may have been finished while we came here
                 task = TASKS[key.task]
-                record = _Run(task, key, settings or task.settings(key.profile), results, torch.device(device)).make(progress)
-                write_record(record, key, results)
+                going = _Run(task, key, settings or task.settings(key.profile), results, torch.device(device))
+                write_record(going.make(progress), key, results)
                 key.path(results, ".ckpt").unlink(missing_ok=True)
     except Timeout:
         raise RunInProgressError(f"{key} is being made by another process (lock {lock.lock_file})") from None
@@ -111,9 +111,9 @@ def derived_seed(seed: int, epoch: int, purpose: str) -> int:
 
 
 def shuffled_batches(samples: Batch, size: int, seed: int) -> list[Tensor]:
-    """The sample numbers of one epoch's batches, in an order that depends on ``seed`` alone; the last may be smaller."""
+    """The sample numbers of one epoch's batches, in an order that depends on ``seed`` alone. The last may be short."""
     order = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(seed))
-    return list(order.split(size))
+    return list(torch.split(order, size))
 
 
 def pick(samples: Batch, numbers: Tensor) -> Batch:
@@ -127,7 +127,7 @@ def mean_loss(task: Task, model: nn.Module, samples: Batch) -> float:
     model.eval()
     count = len(samples[0])
     total = 0.0
-    for numbers in torch.arange(count).split(EVALUATION_BATCH):
+    for numbers in torch.split(torch.arange(count), EVALUATION_BATCH):
         total += task.loss(model, pick(samples, numbers)).item() * len(numbers)
     return total / count
 
@@ -140,18 +140,14 @@ class _Run:
         self.checkpoint = key.path(results, ".ckpt")
         source = "synthetic" if key.profile == "smoke" else key.source
         data = task.load(key.protocol, settings, source)
-        parts = [None if part is None else tuple(x.to(device) for x in part) for part in (data.train, data.val, data.test)]
-        assert parts[0] is not None and parts[1] is not None
-        self.data = Data(parts[0], parts[1], parts[2], data.source)
+        self.data = data.to(device)
         torch.manual_seed(derived_seed(key.seed, 0, "weights"))
         self.model = task.build(settings).to(device)
         self.steps_per_epoch = math.ceil(len(self.data.train[0]) / settings.batch_size)
         self.optimizer = make_optimizer(
             key.variant, self.model, settings, settings.epochs * self.steps_per_epoch, key.seed
         )
-        self.phi_at_start = (
-            copy.deepcopy(self.optimizer.modulator) if isinstance(self.optimizer, MetaAdamW) else None
-        )
+        self.phi_at_start = copy.deepcopy(self.optimizer.modulator) if isinstance(self.optimizer, MetaAdamW) else None
         self.best_weights: dict[str, Tensor] = {}
         self.meta_updates = 0
         self.history: dict[str, list[dict[str, Any]]] = {"epochs": [], "meta_updates": [], "trace": []}
@@ -186,7 +182,7 @@ class _Run:
         return "finished" if len(epochs) == self.settings.epochs else "running"
 
     def _epoch(self, epoch: int, bar: "tqdm[Any]") -> None:
-        task, settings, seed = self.task, self.settings, self.key.seed
+        settings, seed = self.settings, self.key.seed
         batches = shuffled_batches(self.data.train, settings.batch_size, derived_seed(seed, epoch, "order"))
         meta_batches = self._meta_batches(epoch)
         torch.manual_seed(derived_seed(seed, epoch, "dropout"))
@@ -195,7 +191,7 @@ class _Run:
         step_seconds = meta_seconds = summed = 0.0
         trace_every = max(1, self.steps_per_epoch // TRACE_POINTS_PER_EPOCH)
         for index, numbers in enumerate(batches):
-            loss = task.loss(self.model, pick(self.data.train, numbers))
+            loss = self.task.loss(self.model, pick(self.data.train, numbers))
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             step_started = time.perf_counter()
@@ -219,12 +215,12 @@ class _Run:
             bar.set_postfix(self._figures(value), refresh=False)
 
         train_seconds = time.perf_counter() - started
-        val_loss = mean_loss(task, self.model, self.data.val) if math.isfinite(summed) else math.nan
+        val_loss = mean_loss(self.task, self.model, self.data.val) if math.isfinite(summed) else math.nan
         entry = {
             "epoch": epoch,
             "train_loss": summed / len(self.data.train[0]),
             "val_loss": val_loss,
-            "metric": task.metric_from_loss(val_loss),
+            "metric": self.task.metric_from_loss(val_loss),
             "seconds": round(time.perf_counter() - started, 3),
             "train_seconds": round(train_seconds, 3),
             "step_seconds": round(step_seconds, 3),
@@ -259,7 +255,7 @@ class _Run:
 
     def _val_batch(self) -> Batch:
         """Validation batches in order, one for each meta-update, from the beginning again after the last."""
-        numbers = torch.arange(len(self.data.val[0])).split(self.settings.batch_size)
+        numbers = torch.split(torch.arange(len(self.data.val[0])), self.settings.batch_size)
         return pick(self.data.val, numbers[self.meta_updates % len(numbers)])
 
     def _meta_update(self, t: int, optimizer: MetaAdamW, batches: Iterator[tuple[Batch, Batch]]) -> None:
@@ -278,12 +274,14 @@ class _Run:
         """How far Φ is from its random start: in weights (relative norm), in log σ², and in the factors it gives."""
         assert self.phi_at_start is not None
         with torch.no_grad():
-            now, start = (nn.utils.parameters_to_vector(m.parameters()) for m in (optimizer.modulator, self.phi_at_start))
+            now, start = (
+                nn.utils.parameters_to_vector(m.parameters()) for m in (optimizer.modulator, self.phi_at_start)
+            )
             features = optimizer.features()
             new, old = optimizer.modulator(features), self.phi_at_start(features)
         return {
             "phi_moved": float((now - start).norm() / start.norm()),
-            "log_var": [] if optimizer.huw is None else [float(s) for s in optimizer.huw.log_var],
+            "log_var": [] if optimizer.huw is None else optimizer.huw.log_var.tolist(),
             "alpha_moved": float((new.alpha - old.alpha).abs().max()),
             "beta_moved": float((new.beta - old.beta).abs().max()),
         }

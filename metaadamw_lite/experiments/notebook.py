@@ -1,0 +1,48 @@
+"""What every notebook of the book does first."""
+
+import ast
+from collections.abc import Sequence
+
+import matplotlib_inline.backend_inline
+import torch
+
+from metaadamw_lite.experiments.figures import use_style
+
+
+def start(cells: Sequence[str]) -> None:
+    """Prepare a notebook: check its parameters, set the figure style and one CPU thread (for figures that repeat).
+
+    Args:
+        cells: IPython's ``In``.
+
+    Raises:
+        ValueError: if papermill was given a parameter that the notebook does not have.
+    """
+    check_parameters(cells)
+    use_style()
+    matplotlib_inline.backend_inline.set_matplotlib_formats("retina")
+    torch.set_num_threads(1)
+
+
+def check_parameters(cells: Sequence[str]) -> None:
+    """Raise a ValueError for a parameter that papermill injected but the notebook does not know.
+
+    papermill puts the values it was given into a cell that begins with "# Parameters", behind the notebook's own cell
+    of defaults; a name that is misspelt there would change nothing and go unnoticed.
+    """
+    for before, cell in zip(cells, cells[1:], strict=False):
+        if cell.startswith("# Parameters"):
+            known, given = _assigned(before), _assigned(cell)
+            unknown = [name for name in given if name not in known]
+            if unknown:
+                raise ValueError(f"unknown parameter {', '.join(unknown)}; this notebook has {', '.join(known)}")
+
+
+def _assigned(source: str) -> list[str]:
+    return [
+        target.id
+        for statement in ast.parse(source).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    ]

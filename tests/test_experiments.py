@@ -1,0 +1,394 @@
+"""Data, runs, records and the command line."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same
+from filelock import FileLock
+
+from metaadamw_lite.experiments import TASKS, datasets, etth1
+from metaadamw_lite.experiments.__main__ import main
+from metaadamw_lite.experiments.datasets import DataError, DataFile, fetch
+from metaadamw_lite.experiments.records import RecordError, RunKey, read_record, read_records, write_record
+from metaadamw_lite.experiments.studies import missing, study_runs, sweep
+from metaadamw_lite.experiments.training import VARIANTS, RunInProgressError, run
+
+COMMAND = [sys.executable, "-m", "metaadamw_lite.experiments"]
+
+
+def results_of(record):
+    """What must not depend on when, where and in how many attempts a run was made."""
+    clocks = ("seconds", "train_seconds", "step_seconds", "meta_seconds")
+    kept = {k: v for k, v in record.items() if k not in ("environment", "peak_memory_mib")}
+    kept["epochs"] = [{k: v for k, v in e.items() if k not in clocks} for e in record["epochs"]]
+    return kept
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_etth1_windows_of_the_paper_protocol():
+    data = etth1.load("paper", etth1.settings("paper"), "synthetic")
+    assert [tuple(x.shape) for x in (*data.train, *data.val)] == [(13859, 96), (13859, 1), (3465, 96), (3465, 1)]
+    assert data.test is None
+    assert data.source == "synthetic"
+    x = torch.cat([data.train[0], data.val[0]])
+    y = torch.cat([data.train[1], data.val[1]])
+    assert torch.equal(x[1:, -1], y[:-1, 0]), "the target of a window is the newest hour of the next"
+    assert torch.equal(x[1:, :-1], x[:-1, 1:])
+    series = torch.cat([x[0], y[:, 0]])
+    assert abs(series.mean().item()) < 1e-5
+    assert series.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_etth1_clean_protocol_keeps_the_test_part_apart():
+    settings = etth1.settings("paper")
+    paper, clean = (etth1.load(p, settings, "synthetic") for p in ("paper", "clean"))
+    assert [len(part[0]) for part in (clean.train, clean.val, clean.test)] == [12127, 1732, 3465]
+    # The same hours are held out, on another scale: that of the hours which training may see.
+    raw = etth1.synthetic_series()["OT"].to_numpy()
+    seen = raw[: 12127 + 96]
+    expected = (raw[-3465:] - seen.mean()) / seen.std()
+    torch.testing.assert_close(clean.test[1][:, 0], torch.tensor(expected, dtype=torch.float32), rtol=1e-4, atol=1e-4)
+    ratio = (paper.val[1] - paper.val[1].mean()) / (clean.test[1] - clean.test[1].mean())
+    assert ratio.std() < 1e-3
+
+
+def test_the_short_cut_through_the_last_layer_is_the_whole_encoder():
+    model = etth1.build(etth1.settings("paper")).double().eval()
+    x = torch.randn(5, 96, dtype=torch.float64)
+    h = model.input_projection(x.unsqueeze(-1)) + model.positions
+    for layer in model.layers:
+        h = layer(h)
+    torch.testing.assert_close(model(x), model.output_projection(h[:, -1]), rtol=1e-10, atol=1e-12)
+
+
+def test_the_short_cut_drops_out_in_all_four_places():
+    """With a dropout of 1 nothing passes but the residual stream."""
+    model = etth1.build(etth1.settings("paper")).train()
+    layer = model.layers[-1]
+    h = torch.randn(3, 96, 128)
+    for dropped in ("dropout1", "dropout2"):
+        getattr(layer, dropped).p = 1.0
+    torch.testing.assert_close(etth1.last_position(layer, h), h[:, -1])
+    layer.dropout1.p = layer.dropout2.p = 0.0
+    layer.dropout.p = layer.self_attn.dropout = 1.0
+    expected = h[:, -1] + layer.self_attn.out_proj.bias
+    expected = expected + layer.linear2.bias
+    torch.testing.assert_close(etth1.last_position(layer, h), expected)
+
+
+def test_missing_data_names_the_file_and_both_ways(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAADAMW_DATA", str(tmp_path))
+    file = DataFile("etth1/ETTh1.csv", (tmp_path / "nowhere.csv").as_uri(), 10, "0" * 64)
+    with pytest.raises(DataError) as error:
+        fetch(file)
+    for part in (str(tmp_path / "etth1" / "ETTh1.csv"), "METAADAMW_DATA", file.url, "--data synthetic"):
+        assert part in str(error.value)
+    assert not (tmp_path / "etth1" / "ETTh1.csv").exists()
+
+
+def test_download_into_the_same_layout(tmp_path, monkeypatch):
+    source = tmp_path / "source.csv"
+    source.write_bytes(b"date,OT\n")
+    monkeypatch.setenv("METAADAMW_DATA", str(tmp_path / "cache"))
+    digest = hashlib.sha256(b"date,OT\n").hexdigest()
+    path = fetch(DataFile("etth1/ETTh1.csv", source.as_uri(), 8, digest))
+    assert path == tmp_path / "cache" / "etth1" / "ETTh1.csv"
+    assert path.read_bytes() == b"date,OT\n"
+    with pytest.raises(DataError, match="SHA-256"):
+        fetch(DataFile("other/x.csv", source.as_uri(), 8, "0" * 64))
+    assert not (tmp_path / "cache" / "other" / "x.csv").exists(), "a wrong download is not kept"
+
+
+def test_truncated_data_is_named_with_its_expected_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAADAMW_DATA", str(tmp_path))
+    path = tmp_path / "etth1" / "ETTh1.csv"
+    path.parent.mkdir()
+    path.write_bytes(b"date,HUFL")
+    with pytest.raises(DataError, match=r"ETTh1.csv has 9 bytes, expected 2,589,657"):
+        etth1.load("paper", etth1.settings("paper"), "real")
+    path.write_bytes(b"x" * 2_589_657)
+    with pytest.raises(DataError, match=r"ETTh1.csv .*SHA-256"):
+        etth1.load("paper", etth1.settings("paper"), "real")
+
+
+def test_the_default_folder(monkeypatch):
+    monkeypatch.delenv("METAADAMW_DATA", raising=False)
+    assert datasets.data_folder() == Path("data/cache")
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke study, made once."""
+    results = tmp_path_factory.mktemp("results")
+    assert sweep("smoke", results, jobs=2, progress=False) == []
+    return results
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("protocol", ["paper", "clean"])
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_arm_leaves_a_whole_record(smoke, task, variant, protocol):
+    record = read_record(RunKey(task, variant, protocol, "smoke", 0).path(smoke))
+    assert record["data"] == "synthetic"
+    assert record["status"] == "finished"
+    assert len(record["epochs"]) == record["settings"]["epochs"]
+    assert record["best"]["metric"] == min(e["metric"] for e in record["epochs"])
+    assert (record["test"] is None) == (protocol == "paper")
+    assert record["samples"]["train"] > record["samples"]["val"] > 0
+    for name in ("device", "torch", "python", "revision", "threads"):
+        assert name in record["environment"]
+    assert record["peak_memory_mib"] > 10
+    if variant == "adamw":
+        return
+    assert len(record["trace"][0]["alpha"]) == len(record["groups"]) > 4
+    if variant == "metaadamw":
+        assert record["meta_updates"]
+        assert 0 < record["meta_updates"][-1]["phi_moved"] < 1
+        assert len(record["meta_updates"][-1]["log_var"]) == 3
+    else:
+        assert record["meta_updates"] == []
+
+
+def test_arms_are_paired(smoke):
+    """Until the first meta-update the frozen and the trained arm are one; all arms see the same first batch."""
+    trained, frozen, adamw = (
+        read_record(RunKey("etth1", v, "paper", "smoke", 0).path(smoke))
+        for v in ("metaadamw", "metaadamw-frozen", "adamw")
+    )
+    assert trained["epochs"][0]["val_loss"] == frozen["epochs"][0]["val_loss"]
+    assert trained["epochs"][1]["val_loss"] != frozen["epochs"][1]["val_loss"]
+    assert adamw["epochs"][0]["val_loss"] != frozen["epochs"][0]["val_loss"]
+
+
+def test_with_zero_ranges_the_whole_run_is_that_of_adamw(smoke, tmp_path):
+    """Meta-updates included: they must not disturb the batches, the dropout masks or the moments."""
+    from dataclasses import replace
+
+    settings = etth1.settings("smoke")
+    settings = replace(settings, metaadamw={**settings.metaadamw, "alpha_range": 0, "beta_range": 0})
+    key = RunKey("etth1", "metaadamw", "paper", "smoke", 0)
+    ours = run(key, tmp_path, progress=False, settings=settings)
+    theirs = read_record(RunKey("etth1", "adamw", "paper", "smoke", 0).path(smoke))
+    assert ours["meta_updates"]
+    for a, b in zip(ours["epochs"], theirs["epochs"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+
+
+def test_seeds_differ(smoke, tmp_path):
+    first = read_record(RunKey("etth1", "adamw", "paper", "smoke", 0).path(smoke))
+    second = run(RunKey("etth1", "adamw", "paper", "smoke", 1), tmp_path, progress=False)
+    assert first["epochs"][0]["train_loss"] != second["epochs"][0]["train_loss"]
+
+
+def test_a_run_with_a_record_is_done(smoke):
+    path = RunKey("etth1", "adamw", "paper", "smoke", 0).path(smoke)
+    before = path.stat().st_mtime_ns
+    run(RunKey("etth1", "adamw", "paper", "smoke", 0), smoke, progress=False)
+    assert path.stat().st_mtime_ns == before
+    assert missing(study_runs("smoke"), smoke) == []
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_result(smoke, tmp_path):
+    key = RunKey("etth1", "metaadamw", "clean", "smoke", 0)
+    arguments = ["run", "etth1", "--optimizer", "metaadamw", "--protocol", "clean", "--profile", "smoke"]
+    process = subprocess.Popen(
+        [*COMMAND, *arguments, "--results", tmp_path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not key.path(tmp_path, ".ckpt").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not key.path(tmp_path).exists(), "killed too late for this test to mean anything"
+
+    again = run(key, tmp_path, progress=False)
+    undisturbed = read_record(key.path(smoke))
+    # Two processes may sum in another order (threads), so close is all that can be asked across them.
+    assert [e["val_loss"] for e in again["epochs"]] == pytest.approx(
+        [e["val_loss"] for e in undisturbed["epochs"]], rel=1e-3
+    )
+    assert sorted(p.name for p in key.path(tmp_path).parent.iterdir()) == [key.path(tmp_path).name]
+
+
+def test_going_on_from_a_checkpoint_is_exact(tmp_path, monkeypatch):
+    """In one process, where threads cannot make a difference: the same to the bit."""
+    from metaadamw_lite.experiments import training
+
+    key = RunKey("etth1", "metaadamw", "clean", "smoke", 3)
+    expected = run(key, tmp_path / "a", progress=False)
+
+    whole = training._Run._epoch
+
+    def interrupted(self, epoch, bar):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        whole(self, epoch, bar)
+
+    monkeypatch.setattr(training._Run, "_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(key, tmp_path / "b", progress=False)
+    monkeypatch.setattr(training._Run, "_epoch", whole)
+    assert_same(results_of(run(key, tmp_path / "b", progress=False)), results_of(expected))
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(tmp_path):
+    from dataclasses import replace
+
+    key = RunKey("etth1", "adamw", "paper", "smoke", 0)
+    key.path(tmp_path).parent.mkdir(parents=True)
+    torch.save({"settings": {"epochs": 99}}, key.path(tmp_path, ".ckpt"))
+    with pytest.raises(ValueError, match="other settings; delete it"):
+        run(key, tmp_path, progress=False, settings=replace(etth1.settings("smoke"), epochs=1))
+
+
+def test_two_processes_do_not_make_the_same_run(tmp_path):
+    key = RunKey("etth1", "adamw", "paper", "smoke", 0)
+    key.path(tmp_path).parent.mkdir(parents=True)
+    with FileLock(key.path(tmp_path, ".lock")), pytest.raises(RunInProgressError, match="etth1 adamw"):
+        run(key, tmp_path, progress=False)
+    assert not key.path(tmp_path).exists()
+
+
+def test_a_run_that_diverges_is_recorded_as_such(tmp_path):
+    from dataclasses import replace
+
+    settings = replace(etth1.settings("smoke"), lr=1e30)
+    record = run(RunKey("etth1", "metaadamw", "clean", "smoke", 0), tmp_path, progress=False, settings=settings)
+    assert record["status"] == "diverged"
+    assert record["epochs"][-1]["val_loss"] is None
+    assert record["best"] is None
+
+
+def test_early_stopping_waits_for_patience(tmp_path):
+    from dataclasses import replace
+
+    settings = replace(etth1.settings("smoke"), epochs=6, min_delta=1e9, patience=2)
+    record = run(RunKey("etth1", "adamw", "paper", "smoke", 0), tmp_path, progress=False, settings=settings)
+    assert record["status"] == "stopped early"
+    assert len(record["epochs"]) == 3, "the first epoch improves on nothing, the next two do not"
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_records_hold_json_and_nothing_half_written(tmp_path):
+    key = RunKey("etth1", "adamw", "paper", "lite", 4)
+    record = {"settings": {}, "status": "finished", "epochs": [{"val_loss": float("nan")}], "environment": {}}
+    path = write_record(record, key, tmp_path)
+    assert path == tmp_path / "etth1" / "adamw" / "paper-lite-seed4.json"
+    assert json.loads(path.read_text())["epochs"] == [{"val_loss": None}]
+    assert list(path.parent.iterdir()) == [path]
+    assert [r["run"]["seed"] for r in read_records(tmp_path, "etth1")] == [4]
+    with pytest.raises(TypeError):
+        write_record({**record, "bad": object()}, RunKey("etth1", "adamw", "paper", "lite", 5), tmp_path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_synthetic_runs_show_it_in_their_name():
+    assert RunKey("etth1", "adamw", "paper", "lite", 0, "synthetic").stem == "paper-lite-synthetic-seed0"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"seed": 0', '"seed": 1'),
+        lambda text: text.replace('"status"', '"state"'),
+        lambda text: "[]",
+    ],
+    ids=["truncated", "another run", "a part missing", "no object"],
+)
+def test_a_record_edited_by_hand_is_named(smoke, tmp_path, spoil):
+    key = RunKey("etth1", "adamw", "paper", "smoke", 0)
+    path = key.path(tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_text(spoil(key.path(smoke).read_text()))
+    before = path.read_text()
+    with pytest.raises(RecordError, match=str(path)):
+        read_record(path)
+    with pytest.raises(RecordError, match=str(path)):
+        missing([key], tmp_path)
+    assert path.read_text() == before
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_run_prints_the_record_and_the_result(tmp_path, capsys):
+    arguments = ["run", "etth1", "--optimizer", "adamw", "--profile", "smoke", "--results", str(tmp_path)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "paper-smoke-seed0.json" in out
+    assert "data: synthetic" in out
+
+
+def test_status_tells_what_is_missing(tmp_path, capsys):
+    record = {"settings": {}, "status": "finished", "epochs": [], "environment": {}}
+    write_record(record, RunKey("etth1", "adamw", "paper", "paper", 1), tmp_path)
+    assert main(["status", "--results", str(tmp_path)]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if "main/paper" in x and " paper  adamw" in x)
+    assert "1/5" in line
+    assert "missing seeds 0, 2, 3, 4" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "mnist", "--optimizer", "adamw"], "mnist"),
+        (["run", "etth1", "--optimizer", "sgd"], "sgd"),
+        (["run", "etth1", "--optimizer", "adamw", "--profile", "full"], "full"),
+        (["run", "etth1", "--optimizer", "adamw", "--protocol", "dirty"], "dirty"),
+        (["run", "etth1", "--optimizer", "adamw", "--seed", "-1"], "-1"),
+        (["sweep", "everything"], "everything"),
+        (["sweep", "main/full"], "main/full"),
+        (["sweep", "smoke", "--jobs", "0"], "0"),
+    ],
+)
+def test_bad_arguments_are_quoted(arguments, message, capsys, tmp_path):
+    try:
+        code = main([*arguments, "--results", str(tmp_path)])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_is_one_line_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("METAADAMW_DATA", str(tmp_path / "empty"))
+    monkeypatch.setattr(etth1, "FILE", DataFile("etth1/ETTh1.csv", (tmp_path / "no").as_uri(), 1, "0"))
+    assert main(["run", "etth1", "--optimizer", "adamw", "--results", str(tmp_path)]) == 2
+    assert "etth1/ETTh1.csv" in capsys.readouterr().err
+
+
+def test_a_sweep_through_dask_gives_the_same_records(smoke, tmp_path):
+    from dask.distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        assert sweep("smoke", tmp_path, scheduler=cluster.scheduler_address, progress=False) == []
+    for key in study_runs("smoke"):
+        ours, theirs = read_record(key.path(tmp_path)), read_record(key.path(smoke))
+        assert ours["best"]["metric"] == pytest.approx(theirs["best"]["metric"], rel=1e-3)
+
+
+def test_the_loss_is_the_mean_squared_error():
+    model = etth1.build(etth1.settings("smoke")).eval()
+    batch = (torch.randn(4, 96), torch.randn(4, 1))
+    torch.testing.assert_close(etth1.loss(model, batch), F.mse_loss(model(batch[0]), batch[1]))

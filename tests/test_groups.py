@@ -1,0 +1,128 @@
+"""Section 3.2: layer type × depth third × bias."""
+
+import pytest
+import torch
+from conftest import tiny
+from torch import nn
+
+from metaadamw_lite import MetaAdamW, fine_grained_groups
+from metaadamw_lite.groups import block_index, depth_third, depths, is_bias, layer_type
+
+
+def type_of(model: nn.Module, by_class: bool) -> dict[str, str]:
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    return {name: layer_type(name, shapes, model if by_class else None) for name in shapes}
+
+
+@pytest.mark.parametrize("by_class", [True, False], ids=["classes", "names only"])
+def test_layer_types_of_a_transformer(by_class):
+    types = type_of(tiny(), by_class)
+    assert types["token_embedding.weight"] == "embedding"
+    for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"):
+        assert types[f"layers.0.self_attn.{name}"] == "attention"
+    for name in ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"):
+        assert types[f"layers.1.{name}"] == "feed-forward"
+    for name in ("layers.0.norm1.weight", "layers.1.norm2.bias", "batch_norm.weight", "batch_norm.bias"):
+        assert types[name] == "norm"
+    assert types["head.weight"] == types["head.bias"] == "other"
+
+
+def test_the_class_decides_before_the_name():
+    model = nn.ModuleDict(
+        {"attention": nn.Embedding(3, 2), "embedding": nn.Linear(2, 2), "mlp": nn.LayerNorm(2), "x": nn.BatchNorm2d(2)}
+    )
+    types = type_of(model, by_class=True)
+    assert types["attention.weight"] == "embedding"
+    assert types["mlp.weight"] == types["mlp.bias"] == types["x.bias"] == "norm"
+    assert types["embedding.weight"] == "embedding", "a linear layer says nothing, so its name decides"
+
+
+def test_classes_of_users_are_known_by_their_names():
+    class CausalSelfAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c_proj = nn.Linear(2, 2)
+
+    class LlamaRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 1))
+
+    class AttentionClassifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = CausalSelfAttention(), LlamaRMSNorm(), nn.Linear(2, 2)
+
+    types = type_of(AttentionClassifier(), by_class=True)
+    assert types == {
+        "a.c_proj.weight": "attention",
+        "a.c_proj.bias": "attention",
+        "b.weight": "norm",
+        "fc.weight": "other",
+        "fc.bias": "other",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("layers.3.norm1.bias", 3),
+        ("encoder.layers.12.linear1.weight", 12),
+        ("layer4.1.bn2.weight", 4),
+        ("0.weight", 0),
+        ("lstm.weight_hh_l1_reverse", 1),
+        ("blocks.2.mlp.0.weight", 2),
+        ("conv1.weight", None),
+        ("head.linear1.bias", None),
+    ],
+)
+def test_block_index_is_the_first_block_number(name, index):
+    assert block_index(name) == index
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [(1, "m"), (2, "sd"), (3, "smd"), (4, "smmd"), (6, "ssmmdd"), (12, "ssssmmmmdddd")],
+)
+def test_depth_thirds(blocks, expected):
+    positions = depths([f"layers.{i}.weight" for i in range(blocks)])
+    assert "".join(depth_third(x)[0] for x in positions) == expected
+
+
+def test_what_stands_before_the_blocks_is_shallow_and_after_them_deep():
+    names = ["embed.weight", "layers.0.w", "layers.1.w", "extra.w", "layers.2.w", "head.weight"]
+    assert [depth_third(x) for x in depths(names)] == ["shallow", "shallow", "middle", "middle", "deep", "deep"]
+    assert depths(["a.weight", "b.weight"]) == [0.5, 0.5]
+
+
+def test_biases_by_name():
+    assert all(is_bias(n) for n in ("bias", "a.bias", "a.in_proj_bias", "lstm.bias_ih_l0"))
+    assert not any(is_bias(n) for n in ("norm.weight", "bias_net.weight"))
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = tiny()
+    groups = fine_grained_groups(model.named_parameters(), model)
+    members = [p for g in groups for p in g.params]
+    assert len(members) == len(set(members)) == len(list(model.parameters()))
+    assert len({g.name for g in groups}) == len(groups)
+    for group in groups:
+        assert group.bias_ratio == (1.0 if group.name.endswith("/bias") else 0.0)
+
+
+def test_the_optimizer_finds_the_classes_behind_named_parameters():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2, bias=False))
+    assert MetaAdamW(model.named_parameters()).groups[0].name == "embedding/shallow/weight"
+    assert MetaAdamW(list(model.named_parameters()), model=model).groups[0].name == "embedding/shallow/weight"
+    assert MetaAdamW(list(model.named_parameters())).groups[0].name == "other/shallow/weight"
+
+
+def test_fallback_and_original_strategy_are_the_native_groups():
+    model = tiny()
+    native = [{"params": model.layers.parameters()}, {"params": model.head.parameters()}]
+    unnamed = MetaAdamW(native)
+    assert [g.name for g in unnamed.groups] == ["param_group_0", "param_group_1"]
+    assert unnamed.groups[1].params == tuple(model.head.parameters())
+    original = MetaAdamW(model.named_parameters(), group_strategy="original")
+    assert len(original.groups) == 1
+    assert len(original.groups[0].params) == len(list(model.parameters()))

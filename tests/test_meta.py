@@ -1,0 +1,370 @@
+"""Section 3.5 and Algorithm 2: the meta-losses, their gradient by Φ, and that nothing else is touched."""
+
+import copy
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same, cross_entropy, tiny, train
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metaadamw_lite import MetaAdamW
+from metaadamw_lite.meta import MetaLosses, gradient_alignment
+from metaadamw_lite.modulator import Modulation
+
+OBJECTIVES = ("combined", "gradient", "loss_decrease", "gen_gap")
+HEADS = {"basic": 6, "basic_plus": 11, "enhanced": 7, "norm_basic": 6, "norm_basic_plus": 11}
+
+
+def trained(batches, dtype=torch.float64, **settings):
+    """A model and its optimizer after three steps; plain descent on Φ with step 1 shows the gradient."""
+    model = tiny(dtype)
+    settings = {
+        "lr": 0.02,
+        "weight_decay": 0.3,
+        "meta_lr": 1.0,
+        "meta_weight_decay": 0.0,
+        "total_steps": 50,
+        **settings,
+    }
+    optimizer = MetaAdamW(model.named_parameters(), **settings)
+    train(model, optimizer, batches[:3])
+    return model, optimizer
+
+
+def phi_vector(optimizer):
+    parts = [p.detach().flatten() for p in optimizer.modulator.parameters()]
+    if optimizer.huw is not None:
+        parts.append(optimizer.huw.log_var.detach())
+    return torch.cat(parts).clone()
+
+
+def meta_gradient(model, optimizer, batches, **how):
+    """The gradient that one meta-update follows (its negative step of length 1) and its losses."""
+    before = phi_vector(optimizer)
+    losses = optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5], **how)
+    return before - phi_vector(optimizer), losses
+
+
+# ---------------------------------------------------------------- the losses
+
+
+def test_equation_10_against_plain_python():
+    lambda1, lambda2 = torch.tensor([0.2, 0.9]), torch.tensor([0.7, 0.4])
+    modulation = Modulation(torch.ones(2), torch.ones(2), lambda1, lambda2)
+    g = [torch.tensor([1.0, 2.0]), torch.tensor([[0.5]]), torch.tensor([-1.0, 1.0])]
+    g_prime = [torch.tensor([3.0, -1.0]), torch.tensor([[2.0]]), torch.tensor([0.5, 2.0])]
+    first = 0.2 * (9 + 1 + 4) - 0.7 * (3 - 2 + 1) / math.sqrt((1 + 4 + 0.25) * (9 + 1 + 4))
+    second = 0.9 * (0.25 + 4) - 0.4 * (-0.5 + 2) / math.sqrt(2 * 4.25)
+    assert gradient_alignment(modulation, [0, 0, 1], g, g_prime).item() == pytest.approx((first + second) / 2)
+
+
+def test_a_zero_gradient_has_cosine_0_and_a_finite_slope():
+    modulation = Modulation(*(torch.ones(1) for _ in range(4)))
+    zero = torch.zeros(3, requires_grad=True)
+    value = gradient_alignment(modulation, [0], [torch.ones(3)], [zero])
+    value.backward()
+    assert value.item() == 0
+    assert torch.isfinite(zero.grad).all()
+
+
+def test_the_reported_losses_are_equations_10_to_13(batches):
+    """Computed the long way: a copy of the model takes the hypothetical step with the optimizer's own step()."""
+    model, optimizer = trained(batches, huw_priorities=(1.0, 2.0, 5.0))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.MultiheadAttention):
+            module.p = module.dropout = 0.0
+    with torch.no_grad():
+        optimizer.huw.log_var.copy_(torch.tensor([0.2, -0.4, 0.6]))
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+
+    twin_optimizer.zero_grad()
+    loss1 = cross_entropy(twin, batches[3])
+    loss1.backward()
+    g = {p: p.grad.clone() for p in twin.parameters()}
+    val_at_theta = cross_entropy(twin, batches[5]).item()
+    modulation = twin_optimizer.modulator(twin_optimizer.features())
+    twin_optimizer.step()
+    twin_optimizer.zero_grad()
+    cross_entropy(twin, batches[4]).backward()
+    order = [(p, k) for k, group in enumerate(twin_optimizer.groups) for p in group.params]
+    expected_gradient = gradient_alignment(
+        modulation, [k for _, k in order], [g[p] for p, _ in order], [p.grad for p, _ in order]
+    ).item()
+    expected_decrease = cross_entropy(twin, batches[5]).item() - val_at_theta
+    expected_gap = abs(loss1.item() - val_at_theta)
+
+    expected_total = sum(
+        0.5 * math.exp(-s) * loss + 0.5 * p * s
+        for s, p, loss in zip(
+            (0.2, -0.4, 0.6), (1, 2, 5), (expected_gradient, expected_decrease, expected_gap), strict=True
+        )
+    )
+    losses = optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    expected = MetaLosses(expected_total, expected_gradient, expected_decrease, expected_gap)
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "present"),
+    [("gradient", {1}), ("loss_decrease", {2}), ("gen_gap", {3}), ("combined", {1, 2, 3})],
+)
+def test_terms_that_the_objective_leaves_out_are_nan(batches, objective, present):
+    model, optimizer = trained(batches, meta_objective=objective, huw_priorities=None)
+    losses = optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    assert {i for i in (1, 2, 3) if not math.isnan(losses[i])} == present
+    assert losses.total == pytest.approx(sum(losses[i] for i in present), rel=1e-12)
+    assert optimizer.huw is None
+
+
+# ---------------------------------------------------------------- the gradient
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("version", HEADS)
+@pytest.mark.parametrize("gating", [False, True])
+def test_first_order_equals_double_backward(batches, objective, version, gating):
+    results = []
+    for double_backward in (False, True):
+        model, optimizer = trained(
+            batches,
+            meta_objective=objective,
+            feature_version=version,
+            attn_heads=HEADS[version],
+            use_feature_gating=gating,
+        )
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            results.append(meta_gradient(model, optimizer, batches, double_backward=double_backward))
+    (first, losses1), (exact, losses2) = results
+    assert losses1 == pytest.approx(losses2, rel=1e-10, nan_ok=True)
+    if objective != "gen_gap":
+        assert exact.norm() > 1e-6, "there must be something to agree on"
+    assert (first - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("part", ["alpha", "beta"])
+def test_the_gradient_through_each_factor_agrees(batches, part):
+    """α's and β's parts are checked apart, for the λ part alone could hide an error in a small one."""
+    row = ("alpha", "beta").index(part)
+    rows = []
+    for double_backward in (False, True):
+        model, optimizer = trained(batches, weight_decay=3.0)
+        before = optimizer.modulator.output.bias.detach().clone()
+        with sdpa_kernel(SDPBackend.MATH):
+            optimizer.update_attention(
+                model, batches[3], batches[4], cross_entropy, batches[5], double_backward=double_backward
+            )
+        rows.append((before - optimizer.modulator.output.bias.detach())[row])
+    assert abs(rows[1]) > 1e-6
+    assert rows[0].item() == pytest.approx(rows[1].item(), rel=1e-5)
+
+
+def test_first_order_equals_a_numerical_derivative(batches):
+    model, optimizer = trained(batches, use_feature_gating=True)
+    snapshot = copy.deepcopy((optimizer.modulator.state_dict(), optimizer.huw.state_dict()))
+
+    def total(direction, step):
+        optimizer.modulator.load_state_dict(snapshot[0])
+        optimizer.huw.load_state_dict(snapshot[1])
+        parameters = [*optimizer.modulator.parameters(), *optimizer.huw.parameters()]
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters) + step * direction, parameters)
+        return optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5]).total
+
+    gradient, _ = meta_gradient(model, optimizer, batches)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        direction = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
+        numerical = (total(direction, 1e-5) - total(direction, -1e-5)) / 2e-5
+        assert (gradient @ direction).item() == pytest.approx(numerical, rel=1e-4, abs=1e-8)
+
+
+def test_only_first_derivatives_are_asked_of_the_model(batches):
+    """Without dropout torch takes a fused attention kernel, which has no second derivative."""
+    model = tiny(dropout=0.0)
+    optimizer = MetaAdamW(model.named_parameters())
+    before = phi_vector(optimizer)
+    optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    assert not torch.equal(phi_vector(optimizer), before)
+    with pytest.raises(RuntimeError, match=r"attention.*not implemented"):
+        optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5], double_backward=True)
+
+
+def test_beta_is_trained(batches):
+    model, optimizer = trained(batches, meta_objective="loss_decrease")
+    before = optimizer.modulator.output.weight.detach().clone()
+    optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    assert (optimizer.modulator.output.weight - before)[1].abs().max() > 0
+
+
+def test_the_generalisation_gap_cannot_move_phi(batches):
+    model, optimizer = trained(batches, meta_objective="gen_gap")
+    before = phi_vector(optimizer)
+    losses = optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    assert losses.gen_gap > 0
+    assert torch.equal(phi_vector(optimizer), before)
+
+
+def test_gates_are_trained(batches):
+    model, optimizer = trained(batches, use_feature_gating=True)
+    optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    assert (optimizer.modulator.gates != 1).all()
+
+
+def test_meta_weight_decay_shrinks_phi_but_not_the_variances(batches):
+    model, optimizer = trained(batches, meta_objective="gen_gap", meta_lr=0.1, meta_weight_decay=0.5)
+    before = phi_vector(optimizer)
+    optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    torch.testing.assert_close(phi_vector(optimizer), before * (1 - 0.1 * 0.5))
+
+
+def test_many_meta_updates_lower_the_meta_loss(batches):
+    for meta_optimizer, lr in (("sgd", 1e-2), ("adam", 1e-2)):
+        model, optimizer = trained(
+            batches, meta_objective="gradient", meta_optimizer=meta_optimizer, meta_lr=lr, weight_decay=0.01
+        )
+        totals = [optimizer.update_attention(model, batches[3], batches[4], cross_entropy).total for _ in range(30)]
+        assert totals[-1] < totals[0] - 1e-3
+
+
+def test_recurrent_models_need_no_second_derivative():
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 4, num_layers=2, dropout=0.1).double()
+    optimizer = MetaAdamW(model.named_parameters(), meta_lr=1.0)
+    data = [torch.randn(6, 2, 3, dtype=torch.float64) for _ in range(3)]
+
+    def loss_fn(model, x):
+        return model(x)[0].square().mean()
+
+    before = phi_vector(optimizer)
+    optimizer.update_attention(model, data[0], data[1], loss_fn, data[2])
+    assert not torch.equal(phi_vector(optimizer), before)
+
+
+# ---------------------------------------------------------------- leaving everything as found
+
+
+def everything(model, optimizer):
+    return copy.deepcopy(
+        {
+            "parameters and buffers": model.state_dict(),
+            "gradients": [p.grad for p in model.parameters()],
+            "modes": [m.training for m in model.modules()],
+            "moments": [optimizer.state[p] for p in model.parameters()],
+            "counter": optimizer.state_dict()["meta"]["t"],
+            "factors": (optimizer.alpha, optimizer.beta),
+            "torch rng": torch.get_rng_state(),
+            "python rng": random.getstate()[1],
+            "numpy rng": np.random.get_state()[1].tolist(),  # noqa: NPY002
+        }
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("double_backward", [False, True])
+def test_everything_is_left_as_found(batches, objective, double_backward):
+    model, optimizer = trained(batches, meta_objective=objective)
+    model.layers[0].eval()
+    before = everything(model, optimizer)
+
+    def loss_fn(model, batch):
+        model.train()
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        return cross_entropy(model, batch)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        optimizer.update_attention(model, batches[3], batches[4], loss_fn, batches[5], double_backward=double_backward)
+    assert_same(everything(model, optimizer), before)
+
+
+@pytest.mark.parametrize("double_backward", [False, True])
+@pytest.mark.parametrize("fails_at", range(1, 6))
+def test_everything_is_left_as_found_when_the_loss_raises(batches, fails_at, double_backward):
+    model, optimizer = trained(batches)
+    before, phi = everything(model, optimizer), phi_vector(optimizer)
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(batch)
+        loss = cross_entropy(model, batch)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        return loss
+
+    with sdpa_kernel(SDPBackend.MATH):
+        if double_backward and fails_at == 5:  # it has no perturbed gradient to take
+            optimizer.update_attention(model, batches[3], batches[4], loss_fn, batches[5], double_backward=True)
+            return
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.update_attention(
+                model, batches[3], batches[4], loss_fn, batches[5], double_backward=double_backward
+            )
+    assert_same(everything(model, optimizer), before)
+    assert torch.equal(phi_vector(optimizer), phi)
+
+
+def test_dropout_masks_are_the_same_at_theta_and_theta_prime(batches):
+    """With a learning rate of zero, θ′ = θ: the loss decrease must then be exactly zero, dropout or not."""
+    model, optimizer = trained(batches)
+    optimizer.param_groups[0]["lr"] = 0.0
+    losses = optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    assert losses.loss_decrease == 0
+
+
+def test_a_frozen_parameter_is_no_obstacle(batches):
+    model, optimizer = trained(batches)
+    model.head.weight.requires_grad_(False)
+    optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("objective", ["combined", "loss_decrease", "gen_gap"])
+def test_a_missing_validation_batch(batches, objective):
+    model, optimizer = trained(batches, meta_objective=objective)
+    before, phi = everything(model, optimizer), phi_vector(optimizer)
+    with pytest.raises(ValueError, match=f"val_batch is None.*{objective}"):
+        optimizer.update_attention(model, batches[3], batches[4], cross_entropy)
+    assert_same(everything(model, optimizer), before)
+    assert torch.equal(phi_vector(optimizer), phi)
+
+
+@pytest.mark.parametrize("which", ["batch1", "batch2", "val_batch"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite(batches, which, value):
+    model, optimizer = trained(batches)
+    before, state = everything(model, optimizer), copy.deepcopy(optimizer.state_dict()["meta"])
+    bad = {"batch1": batches[3], "batch2": batches[4], "val_batch": batches[5]}[which]
+
+    def loss_fn(model, batch):
+        return cross_entropy(model, batch) * (value if batch is bad else 1.0)
+
+    with pytest.raises(ValueError, match=f"loss on {which} is {value}"):
+        optimizer.update_attention(model, batches[3], batches[4], loss_fn, batches[5])
+    assert_same(everything(model, optimizer), before)
+    assert_same(optimizer.state_dict()["meta"], state)
+
+
+def test_a_gradient_that_is_not_finite_leaves_phi(batches):
+    model, optimizer = trained(batches)
+    phi = phi_vector(optimizer)
+
+    def loss_fn(model, batch):  # a finite loss with an infinite slope
+        return cross_entropy(model, batch) + (model.head.bias - model.head.bias.detach()).abs().sum().sqrt()
+
+    with pytest.raises(ValueError, match="finite"):
+        optimizer.update_attention(model, batches[3], batches[4], loss_fn, batches[5])
+    assert torch.equal(phi_vector(optimizer), phi)
+
+
+def test_a_loss_that_is_no_scalar(batches):
+    model, optimizer = trained(batches)
+    with pytest.raises(ValueError, match=r"\(12, 3\) on batch1"):
+        optimizer.update_attention(model, batches[3], batches[4], lambda m, b: m(b[0]), batches[5])
+    with pytest.raises(ValueError, match="float on batch1"):
+        optimizer.update_attention(model, batches[3], batches[4], lambda m, b: 1.0, batches[5])

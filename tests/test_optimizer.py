@@ -1,0 +1,220 @@
+"""The step: it is AdamW, it is Eq. 4, and it behaves as torch's optimizers do."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import assert_same, cross_entropy, tiny, train
+from torch import nn
+
+from metaadamw_lite import MetaAdamW
+
+
+def largest_gap(a: nn.Module, b: nn.Module) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kernel", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("lr", [1e-3, 0.1])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5)])
+@pytest.mark.parametrize(("eps", "weight_decay"), [(1e-8, 0.0), (1e-2, 0.3)])
+def test_without_ranges_it_is_adamw(batches, kernel, lr, betas, eps, weight_decay):
+    ours, theirs = tiny(), tiny()
+    settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **kernel}
+    train(ours, MetaAdamW(ours.named_parameters(), alpha_range=0, beta_range=0, **settings), batches)
+    train(theirs, torch.optim.AdamW(theirs.parameters(), **settings), batches)
+    assert largest_gap(ours, theirs) <= 1e-12
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_identity_with_parameter_groups_that_differ(batches, named):
+    ours, theirs = tiny(), tiny()
+
+    def groups(model):
+        def of(module):
+            return list(module.named_parameters() if named else module.parameters())
+
+        return [
+            {"params": of(model.layers[0]), "lr": 3e-2, "betas": (0.5, 0.9)},
+            {"params": of(model.layers[1]), "weight_decay": 0.5},
+            {"params": of(model.head), "eps": 1e-3, "lr": 1e-4},
+        ]
+
+    train(ours, MetaAdamW(groups(ours), alpha_range=0, beta_range=0), batches)
+    train(theirs, torch.optim.AdamW(groups(theirs)), batches)
+    assert largest_gap(ours, theirs) <= 1e-12
+
+
+def test_a_step_is_equation_4_with_the_reported_factors(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.03, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.2, seed=3)
+    m = {p: torch.zeros_like(p) for p in model.parameters()}
+    v = {p: torch.zeros_like(p) for p in model.parameters()}
+    for t, batch in enumerate(batches[:5], start=1):
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        before = {p: p.detach().clone() for p in model.parameters()}
+        optimizer.step()
+        assert optimizer.alpha.min() < 0.99 or optimizer.alpha.max() > 1.01, "the factors must matter for this test"
+        for k, group in enumerate(optimizer.groups):
+            for p in group.params:
+                m[p] = 0.8 * m[p] + 0.2 * p.grad
+                v[p] = 0.95 * v[p] + 0.05 * p.grad**2
+                m_hat, v_hat = m[p] / (1 - 0.8**t), v[p] / (1 - 0.95**t)
+                alpha, beta = optimizer.alpha[k], optimizer.beta[k]
+                expected = before[p] - 0.03 * alpha * (m_hat / (v_hat.sqrt() + 1e-6) + beta * 0.2 * before[p])
+                torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-13)
+
+
+def test_the_factors_are_those_of_the_features_before_the_step(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), total_steps=100)
+    train(model, optimizer, batches[:3])
+    optimizer.zero_grad()
+    cross_entropy(model, batches[3]).backward()
+    expected = optimizer.modulator(optimizer.features())
+    optimizer.step()
+    torch.testing.assert_close(optimizer.alpha, expected.alpha.detach())
+    torch.testing.assert_close(optimizer.beta, expected.beta.detach())
+
+
+def test_schedulers_own_the_learning_rate(batches):
+    ours, theirs = tiny(), tiny()
+    for model, optimizer in (
+        (ours, MetaAdamW(ours.named_parameters(), lr=0.1, alpha_range=0, beta_range=0)),
+        (theirs, torch.optim.AdamW(theirs.parameters(), lr=0.1)),
+    ):
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=12, cycle_momentum=True)
+        for batch in batches[:6]:
+            train(model, optimizer, [batch])
+            scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+    assert largest_gap(ours, theirs) <= 1e-12
+
+
+def test_parameters_without_gradient_are_neither_moved_nor_decayed(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), weight_decay=0.5)
+    before = copy.deepcopy(model.state_dict())
+    model.head.weight.requires_grad_(False)
+    train(model, optimizer, batches[:2])
+    assert torch.equal(model.head.weight, before["head.weight"])
+    assert not torch.equal(model.head.bias, before["head.bias"])
+
+
+def test_a_step_without_any_gradient_changes_nothing():
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters())
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    optimizer.step()
+    assert_same((model.state_dict(), optimizer.state_dict()), before)
+
+
+def test_closure_runs_first_and_its_loss_is_returned(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters())
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model, batches[0])
+        loss.backward()
+        seen.append(model.head.weight.detach().clone())
+        return loss
+
+    loss = optimizer.step(closure)
+    assert math.isfinite(loss.item())
+    assert not torch.equal(seen[0], model.head.weight)
+
+
+def test_the_seed_decides_phi_and_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    a, b, c = (MetaAdamW(tiny().named_parameters(), seed=s).modulator for s in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(a.output.weight, b.output.weight)
+    assert not torch.equal(a.output.weight, c.output.weight)
+
+
+def test_a_parameter_group_added_later_is_trained_and_keeps_what_phi_knows(batches):
+    model = tiny()
+    backbone = [(n, p) for n, p in model.named_parameters() if not n.startswith("head")]
+    optimizer = MetaAdamW(backbone, feature_version="enhanced", attn_heads=7)
+    train(model, optimizer, batches[:2])
+    weight, embeddings = optimizer.modulator.output.weight.clone(), optimizer.modulator.embeddings.detach().clone()
+    names, moment = [g.name for g in optimizer.groups], optimizer.state[model.batch_norm.weight]["exp_avg"].clone()
+
+    optimizer.add_param_group({"params": [(n, p) for n, p in model.named_parameters() if n.startswith("head")]})
+    assert "other/deep/weight" in [g.name for g in optimizer.groups]
+    assert torch.equal(optimizer.modulator.output.weight, weight)
+    assert torch.equal(optimizer.state[model.batch_norm.weight]["exp_avg"], moment)
+    for row, group in enumerate(optimizer.groups):
+        if group.name in names:
+            assert torch.equal(optimizer.modulator.embeddings[row], embeddings[names.index(group.name)])
+
+    before = model.head.weight.detach().clone()
+    train(model, optimizer, batches[2:4])
+    assert not torch.equal(model.head.weight, before)
+    optimizer.update_attention(model, batches[4], batches[5], cross_entropy, batches[6])
+
+
+OUT_OF_RANGE = [
+    ({"lr": -1.0}, "-1"),
+    ({"betas": (1.0, 0.9)}, "1.0"),
+    ({"eps": -1e-8}, "-1e-08"),
+    ({"weight_decay": -0.1}, "-0.1"),
+    ({"alpha_range": -0.5}, "-0.5"),
+    ({"alpha_range": 2.5}, "2.5"),
+    ({"alpha_range": math.nan}, "nan"),
+    ({"beta_range": 3}, "3"),
+    ({"group_strategy": "coarse"}, "'coarse'.*fine_grained"),
+    ({"feature_version": "basic+"}, r"'basic\+'.*basic_plus"),
+    ({"feature_gating_sparsity": -1.0}, "-1.0"),
+    ({"group_embed_dim": 0, "feature_version": "enhanced"}, "group_embed_dim is 0"),
+    ({"attn_layers": 0}, "attn_layers is 0"),
+    ({"attn_layers": 1.5}, "1.5"),
+    ({"attn_hidden_dim": -3}, "-3"),
+    ({"attn_heads": 0}, "attn_heads is 0"),
+    ({"attn_heads": 4}, "attn_heads is 4.*feature size 6.*1, 2, 3, 6"),
+    ({"feature_version": "enhanced"}, "attn_heads is 6.*14"),
+    ({"meta_objective": "loss"}, "'loss'.*loss_decrease"),
+    ({"huw_priorities": (1.0, 1.0)}, r"\(1.0, 1.0\).*3"),
+    ({"huw_priorities": (1.0, 0.0, 1.0)}, "priority is 0.0"),
+    ({"huw_priorities": (1.0, math.inf, 1.0)}, "priority is inf"),
+    ({"meta_lr": -1e-4}, "-0.0001"),
+    ({"meta_weight_decay": math.nan}, "nan"),
+    ({"meta_optimizer": "lbfgs"}, "'lbfgs'.*sgd"),
+    ({"total_steps": 0}, "total_steps is 0"),
+    ({"seed": "0"}, "'0'"),
+]
+
+
+@pytest.mark.parametrize(("argument", "message"), OUT_OF_RANGE, ids=lambda x: str(x)[:40])
+def test_arguments_out_of_range_are_quoted(argument, message):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        MetaAdamW(tiny().named_parameters(), **argument)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_empty_parameter_list():
+    with pytest.raises(ValueError, match="empty"):
+        MetaAdamW([])
+
+
+def test_complex_parameters_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"spectrum is torch.complex64"):
+        MetaAdamW([("spectrum", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))])
+
+
+def test_sparse_gradients_are_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(5, 2, sparse=True))
+    optimizer = MetaAdamW(model.named_parameters())
+    (model[0](torch.ones(2)).sum() + model[1](torch.tensor([1])).sum()).backward()
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match="sparse gradient"):
+        optimizer.step()
+    assert_same((model.state_dict(), optimizer.state_dict()), before)

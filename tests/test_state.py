@@ -1,0 +1,81 @@
+"""Resume = continue; a state that does not fit is refused and changes nothing."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import assert_same, cross_entropy, tiny, train
+
+from metaadamw_lite import MetaAdamW
+
+SETTINGS = {"lr": 0.01, "meta_lr": 0.1, "use_feature_gating": True, "feature_version": "enhanced", "attn_heads": 7}
+
+
+def go_on(model, optimizer, batches):
+    """Steps and a meta-update, then steps that feel it."""
+    train(model, optimizer, batches[:3])
+    losses = optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    train(model, optimizer, batches[6:9])
+    return losses
+
+
+@pytest.mark.parametrize("meta_optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resume_equals_continue_bit_for_bit(batches, meta_optimizer, dtype):
+    model = tiny(dtype)
+    optimizer = MetaAdamW(model.named_parameters(), meta_optimizer=meta_optimizer, **SETTINGS)
+    go_on(model, optimizer, batches)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+
+    expected = go_on(model, optimizer, batches)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = tiny(dtype, seed=7)
+    resumed.load_state_dict(saved["model"])
+    again = MetaAdamW(resumed.named_parameters(), meta_optimizer=meta_optimizer, seed=9, **SETTINGS)
+    untouched = copy.deepcopy(saved["optimizer"])
+    again.load_state_dict(saved["optimizer"])
+    assert go_on(resumed, again, batches) == expected
+    assert_same(resumed.state_dict(), model.state_dict())
+    assert_same(again.state_dict(), optimizer.state_dict())
+    assert_same(saved["optimizer"], untouched)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_alike(batches, how):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    go_on(model, optimizer, batches)
+    twin, twin_optimizer = how((model, optimizer))
+    assert go_on(twin, twin_optimizer, batches) == go_on(model, optimizer, batches)
+    assert_same(twin.state_dict(), model.state_dict())
+    assert_same(twin_optimizer.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_layers": 3}, "encoder.layers.3"),
+        ({"use_feature_gating": False}, "gates"),
+        ({"group_strategy": "original"}, "param_group_0"),
+        ({"huw_priorities": None}, "uncertainty"),
+    ],
+)
+def test_a_state_of_another_architecture_is_refused_by_name(batches, change, message):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    train(model, optimizer, batches[:2])
+    other = MetaAdamW(tiny().named_parameters(), **{**SETTINGS, **change})
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(optimizer.state_dict())
+    assert_same(other.state_dict(), before)
+
+
+def test_a_state_of_adamw_is_refused():
+    with pytest.raises(ValueError, match="not saved by MetaAdamW"):
+        MetaAdamW(tiny().named_parameters()).load_state_dict(torch.optim.AdamW(tiny().parameters()).state_dict())
