@@ -2,8 +2,9 @@
 
 import ast
 from collections.abc import Sequence
+from itertools import pairwise
 
-import matplotlib_inline.backend_inline
+import matplotlib_inline.backend_inline as inline
 import torch
 
 from metaadamw_lite.experiments.figures import use_style
@@ -20,7 +21,7 @@ def start(cells: Sequence[str]) -> None:
     """
     check_parameters(cells)
     use_style()
-    matplotlib_inline.backend_inline.set_matplotlib_formats("retina")
+    inline.set_matplotlib_formats("retina")  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
 
 
@@ -30,7 +31,7 @@ def check_parameters(cells: Sequence[str]) -> None:
     papermill puts the values it was given into a cell that begins with "# Parameters", behind the notebook's own cell
     of defaults; a name that is misspelt there would change nothing and go unnoticed.
     """
-    for before, cell in zip(cells, cells[1:], strict=False):
+    for before, cell in pairwise(cells):
         if cell.startswith("# Parameters"):
             known, given = _assigned(before), _assigned(cell)
             unknown = [name for name in given if name not in known]

@@ -1,7 +1,7 @@
 """From records to tables: what was measured, with its spread, and what it says about a claim.
 
-Statistics are paired by seed: arms with the same seed share weights, batches and dropout masks, so only their difference
-is evidence. All of them come from scipy.
+Statistics are paired by seed: arms with the same seed share weights, batches and dropout masks, so only their
+difference is evidence. All of them come from scipy.
 """
 
 from collections.abc import Iterable, Sequence
