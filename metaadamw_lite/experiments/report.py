@@ -43,6 +43,7 @@ def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
             {
                 **record["run"],
                 "status": record["status"],
+                "data": record["data"],
                 "epochs": len(record["epochs"]),
                 "best_epoch": record["best"] and record["best"]["epoch"],
                 "best": record["best"] and record["best"]["metric"],

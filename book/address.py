@@ -1,0 +1,67 @@
+"""Write the repository's public address wherever it is needed, from the one place where it stands.
+
+The address is ``Repository`` under ``[project.urls]`` in pyproject.toml. From it come the repository and launch buttons
+(_config.yml), the Colab badge and the Colab set-up cell of every notebook, and the citation. ``make address`` runs this
+file after a change; a test fails where they disagree.
+"""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def address() -> str:
+    """The public address of the repository, without a slash at the end."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return str(project["urls"]["Repository"]).rstrip("/")
+
+
+def colab_badge(url: str, notebook: str) -> str:
+    """The Markdown of a notebook's badge."""
+    path = url.partition("github.com/")[2]
+    link = f"https://colab.research.google.com/github/{path}/blob/main/notebooks/{notebook}"
+    return f"[![Open in Colab](../book/_static/colab.svg)]({link})"
+
+
+def colab_setup(url: str) -> str:
+    """The source of a notebook's set-up cell; it pins nothing that Colab brings."""
+    folder = url.rpartition("/")[2]
+    return (
+        "# On Colab this fetches the code and the records of the book; elsewhere it does nothing.\n"
+        "import sys\n\n"
+        'if "google.colab" in sys.modules:\n'
+        f"    !git clone -q --depth 1 {url} && pip install -q -e {folder}[experiments]\n"
+        f"    %cd {folder}/notebooks\n"
+        '    sys.path.insert(0, "..")'
+    )
+
+
+def addressed() -> dict[Path, str]:
+    """Every file that holds the address, with the text it should have."""
+    url = address()
+    texts = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            if cell["id"] == "colab-badge":
+                cell["source"] = colab_badge(url, path.name).splitlines(keepends=True)
+            elif cell["id"] == "colab-setup":
+                cell["source"] = colab_setup(url).splitlines(keepends=True)
+        texts[path] = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    for name, pattern, line in (
+        ("_config.yml", r"^  url: .*$", f"  url: {url}"),
+        ("CITATION.cff", r"^repository-code: .*$", f'repository-code: "{url}"'),
+    ):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        texts[ROOT / name] = re.sub(pattern, line, text, count=1, flags=re.MULTILINE)
+    return texts
+
+
+if __name__ == "__main__":
+    for path, text in addressed().items():
+        if path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")

@@ -1,0 +1,108 @@
+"""Execute the notebooks and build the book.
+
+``python book/build.py`` runs every notebook headlessly by papermill in ``_build/source`` and builds the HTML book from
+the executed copies, at ``_build/html/index.html``. The checkout itself is not changed. A failing cell, an unknown
+parameter or a warning of the builder fails the build.
+
+``--parameters NAME=VALUE`` goes to the notebooks that have that parameter; ``--in-place`` writes the text outputs that
+nbval compares back into ``notebooks/``.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import joblib
+import nbformat
+import papermill
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+BUILD = ROOT / "_build"
+SOURCE = BUILD / "source"
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
+    """Run a notebook in its own folder, with those parameters that it has.
+
+    Raises:
+        papermill.exceptions.PapermillExecutionError: if a cell fails.
+    """
+    known = papermill.inspect_notebook(notebook)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        notebook,
+        output,
+        parameters={k: v for k, v in parameters.items() if k in known},
+        cwd=NOTEBOOKS,
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    print(f"executed {notebook.name}", flush=True)
+
+
+def execute_all(folder: Path, parameters: dict[str, Any]) -> None:
+    """Run all notebooks, two at a time, into a folder.
+
+    Raises:
+        ValueError: for a parameter that no notebook has.
+    """
+    notebooks = sorted(NOTEBOOKS.glob("*.ipynb"))
+    known = {name for notebook in notebooks for name in papermill.inspect_notebook(notebook)}
+    if unknown := sorted(parameters.keys() - known):
+        raise ValueError(f"no notebook has a parameter {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    joblib.Parallel(n_jobs=2)(joblib.delayed(execute)(n, folder / n.name, parameters) for n in notebooks)
+
+
+def build() -> int:
+    """Build the HTML book from ``_build/source`` and return the builder's exit code; warnings are failures."""
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, SOURCE / name)
+    shutil.copytree(ROOT / "book", SOURCE / "book", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py"))
+    command = ["jupyter-book", "build", str(SOURCE), "--path-output", str(ROOT), "-W", "--keep-going", "--all"]
+    return subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=False).returncode
+
+
+def keep_text_outputs(executed: Path, notebook: Path) -> None:
+    """Store in ``notebook`` the outputs that nbval compares, and no others: figures would change from machine to machine."""
+    outputs = {cell["id"]: cell.get("outputs", []) for cell in nbformat.read(executed, as_version=4).cells}
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            checked = "nbval-check-output" in cell["metadata"].get("tags", [])
+            cell["outputs"] = outputs[cell["id"]] if checked else []
+            cell["execution_count"] = None
+            for output in cell["outputs"]:
+                output.pop("execution_count", None)
+                if isinstance(output.get("text"), str):
+                    output["text"] = output["text"].splitlines(keepends=True)
+    notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Execute and build; return the exit code."""
+    parser = argparse.ArgumentParser(description="Execute the notebooks and build the book.")
+    parser.add_argument("--parameters", nargs="*", default=[], metavar="NAME=VALUE", help="for the notebooks that have it")
+    parser.add_argument("--in-place", action="store_true", help="store the outputs that nbval compares; build nothing")
+    args = parser.parse_args(arguments)
+    parameters = {name: yaml.safe_load(value) for name, _, value in (p.partition("=") for p in args.parameters)}
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    try:
+        execute_all(SOURCE / "notebooks", parameters)
+    except (ValueError, papermill.exceptions.PapermillExecutionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.in_place:
+        for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+            keep_text_outputs(SOURCE / "notebooks" / notebook.name, notebook)
+        return 0
+    return build()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
