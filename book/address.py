@@ -33,7 +33,8 @@ def colab_setup(url: str) -> str:
         "# On Colab this fetches the code and the records of the book; elsewhere it does nothing.\n"
         "import sys\n\n"
         'if "google.colab" in sys.modules:\n'
-        f"    !git clone -q --depth 1 {url} && pip install -q -e {folder}[experiments]\n"
+        f"    !git clone -q --depth 1 {url}\n"
+        f"    !pip install -q -e {folder}[experiments]\n"
         f"    %cd {folder}/notebooks\n"
         '    sys.path.insert(0, "..")'
     )

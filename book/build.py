@@ -69,16 +69,15 @@ def build() -> int:
 
 
 def keep_text_outputs(executed: Path, notebook: Path) -> None:
-    """Store in ``notebook`` the outputs that nbval compares, and no others: figures would change from machine to machine."""
-    outputs = {cell["id"]: cell.get("outputs", []) for cell in nbformat.read(executed, as_version=4).cells}
+    """Store in ``notebook`` the outputs that nbval compares, and no others: figures differ between machines."""
+    ran = {cell["id"]: cell for cell in nbformat.read(executed, as_version=4).cells}
     content = json.loads(notebook.read_text(encoding="utf-8"))
     for cell in content["cells"]:
         if cell["cell_type"] == "code":
             checked = "nbval-check-output" in cell["metadata"].get("tags", [])
-            cell["outputs"] = outputs[cell["id"]] if checked else []
-            cell["execution_count"] = None
+            cell["outputs"] = ran[cell["id"]]["outputs"] if checked else []
+            cell["execution_count"] = ran[cell["id"]]["execution_count"] if checked else None
             for output in cell["outputs"]:
-                output.pop("execution_count", None)
                 if isinstance(output.get("text"), str):
                     output["text"] = output["text"].splitlines(keepends=True)
     notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -87,7 +86,9 @@ def keep_text_outputs(executed: Path, notebook: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Execute and build; return the exit code."""
     parser = argparse.ArgumentParser(description="Execute the notebooks and build the book.")
-    parser.add_argument("--parameters", nargs="*", default=[], metavar="NAME=VALUE", help="for the notebooks that have it")
+    parser.add_argument(
+        "--parameters", nargs="*", default=[], metavar="NAME=VALUE", help="for the notebooks that have it"
+    )
     parser.add_argument("--in-place", action="store_true", help="store the outputs that nbval compares; build nothing")
     args = parser.parse_args(arguments)
     parameters = {name: yaml.safe_load(value) for name, _, value in (p.partition("=") for p in args.parameters)}

@@ -1,13 +1,10 @@
 """The book's figures: one style, one colour for each arm, intervals instead of bare means."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = dict(zip(("adamw", "metaadamw", "metaadamw-frozen"), sns.color_palette("colorblind", 3), strict=True))
@@ -38,7 +35,7 @@ def plot_curves(
     Args:
         epochs: from ``report.epochs_frame``.
         protocols: the panels.
-        metric: name of the metric, with its unit.
+        metric: name of the metric, with its unit, for the axis.
         reference: the paper's value for an arm, drawn as a thin line under the paper's protocol.
     """
     figure, axes = plt.subplots(1, len(protocols), figsize=(4.6 * len(protocols), 3.8), sharey=True, squeeze=False)
@@ -59,7 +56,7 @@ def plot_curves(
         if protocol == "paper":
             for arm, value in (reference or {}).items():
                 ax.axhline(value, color=COLOURS[arm], linewidth=0.8)
-        ax.set(yscale="log", xlabel="epoch", ylabel=f"validation {metric} (log scale)", title=f"protocol: {protocol}")
+        ax.set(yscale="log", xlabel="epoch", ylabel=f"validation {metric}", title=f"protocol: {protocol} (log scale)")
         ax.xaxis.get_major_locator().set_params(integer=True)
     legend = axes[0][0].get_legend()
     if legend is not None:
@@ -69,42 +66,95 @@ def plot_curves(
     return figure
 
 
-def plot_factors(factors: pd.DataFrame, seed: int) -> Figure:
-    """α and β of every group over the steps of one run of each trained arm; a panel a factor."""
-    part = factors[factors["seed"] == seed]
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.2), sharex=True)
+def plot_factors(factors: pd.DataFrame) -> Figure:
+    """α and β of every group over the steps of one run, coloured by layer type; a panel for each factor.
+
+    Args:
+        factors: from ``report.factors_frame``, of one run.
+    """
+    factors = factors.assign(type=factors["group"].str.split("/").str[0], kind=factors["group"].str.split("/").str[2])
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.0), sharex=True, sharey=True)
     for ax, factor, symbol in zip(axes, ("alpha", "beta"), ("α", "β"), strict=True):
         sns.lineplot(
-            part,
+            factors,
             x="step",
             y=factor,
-            hue="group",
-            units="variant",
+            hue="type",
+            style="kind",
+            units="group",
             estimator=None,
-            style="variant",
+            palette="colorblind",
+            linewidth=1,
             ax=ax,
-            linewidth=1.2,
+            legend=ax is axes[1],
         )
         ax.axhline(1, color="black", linewidth=0.6)
-        ax.set(xlabel="step", ylabel=f"{symbol} (no unit)", title=f"{symbol} by group, seed {seed}", ylim=(0.45, 1.55))
-        ax.get_legend().remove()
+        ax.set(xlabel="step", ylabel=f"{symbol} (no unit)", title=f"{symbol}, a line for each group", ylim=(0.45, 1.55))
+    sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1, 1), title="", fontsize="small")
     return figure
 
 
-def label_bars(ax: Axes, texts: Sequence[str]) -> None:
-    """Write a text at the end of each bar of a horizontal bar chart."""
-    for bar, text in zip(ax.patches, texts, strict=True):
-        rectangle: Any = bar
-        ax.annotate(
-            text,
-            (rectangle.get_width(), rectangle.get_y() + rectangle.get_height() / 2),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
+def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], unit: str, reference: dict[str, float]) -> Figure:
+    """What every run reports, runs of one seed connected; a panel for each protocol.
+
+    Args:
+        outcome: from ``report.outcomes``.
+        titles: the protocols and the titles of their panels.
+        unit: label of the vertical axis.
+        reference: the paper's value for an arm, drawn as a line in the panel of the paper's protocol.
+    """
+    figure, axes = plt.subplots(1, len(titles), figsize=(4.8 * len(titles), 3.8), squeeze=False)
+    for ax, (protocol, title) in zip(axes[0], titles.items(), strict=True):
+        labels = {arm: label.replace(", ", ",\n") for arm, label in LABELS.items()}
+        arms = pd.Categorical(outcome["variant"].map(labels), list(labels.values()))
+        part = outcome.assign(arm=arms)[outcome["protocol"] == protocol].sort_values("arm")
+        sns.lineplot(
+            part,
+            x="arm",
+            y="outcome",
+            hue="seed",
+            style="seed",
+            palette="colorblind",
+            markers=True,
+            dashes=False,
+            linewidth=0.9,
+            ax=ax,
+            legend=ax is axes[0][-1],
         )
+        for (name, value), dash in zip(reference.items() if protocol == "paper" else (), ("-", "--"), strict=False):
+            ax.axhline(value, color="black", linewidth=0.7, linestyle=dash, label=f"paper, {LABELS[name]}")
+        ax.set(xlabel="", ylabel=unit, title=title, xlim=(-0.3, 2.3))
+        ax.tick_params(axis="x", labelsize="small")
+    axes[0][0].legend(fontsize="x-small")
+    sns.move_legend(axes[0][-1], "upper left", bbox_to_anchor=(1, 1))
+    return figure
 
 
-def spread(values: Sequence[float]) -> str:
-    """Median and range, for a cell of a table."""
-    return f"{np.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
+def plot_movement(movement: pd.DataFrame) -> Figure:
+    """How far Φ, α and log σ² are from their start after each meta-update: means and ranges over seeds.
+
+    Args:
+        movement: from ``report.movement_frame``.
+    """
+    titles = {
+        "phi_moved": "Φ: distance / norm at the start",
+        "alpha_moved": "α: largest change of a group",
+        "log_var_moved": "log σ²: largest change",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.4), sharex=True)
+    for ax, (column, title) in zip(axes, titles.items(), strict=True):
+        sns.lineplot(
+            movement,
+            x="update",
+            y=column,
+            hue="protocol",
+            style="protocol",
+            markers=True,
+            palette="colorblind",
+            errorbar=("pi", 100),
+            ax=ax,
+            legend=ax is axes[0],
+        )
+        ax.set(yscale="log", xlabel="meta-update", ylabel="no unit (log scale)", title=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure

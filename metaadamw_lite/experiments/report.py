@@ -4,7 +4,7 @@ Statistics are paired by seed: arms with the same seed share weights, batches an
 difference is evidence. All of them come from scipy.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,21 @@ def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def outcomes(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with a column ``outcome``: the test metric under ``clean``, else the best validation metric."""
+    return runs.assign(outcome=runs["test"].where(runs["protocol"] == "clean", runs["best"]))
+
+
+def movement_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each meta-update of each run: how far Φ, its factors and log σ² are from their start."""
+    rows = []
+    for record in records:
+        for k, entry in enumerate(record.get("meta_updates") or [], start=1):
+            log_var = max((abs(s) for s in entry["log_var"]), default=0.0)
+            rows.append({**record["run"], "update": k, **entry, "log_var_moved": log_var})
+    return pd.DataFrame(rows)
+
+
 def epochs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """One row for each epoch of each run."""
     return pd.DataFrame([{**r["run"], **epoch} for r in records for epoch in r["epochs"]])
@@ -94,7 +109,7 @@ class PairedDifference:
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} % [{self.low:+.2f}, {self.high:+.2f}], {self.seeds} seeds"
+        return f"{self.mean:+.1f} % [{self.low:+.1f}, {self.high:+.1f}], {self.seeds} seeds"
 
 
 def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> PairedDifference:
@@ -116,21 +131,20 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
     return PairedDifference(float(percent.mean()) if len(percent) else float("nan"), low, high, p, len(percent))
 
 
+def compare(outcome: pd.DataFrame, protocol: str, arm: str, baseline: str, lower_is_better: bool) -> PairedDifference:
+    """The improvement of one arm over another under a protocol, from a frame that ``outcomes`` made."""
+    table = outcome[outcome["protocol"] == protocol].pivot(index="seed", columns="variant", values="outcome")
+    return improvement(table[arm], table[baseline], lower_is_better)
+
+
 def verdict(difference: PairedDifference) -> str:
-    """What a paired difference says about the claim "it is better"; an interval that holds zero decides nothing."""
+    """What a paired difference says about the claim "it is better".
+
+    A decision takes both an interval without zero and p < 0.05, since with a handful of seeds the bootstrap interval
+    alone is too narrow.
+    """
     if np.isnan(difference.low):
         return "not yet tested"
-    if difference.low > 0:
-        return "holds"
-    return "does not hold" if difference.high < 0 else "undecided: the interval contains zero"
-
-
-def table(frame: pd.DataFrame, columns: Sequence[str], formats: dict[str, str]) -> pd.DataFrame:
-    """The columns of a frame as text for the book, numbers formatted as given, missing ones as a dash."""
-
-    def text(value: Any, form: str) -> str:
-        return "–" if value is None or (isinstance(value, float) and np.isnan(value)) else format(value, form)
-
-    return pd.DataFrame(
-        {c: [text(x, formats.get(c, "")) for x in frame[c].tolist()] for c in columns}, index=frame.index
-    )
+    if difference.p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:
+        return "not decided: within chance"
+    return "holds" if difference.low > 0 else "does not hold: it is worse"

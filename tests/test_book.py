@@ -1,0 +1,111 @@
+"""The book: one skeleton, one address, parameters that exist."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import papermill
+import pytest
+
+from metaadamw_lite.experiments.notebook import check_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "book" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def test_the_address_stands_in_one_place():
+    for path, text in script("address").addressed().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make address`"
+
+
+def test_a_new_address_reaches_badges_cells_and_buttons(monkeypatch):
+    address = script("address")
+    monkeypatch.setattr(address, "address", lambda: "https://github.com/someone/elsewhere")
+    texts = address.addressed()
+    for path, text in texts.items():
+        assert "OWNER" not in text, path.name
+        assert "someone/elsewhere" in text, path.name
+    assert {p.name for p in texts} == {*(p.name for p in NOTEBOOKS), "_config.yml", "CITATION.cff"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_notebook_has_the_skeleton(path):
+    content = cells(path)
+    prose = "\n".join("".join(c["source"]) for c in content if c["cell_type"] == "markdown")
+    assert prose.startswith("# ")
+    for part in ("**What you will learn.**", "## Summary", "## Exercises", "You need:"):
+        assert part in prose
+    tags = [tag for c in content for tag in c["metadata"].get("tags", [])]
+    assert tags.count("parameters") == 1
+    assert "nbval-check-output" in tags
+    ids = [c["id"] for c in content]
+    assert ids[1:3] == ["colab-badge", "colab-setup"]
+    assert any("start(In)" in "".join(c["source"]) for c in content)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_between_pages_lead_somewhere(path):
+    for cell in cells(path):
+        if cell["cell_type"] == "markdown" and cell["id"] != "colab-badge":
+            for target in re.findall(r"\]\(([^)#:]+\.(?:ipynb|md))\)", "".join(cell["source"])):
+                assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs_are_those_that_are_compared(path):
+    for cell in cells(path):
+        if cell["cell_type"] == "code":
+            checked = "nbval-check-output" in cell["metadata"].get("tags", [])
+            assert bool(cell["outputs"]) == checked, "run `make notebooks`"
+
+
+def test_unknown_parameters_are_an_error():
+    with pytest.raises(ValueError, match="unknown parameter sede; this notebook has seed, steps"):
+        check_parameters(["", "seed = 0\nsteps = 40", "# Parameters\nsede = 1\n", "start(In)"])
+    check_parameters(["", "seed = 0\nsteps = 40", "# Parameters\nseed = 1\n", "start(In)"])
+    check_parameters(["", "seed = 0", "start(In)"])
+
+
+def test_papermill_with_an_unknown_parameter_fails(tmp_path):
+    with pytest.raises(papermill.exceptions.PapermillExecutionError, match="unknown parameter sede"):
+        papermill.execute_notebook(
+            ROOT / "notebooks" / "04_uncertainty_weighting.ipynb",
+            tmp_path / "out.ipynb",
+            parameters={"sede": 1},
+            cwd=ROOT / "notebooks",
+            kernel_name="python3",
+            progress_bar=False,
+        )
+
+
+def test_papermill_with_parameters_reaches_the_run(tmp_path):
+    path = tmp_path / "out.ipynb"
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "06_etth1.ipynb",
+        path,
+        parameters={"protocol": "clean", "seed": 1},
+        cwd=ROOT / "notebooks",
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    text = path.read_text(encoding="utf-8")
+    assert "profile: smoke, protocol: clean, data: synthetic" in text
+
+
+def test_building_with_a_parameter_that_no_notebook_has_fails(capsys):
+    assert script("build").main(["--parameters", "profil=smoke"]) == 1
+    error = capsys.readouterr().err
+    assert "profil" in error
+    assert "profile" in error
