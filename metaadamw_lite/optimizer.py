@@ -219,19 +219,15 @@ class MetaAdamW(torch.optim.AdamW):
         factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
         for index, k, params in self._buckets:
             group, (alpha, beta) = self.param_groups[index], factors[k]
-            moved: list[Tensor] = []
-            grads: list[Tensor] = []
-            ms: list[Tensor] = []
-            vs: list[Tensor] = []
-            steps: list[Tensor] = []
-            self._init_group({**group, "params": params}, moved, grads, ms, vs, [], steps)  # type: ignore[no-untyped-call]
+            moved = [p for p in params if p.grad is not None]
+            states = [self._state_of(p, fused=bool(group["fused"])) for p in moved]
             adamw(
                 moved,
-                grads,
-                ms,
-                vs,
+                [p.grad for p in moved if p.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 [],
-                steps,
+                [state["step"] for state in states],
                 foreach=group["foreach"],
                 fused=group["fused"],
                 amsgrad=False,
@@ -244,6 +240,17 @@ class MetaAdamW(torch.optim.AdamW):
             )
         self._t += 1
         return loss
+
+    def _state_of(self, p: Tensor, fused: bool) -> dict[str, Tensor]:
+        """Moments and step count of a parameter, made at its first step in the form that torch's kernels take."""
+        state: dict[str, Tensor] = self.state[p]
+        if not state:
+            wide = not fused and torch.get_default_dtype() == torch.float64
+            dtype, device = torch.float64 if wide else torch.float32, p.device if fused else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=dtype, device=device)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
 
     def features(self) -> Tensor:
         """What Φ would see now: the feature matrix F (section 3.3), shape (G, D), from the gradients in ``.grad``.

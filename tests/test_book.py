@@ -90,18 +90,19 @@ def test_papermill_with_an_unknown_parameter_fails(tmp_path):
         )
 
 
-def test_papermill_with_parameters_reaches_the_run(tmp_path):
+@pytest.mark.parametrize("protocol", ["paper", "clean"])
+def test_papermill_with_parameters_reaches_the_run(tmp_path, protocol):
     path = tmp_path / "out.ipynb"
     papermill.execute_notebook(
         ROOT / "notebooks" / "06_etth1.ipynb",
         path,
-        parameters={"protocol": "clean", "seed": 1},
+        parameters={"protocol": protocol, "seed": 1},
         cwd=ROOT / "notebooks",
         kernel_name="python3",
         progress_bar=False,
     )
     text = path.read_text(encoding="utf-8")
-    assert "profile: smoke, protocol: clean, data: synthetic" in text
+    assert f"profile: smoke, protocol: {protocol}, data: synthetic" in text
 
 
 def test_building_with_a_parameter_that_no_notebook_has_fails(capsys):
