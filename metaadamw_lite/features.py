@@ -119,9 +119,11 @@ def group_features(
     with torch.no_grad():
         statistics = torch.stack([row(config, g, s, dtype, device) for g, s in zip(groups, states, strict=True)])
         if config.standardised:
-            # A constant column, as with a single group, becomes zero.
             centred = statistics - statistics.mean(dim=0)
-            statistics = centred / centred.square().mean(dim=0).sqrt().clamp_min(1e-8)
+            std = centred.square().mean(dim=0).sqrt()
+            # What varies by rounding alone, as a column of one group does, becomes zero instead of noise of size one.
+            constant = std <= 1e-6 * statistics.abs().amax(dim=0)
+            statistics = torch.where(constant, 0.0, centred / std.masked_fill(constant, 1.0))
         if not config.include_time_step:
             return statistics
         return torch.cat([statistics, statistics.new_full((len(groups), 1), time)], dim=1)

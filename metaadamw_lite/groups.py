@@ -9,6 +9,7 @@ on real models.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -73,16 +74,42 @@ def is_bias(name: str) -> bool:
     return leaf.startswith("bias") or leaf.endswith("bias")
 
 
-def layer_type(name: str, shapes: Mapping[str, Sequence[int]], model: nn.Module | None) -> str:
-    """The layer type of a parameter, by module class first and by name second.
+class Place(NamedTuple):
+    """Where a parameter stands in the network: its layer type, and its depth from 0 (first block) to 1 (last block)."""
 
-    Args:
-        name: the parameter's dotted name.
-        shapes: the shapes of all named parameters, used where no class is known: only a norm has a one-dimensional
-            ``weight``, and ``linear1`` beside ``self_attn`` is the feed-forward part of a Transformer layer.
-        model: the model the names belong to, or None if only the names are known.
+    layer_type: str
+    depth: float
+
+
+def places_by_class(model: nn.Module) -> dict[str, Place]:
+    """The place of every parameter of a model, by its name; layer types by module class first and by name second."""
+    named = list(model.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in named}
+    types = [_type_by_class(name, model) or _type_by_name(name, shapes, by_shape=False) for name in shapes]
+    positions = depths(list(shapes))
+    return {name: Place(t, depth) for name, t, depth in zip(shapes, types, positions, strict=True)}
+
+
+def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list[dict[str, Place]]:
+    """The place of every parameter where only names and shapes are known; one dictionary for each parameter group.
+
+    Two facts help: of the common layers only a norm has a one-dimensional ``weight``, and ``linear1`` beside
+    ``self_attn`` is the feed-forward part of a Transformer layer.
     """
-    return (_type_by_class(name, model) if model is not None else None) or _type_by_name(name, shapes)
+    joined = depths([name for named in param_groups for name, _ in named])
+    result = []
+    for named in param_groups:
+        shapes = {name: tuple(p.shape) for name, p in named}
+        positions, joined = joined[: len(named)], joined[len(named) :]
+        if any(block_index(name) is not None for name in shapes):
+            # Weights and biases may come in groups of their own: what is before or after the blocks shows within each.
+            blocks = dict(zip(shapes, positions, strict=False))
+            within = dict(zip(shapes, depths(list(shapes)), strict=True))
+            places = {n: within[n] if block_index(n) is None else blocks[n] for n in shapes}
+        else:
+            places = dict(zip(shapes, positions, strict=False))
+        result.append({name: Place(_type_by_name(name, shapes, by_shape=True), places[name]) for name in shapes})
+    return result
 
 
 def _type_by_class(name: str, model: nn.Module) -> str | None:
@@ -117,9 +144,10 @@ def _submodule(model: nn.Module, path: Sequence[str]) -> nn.Module | None:
         return None
 
 
-def _type_by_name(name: str, shapes: Mapping[str, Sequence[int]]) -> str:
+def _type_by_name(name: str, shapes: Mapping[str, Sequence[int]], by_shape: bool) -> str:
     module, _, leaf = name.rpartition(".")
-    if leaf in ("weight", "bias") and len(shapes.get(f"{module}.weight" if module else "weight", (0, 0))) == 1:
+    weight = shapes.get(f"{module}.weight" if module else "weight", (0, 0))
+    if by_shape and leaf in ("weight", "bias") and len(weight) == 1:
         return "norm"
     parent, _, layer = module.rpartition(".")
     if layer in ("linear1", "linear2") and any(other.startswith(f"{parent}.self_attn.") for other in shapes):
@@ -176,22 +204,25 @@ def fine_grained_groups(
         named_parameters: pairs of dotted name and tensor, as ``model.named_parameters()`` gives them.
         model: the model, for deciding by module class. Without it names and shapes decide.
     """
-    pairs = list(named_parameters)
-    shapes = {name: tuple(p.shape) for name, p in pairs}
-    positions = depths([name for name, _ in pairs])
+    named = list(named_parameters)
+    places = places_by_name([named])[0] | ({} if model is None else places_by_class(model))
+    return form_groups([(p, places[name], is_bias(name)) for name, p in named])
+
+
+def form_groups(members: Iterable[tuple[Tensor, Place, bool]]) -> list[ModulationGroup]:
+    """One group for each layer type, depth third and kind that occurs among (tensor, place, whether it is a bias)."""
     collected: dict[str, list[tuple[Tensor, float, bool]]] = {}
-    for (name, p), position in zip(pairs, positions, strict=True):
-        bias = is_bias(name)
-        key = f"{layer_type(name, shapes, model)}/{depth_third(position)}/{'bias' if bias else 'weight'}"
-        collected.setdefault(key, []).append((p, position, bias))
+    for p, place, bias in members:
+        key = f"{place.layer_type}/{depth_third(place.depth)}/{'bias' if bias else 'weight'}"
+        collected.setdefault(key, []).append((p, place.depth, bias))
     return [
         ModulationGroup(
             name=key,
-            params=tuple(p for p, _, _ in members),
-            depth=sum(position for _, position, _ in members) / len(members),
-            bias_ratio=sum(bias for _, _, bias in members) / len(members),
+            params=tuple(p for p, _, _ in group),
+            depth=sum(depth for _, depth, _ in group) / len(group),
+            bias_ratio=sum(bias for _, _, bias in group) / len(group),
         )
-        for key, members in collected.items()
+        for key, group in collected.items()
     ]
 
 

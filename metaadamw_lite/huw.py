@@ -29,7 +29,7 @@ class PriorityHUW(nn.Module):
 
     def __init__(self, kinds: Sequence[str], priorities: Sequence[float], init_log_var: float = 0.0) -> None:
         super().__init__()
-        kinds, priorities = tuple(kinds), tuple(float(p) for p in priorities)
+        kinds = tuple(kinds)
         if not kinds:
             raise ValueError("kinds is empty; at least one loss is needed")
         for kind in kinds:
@@ -39,7 +39,7 @@ class PriorityHUW(nn.Module):
         if not math.isfinite(init_log_var):
             raise ValueError(f"init_log_var is {init_log_var}; it must be finite")
         self.kinds = kinds
-        self.priorities = priorities
+        self.priorities = tuple(float(p) for p in priorities)
         self.log_var = nn.Parameter(torch.full((len(kinds),), float(init_log_var)))
 
     def forward(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
@@ -63,6 +63,8 @@ class PriorityHUW(nn.Module):
 
 def check_priorities(priorities: Sequence[float], count: int) -> None:
     """Raise a ValueError unless there are ``count`` positive, finite priorities."""
+    if not isinstance(priorities, Sequence):
+        raise ValueError(f"priorities is {priorities!r}; a sequence of {count} numbers is needed")
     if len(priorities) != count:
         raise ValueError(f"priorities {tuple(priorities)} has {len(priorities)} entries; {count} are needed")
     for p in priorities:

@@ -129,6 +129,7 @@ class Evaluator:
 
     def loss(self, name: str, batch: Any) -> Tensor:
         """The scalar loss on a batch; a ValueError that names the batch if it is not one finite number."""
+        torch.clear_autocast_cache()  # autocast keeps copies of the weights, which do not follow them to θ′
         with same_random_numbers(self.devices):
             loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -242,31 +243,42 @@ def same_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+def _is_expanded(x: Tensor) -> bool:
+    """Whether elements share memory; torch writes to no such tensor, so it cannot have changed."""
+    return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
+
+
 @contextmanager
 def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Leave parameters, gradients, buffers and train/eval modes as they are, whatever the block does or raises.
+
+    Inside the block every ``.grad`` is None, so that nothing can be added to the gradients of the caller.
 
     Yields:
         Copies of the values of ``params``.
     """
     theta = [p.detach().clone() for p in params]
-    grads = [(p, p.grad) for p in [*model.parameters(), *params]]
+    grads = {p: p.grad for p in (*model.parameters(), *params)}
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, None if _is_expanded(buffer) else buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
     try:
+        for p in grads:
+            p.grad = None
         yield theta
     finally:
-        with torch.no_grad():
-            _write(params, theta)
-            for module, name, buffer, value in buffers:
-                buffer.copy_(value)
-                module._buffers[name] = buffer
-        for p, grad in grads:
+        for p, grad in grads.items():
             p.grad = grad
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            _write(params, theta)
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if value is not None:
+                    buffer.copy_(value)
+        torch.clear_autocast_cache()

@@ -81,6 +81,10 @@ class Modulator(nn.Module):
         The factors stay inside their ranges whatever the features are: what is not a number counts as zero, and very
         large numbers are cut.
         """
+        with torch.autocast(features.device.type, enabled=False):  # six numbers in half precision are too few digits
+            return self._modulate(features)
+
+    def _modulate(self, features: Tensor) -> Modulation:
         f = torch.nan_to_num(features, nan=0.0).clamp(-_LARGEST_FEATURE, _LARGEST_FEATURE)
         if self.embeddings is not None:
             f = torch.cat([f, self.embeddings], dim=1)

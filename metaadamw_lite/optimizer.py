@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import getgeneratorlocals, isgenerator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from metaadamw_lite.features import FeatureConfig, TensorState, group_features, time_feature
-from metaadamw_lite.groups import ModulationGroup, fine_grained_groups, native_groups
+from metaadamw_lite.groups import (
+    ModulationGroup,
+    Place,
+    form_groups,
+    is_bias,
+    native_groups,
+    places_by_class,
+    places_by_name,
+)
 from metaadamw_lite.huw import PriorityHUW, check_priorities
 from metaadamw_lite.meta import (
     OBJECTIVES,
@@ -37,6 +46,26 @@ GROUP_STRATEGIES = ("fine_grained", "original")
 META_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 _META_STATE_VERSION = 1
+_UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
+_OWN_ATTRIBUTES = (
+    "groups",
+    "alpha",
+    "beta",
+    "modulator",
+    "huw",
+    "_feature_config",
+    "_group_strategy",
+    "_places",
+    "_group_places",
+    "_meta_objective",
+    "_feature_gating_sparsity",
+    "_total_steps",
+    "_t",
+    "_step_supports_amp_scaling",
+    "_meta_optimizer_name",
+    "_meta_optimizer",
+    "_buckets",
+)
 
 
 class MetaAdamW(torch.optim.AdamW):
@@ -126,6 +155,7 @@ class MetaAdamW(torch.optim.AdamW):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
+        _check_adamw(lr, betas, eps, weight_decay)
         for name, value in (("alpha_range", alpha_range), ("beta_range", beta_range)):
             if not 0 <= value <= 2:
                 raise ValueError(f"{name} is {value}; it must be in [0, 2], so that no factor is negative")
@@ -143,23 +173,32 @@ class MetaAdamW(torch.optim.AdamW):
             ("attn_heads", attn_heads),
             *([] if total_steps is None else [("total_steps", total_steps)]),
         ):
-            if not isinstance(value, int) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        if not _is_integer(seed) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
         for name, choice, allowed in (
             ("group_strategy", group_strategy, GROUP_STRATEGIES),
             ("meta_objective", meta_objective, OBJECTIVES),
             ("meta_optimizer", meta_optimizer, tuple(META_OPTIMIZERS)),
+            ("use_v_norms", use_v_norms, (True, False)),
+            ("include_time_step", include_time_step, (True, False)),
+            ("use_feature_gating", use_feature_gating, (True, False)),
+            ("foreach", foreach, (None, True, False)),
+            ("fused", fused, (None, True, False)),
         ):
             if choice not in allowed:
-                raise ValueError(f"{name} is {choice!r}; allowed are {', '.join(allowed)}")
-        if not isinstance(seed, int):
-            raise ValueError(f"seed is {seed!r}; it must be an integer")
+                raise ValueError(f"{name} is {choice!r}; allowed are {', '.join(map(str, allowed))}")
+        if not (model is None or isinstance(model, nn.Module)):
+            raise ValueError(f"model is {model!r}; it must be an nn.Module or None")
         if huw_priorities is not None:
-            check_priorities(tuple(huw_priorities), 3)
+            check_priorities(huw_priorities, 3)
 
         self._feature_config = FeatureConfig(feature_version, use_v_norms, include_time_step)
         self._group_strategy = group_strategy
-        self._model = model if model is not None else _model_behind(params)
+        found = model if model is not None else _model_behind(params)
+        self._places = {} if found is None else places_by_class(found)
+        self._group_places: list[dict[str, Place]] = []  # one for each parameter group
         self._meta_objective = meta_objective
         self._feature_gating_sparsity = feature_gating_sparsity
         self._total_steps = total_steps
@@ -168,12 +207,14 @@ class MetaAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
         self._step_supports_amp_scaling = False
+        reference = next(self._parameters(), None)
+        if reference is None:
+            raise ValueError("the parameter groups are all empty; at least one parameter is needed")
         self._regroup()
 
-        reference = self.groups[0].params[0]
         double = all(p.dtype == torch.float64 for p in self._parameters())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would reseed the GPUs too
             self.modulator = Modulator(
                 len(self._feature_config.columns),
                 len(self.groups),
@@ -192,6 +233,7 @@ class MetaAdamW(torch.optim.AdamW):
             self.huw.to(self._phi_device, self._phi_dtype)
         weights = {"params": list(self.modulator.parameters()), "weight_decay": meta_weight_decay}
         variances = {"params": list(self.huw.parameters()) if self.huw else [], "weight_decay": 0.0}
+        self._meta_optimizer_name = meta_optimizer
         self._meta_optimizer = META_OPTIMIZERS[meta_optimizer]([weights, variances], lr=meta_lr)
         self.alpha = torch.ones(len(self.groups), device=self._phi_device, dtype=self._phi_dtype)
         self.beta = torch.ones_like(self.alpha)
@@ -320,14 +362,16 @@ class MetaAdamW(torch.optim.AdamW):
         evaluate = Evaluator(model, loss_fn, [p.device for p in params])
         with torch.enable_grad(), as_found(model, params) as theta:
             loss1 = evaluate.loss("batch1", batch1)
-            grads = torch.autograd.grad(loss1, params, allow_unused=True)
-            g = {p: x for p, x in zip(params, grads, strict=True) if x is not None}
+            grads = torch.autograd.grad(loss1, params, allow_unused=True) if params and loss1.requires_grad else []
+            g = {p: x for p, x in zip(params, grads, strict=False) if x is not None}
+            if not g:
+                raise ValueError("the loss on batch1 contains no parameter of this optimizer; is it the right model?")
             modulation = self.modulator(self._features(g))
             step = self._hypothetical_step(g, dict(zip(params, theta, strict=True)))
             l_loss = l_gap = None
             if objective != "gradient":
-                with torch.no_grad():
-                    val_at_theta = evaluate.loss("val_batch", val_batch)
+                # Not under no_grad: some modules take another path there, and the difference would show it.
+                val_at_theta = evaluate.loss("val_batch", val_batch).detach()
                 l_gap = (loss1.detach() - val_at_theta).abs()  # Eq. 12 contains no θ′, so it cannot move Φ
             route = double_backward_losses if double_backward else first_order_losses
             l_grad, val_at_theta_prime = route(evaluate, step, modulation, objective, batch2, val_batch)
@@ -388,19 +432,23 @@ class MetaAdamW(torch.optim.AdamW):
         recognised by name) and new ones start at zero.
 
         Raises:
-            ValueError: for complex parameters.
+            ValueError: for complex parameters, and for options of torch's AdamW that this optimizer does not have.
         """
-        built = hasattr(self, "modulator")
-        if built and self._model is None:
-            self._model = _model_behind(param_group["params"])
+        model = _model_behind(param_group.get("params"))
         super().add_param_group(param_group)
-        names = self.param_groups[-1].get("param_names", [None] * len(self.param_groups[-1]["params"]))
-        for name, p in zip(names, self.param_groups[-1]["params"], strict=True):
-            if p.is_complex():
-                self.param_groups.pop()
-                raise ValueError(f"parameter {name or tuple(p.shape)} is {p.dtype}; only real parameters are supported")
-        if not built:
-            return
+        group = self.param_groups[-1]
+        names = group.get("param_names", [None] * len(group["params"]))
+        problems = [f"{k} is {group[k]}; only False is supported" for k in _UNSUPPORTED if group.get(k)] + [
+            f"parameter {name or tuple(p.shape)} is {p.dtype}; only real parameters are supported"
+            for name, p in zip(names, group["params"], strict=True)
+            if p.is_complex()
+        ]
+        if problems:
+            self.param_groups.pop()
+            raise ValueError(problems[0])
+        self._group_places.append(self._places if model is None else places_by_class(model))
+        if not hasattr(self, "modulator"):
+            return  # the constructor is adding its groups
         before = [group.name for group in self.groups]
         self._regroup()
         after = [group.name for group in self.groups]
@@ -413,15 +461,21 @@ class MetaAdamW(torch.optim.AdamW):
                 if name in before:
                     new[row] = old.detach()[before.index(name)]
             old.data = new
+            self._meta_optimizer.state.pop(old, None)  # Adam's moments have the old number of rows
 
     def _regroup(self) -> None:
         """Form the modulation groups, and the buckets that share one parameter group and one modulation group."""
         params = [group["params"] for group in self.param_groups]
-        named = all("param_names" in group for group in self.param_groups)
-        names = [group["param_names"] for group in self.param_groups] if named else None
+        all_named = all("param_names" in group for group in self.param_groups)
+        names = [group["param_names"] for group in self.param_groups] if all_named else None
         if names is not None and self._group_strategy == "fine_grained":
-            pairs = [pair for ns, ps in zip(names, params, strict=True) for pair in zip(ns, ps, strict=True)]
-            self.groups = fine_grained_groups(pairs, self._model)
+            named_groups = [list(zip(ns, ps, strict=True)) for ns, ps in zip(names, params, strict=True)]
+            by_name = places_by_name(named_groups)
+            self.groups = form_groups(
+                (p, (unknown | known)[name], is_bias(name))
+                for named, unknown, known in zip(named_groups, by_name, self._group_places, strict=True)
+                for name, p in named
+            )
         else:
             self.groups = native_groups(params, names)
         number = {p: k for k, group in enumerate(self.groups) for p in group.params}
@@ -456,7 +510,8 @@ class MetaAdamW(torch.optim.AdamW):
             "beta": self.beta,
             "modulator": dict(self.modulator.state_dict()),
             "huw": None if self.huw is None else dict(self.huw.state_dict()),
-            "meta_optimizer": self._meta_optimizer.state_dict(),
+            "meta_optimizer": self._meta_optimizer_name,
+            "meta_optimizer_state": self._meta_optimizer.state_dict(),
         }
         return state
 
@@ -470,6 +525,9 @@ class MetaAdamW(torch.optim.AdamW):
         meta = state_dict.get("meta")
         if meta is None:
             raise ValueError("the state has no entry 'meta': it was not saved by MetaAdamW")
+        expected = self.state_dict()["meta"].keys()
+        if lacking := sorted(expected - meta.keys()):
+            raise ValueError(f"the state's entry 'meta' lacks {', '.join(lacking)}")
         if meta["version"] != _META_STATE_VERSION:
             raise ValueError(f"the state has version {meta['version']}; this code reads {_META_STATE_VERSION}")
         names = [group.name for group in self.groups]
@@ -485,6 +543,10 @@ class MetaAdamW(torch.optim.AdamW):
         if (meta["huw"] is None) != (self.huw is None):
             raise ValueError("the state and this optimizer differ in whether they use uncertainty weighting")
 
+        if meta["meta_optimizer"] != self._meta_optimizer_name:
+            mine_is = self._meta_optimizer_name
+            raise ValueError(f"the state's meta_optimizer is {meta['meta_optimizer']!r}, this optimizer's {mine_is!r}")
+
         meta = copy.deepcopy(meta)
         # torch keeps the caller's tensors where it need not convert them, and would then train into them.
         super().load_state_dict(copy.deepcopy({k: x for k, x in state_dict.items() if k != "meta"}))
@@ -494,13 +556,27 @@ class MetaAdamW(torch.optim.AdamW):
         self.modulator.load_state_dict(meta["modulator"])
         if self.huw is not None:
             self.huw.load_state_dict(meta["huw"])
-        self._meta_optimizer.load_state_dict(meta["meta_optimizer"])
+        self._meta_optimizer.load_state_dict(meta["meta_optimizer_state"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything, for pickle and ``deepcopy``; torch's own keeps the moments only."""
-        hooks = {k for k in self.__dict__ if k.endswith("_hooks") or k == "_zero_grad_profile_name"}
-        mine = {k: x for k, x in self.__dict__.items() if k not in hooks and k != "_model"}
-        return {**super().__getstate__(), **mine, "_model": None}
+        """Everything, for pickle and ``deepcopy``; torch's own keeps the moments only.
+
+        What others hang on the instance (a scheduler replaces ``step``) is theirs and stays out, as in torch.
+        """
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN_ATTRIBUTES}}
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral)  # NumPy's integers, too
+
+
+def _check_adamw(lr: float | Tensor, betas: Sequence[float], eps: float, weight_decay: float) -> None:
+    """Raise a ValueError that quotes the value and what is allowed, unless AdamW can work with these."""
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is {value}; it must be finite and not negative")
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas is {betas}; it must be two numbers in [0, 1)")
 
 
 def _model_behind(params: Any) -> nn.Module | None:

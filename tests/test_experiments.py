@@ -110,6 +110,16 @@ def test_download_into_the_same_layout(tmp_path, monkeypatch):
     assert not (tmp_path / "cache" / "other" / "x.csv").exists(), "a wrong download is not kept"
 
 
+def test_a_wrong_download_tells_where_the_file_belongs(tmp_path, monkeypatch):
+    source = tmp_path / "login.html"
+    source.write_bytes(b"<html>please log in</html>")
+    monkeypatch.setenv("METAADAMW_DATA", str(tmp_path / "cache"))
+    with pytest.raises(DataError) as error:
+        fetch(DataFile("etth1/ETTh1.csv", source.as_uri(), 8, "0" * 64))
+    for part in ("26 bytes, expected 8", str(tmp_path / "cache" / "etth1" / "ETTh1.csv"), "METAADAMW_DATA"):
+        assert part in str(error.value)
+
+
 def test_truncated_data_is_named_with_its_expected_size(tmp_path, monkeypatch):
     monkeypatch.setenv("METAADAMW_DATA", str(tmp_path))
     path = tmp_path / "etth1" / "ETTh1.csv"

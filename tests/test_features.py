@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import tiny, train
+from conftest import cross_entropy, tiny, train
 
 from metaadamw_lite import FeatureConfig, MetaAdamW
 
@@ -45,7 +45,7 @@ def plain_features(optimizer, version, use_v, include_time, time):
         columns = list(zip(*rows, strict=True))
         rows = [
             [
-                (x - statistics.fmean(column)) / max(statistics.pstdev(column), 1e-8)
+                (x - statistics.fmean(column)) / (statistics.pstdev(column) or 1.0)
                 for x, column in zip(row, columns, strict=True)
             ]
             for row in rows
@@ -74,6 +74,25 @@ def test_against_plain_python(batches, version, use_v, include_time):
     actual = optimizer.features()
     assert actual.shape == (len(optimizer.groups), len(config.columns))
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_standardised_columns_have_unit_spread_whatever_the_scale_of_the_loss(batches, scale):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), feature_version="norm_basic")
+    for batch in batches[:2]:
+        optimizer.zero_grad()
+        (scale * cross_entropy(model, batch)).backward()
+        optimizer.step()
+    spread = optimizer.features()[:, :5].std(dim=0, correction=0)
+    torch.testing.assert_close(spread, torch.ones(5, dtype=torch.float64))
+
+
+def test_a_single_group_has_nothing_to_be_standardised_against(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.parameters(), feature_version="norm_basic")
+    train(model, optimizer, batches[:2])
+    assert torch.equal(optimizer.features()[0, :5], torch.zeros(5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,19 @@
 """Section 3.2: layer type × depth third × bias."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny
 from torch import nn
 
 from metaadamw_lite import MetaAdamW, fine_grained_groups
-from metaadamw_lite.groups import block_index, depth_third, depths, is_bias, layer_type
+from metaadamw_lite.groups import block_index, depth_third, depths, is_bias, places_by_class, places_by_name
 
 
 def type_of(model: nn.Module, by_class: bool) -> dict[str, str]:
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    return {name: layer_type(name, shapes, model if by_class else None) for name in shapes}
+    places = places_by_class(model) if by_class else places_by_name([list(model.named_parameters())])[0]
+    return {name: place.layer_type for name, place in places.items()}
 
 
 @pytest.mark.parametrize("by_class", [True, False], ids=["classes", "names only"])
@@ -115,6 +117,45 @@ def test_the_optimizer_finds_the_classes_behind_named_parameters():
     assert MetaAdamW(model.named_parameters()).groups[0].name == "embedding/shallow/weight"
     assert MetaAdamW(list(model.named_parameters()), model=model).groups[0].name == "embedding/shallow/weight"
     assert MetaAdamW(list(model.named_parameters())).groups[0].name == "other/shallow/weight"
+
+
+def test_a_class_that_is_known_is_not_overruled_by_the_shape():
+    model = nn.Sequential(nn.Linear(2, 2), nn.PReLU(2))
+    assert type_of(model, by_class=True)["1.weight"] == "other"
+    assert type_of(model, by_class=False)["1.weight"] == "norm"
+
+
+def split_by_decay(model: nn.Module) -> list[dict]:
+    named = list(model.named_parameters())
+    return [{"params": [x for x in named if (x[1].ndim > 1) == matrix]} for matrix in (True, False)]
+
+
+@pytest.mark.parametrize("by_class", [True, False])
+def test_the_same_parameters_are_in_the_same_groups_however_they_are_passed(by_class):
+    model = tiny()
+
+    def names_of(optimizer):
+        return {p: group.name for group in optimizer.groups for p in group.params}
+
+    known = model if by_class else None
+    whole = names_of(MetaAdamW(list(model.named_parameters()), model=known))
+    assert names_of(MetaAdamW(split_by_decay(model), model=known)) == whole
+
+
+def test_generators_inside_parameter_groups_tell_the_classes_too():
+    model = nn.ModuleDict({"a": nn.Embedding(4, 3), "b": nn.LayerNorm(3), "c": nn.Linear(3, 1)})
+    optimizer = MetaAdamW([{"params": model[k].named_parameters(), "lr": 0.1} for k in "abc"])
+    types = [group.name.split("/")[0] for group in optimizer.groups]
+    assert types == ["embedding", "norm", "norm", "other", "other"]
+
+
+def test_copies_keep_their_groups_when_more_parameters_come():
+    model = nn.ModuleDict({"a": nn.Embedding(4, 3), "b": nn.Linear(3, 1)})
+    optimizer = MetaAdamW([("a.weight", model["a"].weight)], model=model)
+    copied = copy.deepcopy(optimizer)
+    for o in (optimizer, copied):
+        o.add_param_group({"params": [("b.weight", nn.Parameter(torch.ones(1, 3)))]})
+        assert [g.name for g in o.groups] == ["embedding/middle/weight", "other/middle/weight"]
 
 
 def test_fallback_and_original_strategy_are_the_native_groups():

@@ -35,6 +35,12 @@ def trained(batches, dtype=torch.float64, **settings):
     return model, optimizer
 
 
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.MultiheadAttention):
+            module.p = module.dropout = 0.0
+
+
 def phi_vector(optimizer):
     parts = [p.detach().flatten() for p in optimizer.modulator.parameters()]
     if optimizer.huw is not None:
@@ -74,9 +80,7 @@ def test_a_zero_gradient_has_cosine_0_and_a_finite_slope():
 def test_the_reported_losses_are_equations_10_to_13(batches):
     """Computed the long way: a copy of the model takes the hypothetical step with the optimizer's own step()."""
     model, optimizer = trained(batches, huw_priorities=(1.0, 2.0, 5.0))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout | nn.MultiheadAttention):
-            module.p = module.dropout = 0.0
+    without_dropout(model)
     with torch.no_grad():
         optimizer.huw.log_var.copy_(torch.tensor([0.2, -0.4, 0.6]))
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
@@ -307,6 +311,63 @@ def test_everything_is_left_as_found_when_the_loss_raises(batches, fails_at, dou
     assert torch.equal(phi_vector(optimizer), phi)
 
 
+def test_gradients_are_left_as_found_even_if_the_loss_adds_to_them(batches):
+    model, optimizer = trained(batches)
+    before = everything(model, optimizer)
+
+    def loss_fn(model, batch):
+        loss = cross_entropy(model, batch)
+        loss.backward(retain_graph=True)
+        return loss
+
+    optimizer.update_attention(model, batches[3], batches[4], loss_fn, batches[5])
+    assert_same(everything(model, optimizer), before)
+
+
+def test_a_buffer_that_shares_memory_is_no_obstacle(batches):
+    model, optimizer = trained(batches)
+    model.register_buffer("mask", torch.ones(1, 4).expand(8, 4))
+    before = everything(model, optimizer)
+
+    def loss_fn(model, batch):
+        model.eval()
+        return cross_entropy(model, batch)
+
+    optimizer.update_attention(model, batches[3], batches[4], loss_fn, batches[5])
+    assert_same(everything(model, optimizer), before)
+
+
+def test_autocast_does_not_hide_the_hypothetical_step(batches):
+    model, optimizer = trained(batches, torch.float32)
+    without_dropout(model)  # masks differ between precisions
+    optimizer.param_groups[0]["lr"] = 1.0
+    plain = copy.deepcopy((model, optimizer))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+        after = cross_entropy(model, batches[6])
+        optimizer.step()
+    assert optimizer.alpha.dtype == torch.float32
+    exact = plain[1].update_attention(plain[0], batches[3], batches[4], cross_entropy, batches[5])
+    assert abs(exact.loss_decrease) > 0.1
+    assert losses.loss_decrease == pytest.approx(exact.loss_decrease, rel=0.1)
+    assert after.item() == pytest.approx(cross_entropy(plain[0], batches[6]).item(), rel=0.2)
+
+
+def test_at_a_rate_of_zero_nothing_decreases_in_eval_mode_with_padding():
+    """Under no_grad torch's encoder takes another path in eval mode; both losses must take the same."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.0, meta_objective="loss_decrease")
+    padding = torch.tensor([[False] * 4 + [True] * 2] * 3)
+
+    def loss_fn(model, x):
+        return model(x, src_key_padding_mask=padding).square().mean()
+
+    x = torch.randn(3, 6, 8)
+    assert optimizer.update_attention(model, x, x, loss_fn, x).loss_decrease == 0
+
+
 def test_dropout_masks_are_the_same_at_theta_and_theta_prime(batches):
     """With a learning rate of zero, θ′ = θ: the loss decrease must then be exactly zero, dropout or not."""
     model, optimizer = trained(batches)
@@ -360,6 +421,12 @@ def test_a_gradient_that_is_not_finite_leaves_phi(batches):
     with pytest.raises(ValueError, match="finite"):
         optimizer.update_attention(model, batches[3], batches[4], loss_fn, batches[5])
     assert torch.equal(phi_vector(optimizer), phi)
+
+
+def test_a_model_that_is_not_the_optimizers(batches):
+    _, optimizer = trained(batches)
+    with pytest.raises(ValueError, match="contains no parameter of this optimizer"):
+        optimizer.update_attention(tiny(), batches[3], batches[4], cross_entropy, batches[5])
 
 
 def test_a_loss_that_is_no_scalar(batches):

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, cross_entropy, tiny, train
@@ -128,6 +129,15 @@ def test_closure_runs_first_and_its_loss_is_returned(batches):
     assert not torch.equal(seen[0], model.head.weight)
 
 
+def test_the_seed_does_not_reach_the_gpus(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    parameters = list(tiny().named_parameters())
+    seeded.clear()
+    MetaAdamW(parameters, seed=7)
+    assert seeded == []
+
+
 def test_the_seed_decides_phi_and_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -138,11 +148,13 @@ def test_the_seed_decides_phi_and_leaves_the_global_generator_alone():
     assert not torch.equal(a.output.weight, c.output.weight)
 
 
-def test_a_parameter_group_added_later_is_trained_and_keeps_what_phi_knows(batches):
+@pytest.mark.parametrize("meta_optimizer", ["sgd", "adam"])
+def test_a_parameter_group_added_later_is_trained_and_keeps_what_phi_knows(batches, meta_optimizer):
     model = tiny()
     backbone = [(n, p) for n, p in model.named_parameters() if not n.startswith("head")]
-    optimizer = MetaAdamW(backbone, feature_version="enhanced", attn_heads=7)
+    optimizer = MetaAdamW(backbone, feature_version="enhanced", attn_heads=7, meta_optimizer=meta_optimizer)
     train(model, optimizer, batches[:2])
+    optimizer.update_attention(model, batches[4], batches[5], cross_entropy, batches[6])
     weight, embeddings = optimizer.modulator.output.weight.clone(), optimizer.modulator.embeddings.detach().clone()
     names, moment = [g.name for g in optimizer.groups], optimizer.state[model.batch_norm.weight]["exp_avg"].clone()
 
@@ -161,8 +173,16 @@ def test_a_parameter_group_added_later_is_trained_and_keeps_what_phi_knows(batch
 
 
 OUT_OF_RANGE = [
-    ({"lr": -1.0}, "-1"),
-    ({"betas": (1.0, 0.9)}, "1.0"),
+    ({"lr": -1.0}, "lr is -1.0; it must be finite and not negative"),
+    ({"lr": math.inf}, "lr is inf"),
+    ({"betas": (1.0, 0.9)}, r"betas is \(1.0, 0.9\)"),
+    ({"betas": (0.9,)}, r"betas is \(0.9,\)"),
+    ({"betas": 0.9}, "betas is 0.9"),
+    ({"use_v_norms": "no"}, "use_v_norms is 'no'.*True, False"),
+    ({"foreach": "x"}, "foreach is 'x'"),
+    ({"model": 3}, "model is 3"),
+    ({"huw_priorities": 1.0}, "1.0"),
+    ({"seed": 2**64}, "seed is 18446744073709551616"),
     ({"eps": -1e-8}, "-1e-08"),
     ({"weight_decay": -0.1}, "-0.1"),
     ({"alpha_range": -0.5}, "-0.5"),
@@ -203,6 +223,29 @@ def test_arguments_out_of_range_are_quoted(argument, message):
 def test_empty_parameter_list():
     with pytest.raises(ValueError, match="empty"):
         MetaAdamW([])
+
+
+def test_empty_parameter_groups():
+    with pytest.raises(ValueError, match="empty"):
+        MetaAdamW([{"params": []}])
+    optimizer = MetaAdamW([{"params": []}, {"params": [nn.Parameter(torch.ones(2))]}])
+    optimizer.param_groups[1]["params"][0].grad = torch.ones(2)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad", "capturable", "differentiable"])
+def test_options_that_are_not_supported_are_refused_and_not_ignored(option):
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"{option} is True"):
+        MetaAdamW([{"params": [parameter], option: True}])
+    optimizer = MetaAdamW([parameter])
+    with pytest.raises(ValueError, match=f"{option} is True"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], option: True})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_integers_of_numpy_are_integers():
+    assert MetaAdamW(tiny().named_parameters(), seed=np.int64(3), attn_layers=np.int64(2)).groups
 
 
 def test_complex_parameters_are_refused_by_name():

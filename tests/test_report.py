@@ -23,6 +23,12 @@ def test_improvement_is_paired_by_seed_and_relative_to_the_baseline():
     assert up.mean == pytest.approx(-d.mean)
 
 
+def test_equal_differences_are_a_decision():
+    d = improvement(series([0.9, 1.8, 3.6]), series([1.0, 2.0, 4.0]), lower_is_better=True)
+    assert (d.low, d.high) == pytest.approx((10, 10))
+    assert verdict(d) == "holds"
+
+
 def test_seeds_without_a_partner_are_left_out():
     d = improvement(series([0.9, 1.8, 100.0]), series([2.0, 1.0, 5.0], start=1), lower_is_better=True)
     assert d.seeds == 2

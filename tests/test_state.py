@@ -56,6 +56,17 @@ def test_copies_go_on_alike(batches, how):
     assert_same(twin_optimizer.state_dict(), optimizer.state_dict())
 
 
+def test_a_copy_steps_its_own_model_when_a_scheduler_is_attached(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    train(twin, twin_optimizer, batches[:2])
+    assert_same(model.state_dict(), tiny().state_dict())
+    assert not torch.equal(twin.head.weight, model.head.weight)
+    assert len(pickle.loads(pickle.dumps(optimizer)).groups) == len(optimizer.groups)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -63,6 +74,7 @@ def test_copies_go_on_alike(batches, how):
         ({"use_feature_gating": False}, "gates"),
         ({"group_strategy": "original"}, "param_group_0"),
         ({"huw_priorities": None}, "uncertainty"),
+        ({"meta_optimizer": "adam"}, "meta_optimizer is 'sgd'.*'adam'"),
     ],
 )
 def test_a_state_of_another_architecture_is_refused_by_name(batches, change, message):
@@ -74,6 +86,19 @@ def test_a_state_of_another_architecture_is_refused_by_name(batches, change, mes
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(optimizer.state_dict())
     assert_same(other.state_dict(), before)
+
+
+@pytest.mark.parametrize("part", ["t", "alpha", "modulator", "huw", "meta_optimizer", "meta_optimizer_state"])
+def test_a_state_with_a_part_missing_is_refused_by_name(batches, part):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    train(model, optimizer, batches[:2])
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["meta"][part]
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=part):
+        optimizer.load_state_dict(state)
+    assert_same(optimizer.state_dict(), before)
 
 
 def test_a_state_of_adamw_is_refused():

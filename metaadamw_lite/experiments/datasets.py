@@ -5,9 +5,9 @@ there is downloaded from its public source. Every file is checked by size and SH
 """
 
 import hashlib
+import http.client
 import os
 import tempfile
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,7 @@ def _check(file: DataFile, path: Path) -> None:
 
 def _download(file: DataFile, path: Path) -> None:
     """Download to a temporary file beside ``path`` and move it there once it is whole and checked."""
+    part = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -75,8 +76,9 @@ def _download(file: DataFile, path: Path) -> None:
                 part.write_bytes(response.read())
             _check(file, part)
             part.replace(path)
-    except (urllib.error.URLError, OSError) as error:
+    except (DataError, http.client.HTTPException, OSError) as error:
+        why = str(error).replace(str(part), "the download") if isinstance(error, DataError) else repr(error)
         raise DataError(
-            f"{path} is missing and could not be downloaded ({error}). Either set METAADAMW_DATA to a folder that has "
+            f"{path} is missing and could not be downloaded ({why}). Either set METAADAMW_DATA to a folder that has "
             f"{file.path}, or download {file.url} to {path}. Synthetic data of the same shape: --data synthetic"
         ) from error

@@ -107,9 +107,9 @@ def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], unit: str, referen
     for ax, (protocol, title) in zip(axes[0], titles.items(), strict=True):
         labels = {arm: label.replace(", ", ",\n") for arm, label in LABELS.items()}
         arms = pd.Categorical(outcome["variant"].map(labels), list(labels.values()))
-        part = outcome.assign(arm=arms)[outcome["protocol"] == protocol].sort_values("arm")
+        part = outcome.assign(arm=arms, seed=outcome["seed"].astype(str))[outcome["protocol"] == protocol]
         sns.lineplot(
-            part,
+            part.sort_values(["seed", "arm"]),
             x="arm",
             y="outcome",
             hue="seed",
@@ -118,6 +118,7 @@ def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], unit: str, referen
             markers=True,
             dashes=False,
             linewidth=0.9,
+            markersize=7,
             ax=ax,
             legend=ax is axes[0][-1],
         )

@@ -47,6 +47,8 @@ class RunKey:
         check_choice("data", self.source, SOURCES)
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
+        if self.profile == "smoke":  # always on synthetic data
+            object.__setattr__(self, "source", "synthetic")
 
     @property
     def stem(self) -> str:

@@ -121,9 +121,12 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
     sign = -1 if lower_is_better else 1
     percent = (sign * 100 * (pairs["arm"] / pairs["baseline"] - 1)).to_numpy()
     low = high = p = float("nan")
-    if len(percent) >= 2:
+    if len(percent) >= 3 and np.ptp(percent) == 0:  # neither test is defined without any spread
+        low = high = float(percent[0])
+        p = 0.0 if low else 1.0
+    elif len(percent) >= 2:
         p = float(stats.ttest_1samp(percent, 0).pvalue)
-    if len(percent) >= 3:
+    if len(percent) >= 3 and np.ptp(percent) > 0:
         interval = stats.bootstrap(
             (percent,), np.mean, confidence_level=CONFIDENCE, rng=np.random.default_rng(0)
         ).confidence_interval

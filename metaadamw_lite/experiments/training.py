@@ -138,8 +138,7 @@ class _Run:
     def __init__(self, task: Task, key: RunKey, settings: Settings, results: Path, device: torch.device) -> None:
         self.task, self.key, self.settings, self.device = task, key, settings, device
         self.checkpoint = key.path(results, ".ckpt")
-        source = "synthetic" if key.profile == "smoke" else key.source
-        data = task.load(key.protocol, settings, source)
+        data = task.load(key.protocol, settings, key.source)
         self.data = data.to(device)
         torch.manual_seed(derived_seed(key.seed, 0, "weights"))
         self.model = task.build(settings).to(device)
