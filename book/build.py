@@ -20,6 +20,7 @@ import joblib
 import nbformat
 import papermill
 import yaml
+from nbval.plugin import coalesce_streams
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -75,7 +76,7 @@ def keep_text_outputs(executed: Path, notebook: Path) -> None:
     for cell in content["cells"]:
         if cell["cell_type"] == "code":
             checked = "nbval-check-output" in cell["metadata"].get("tags", [])
-            cell["outputs"] = ran[cell["id"]]["outputs"] if checked else []
+            cell["outputs"] = coalesce_streams(ran[cell["id"]]["outputs"]) if checked else []
             cell["execution_count"] = ran[cell["id"]]["execution_count"] if checked else None
             for output in cell["outputs"]:
                 if isinstance(output.get("text"), str):

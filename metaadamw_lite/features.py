@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metaadamw_lite.checks import check_choice
 from metaadamw_lite.groups import ModulationGroup
 
 FEATURE_VERSIONS = ("basic", "basic_plus", "enhanced", "norm_basic", "norm_basic_plus")
@@ -39,7 +40,7 @@ class FeatureConfig:
         include_time_step: add the training progress as the last column.
 
     Raises:
-        ValueError: for an unknown version.
+        ValueError: for an unknown version, or a switch that is neither True nor False.
     """
 
     version: str = "basic"
@@ -47,8 +48,9 @@ class FeatureConfig:
     include_time_step: bool = True
 
     def __post_init__(self) -> None:
-        if self.version not in FEATURE_VERSIONS:
-            raise ValueError(f"feature_version is {self.version!r}; allowed are {', '.join(FEATURE_VERSIONS)}")
+        check_choice("feature_version", self.version, FEATURE_VERSIONS)
+        check_choice("use_v_norms", self.use_v_norms, (True, False))
+        check_choice("include_time_step", self.include_time_step, (True, False))
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from metaadamw_lite.checks import check_choice, check_priorities
+
 KINDS = ("regression", "classification")
 
 
@@ -33,8 +35,7 @@ class PriorityHUW(nn.Module):
         if not kinds:
             raise ValueError("kinds is empty; at least one loss is needed")
         for kind in kinds:
-            if kind not in KINDS:
-                raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
+            check_choice("kind", kind, KINDS)
         check_priorities(priorities, len(kinds))
         if not math.isfinite(init_log_var):
             raise ValueError(f"init_log_var is {init_log_var}; it must be finite")
@@ -59,14 +60,3 @@ class PriorityHUW(nn.Module):
     def extra_repr(self) -> str:
         """Kinds and priorities, for printing."""
         return f"kinds={self.kinds}, priorities={self.priorities}"
-
-
-def check_priorities(priorities: Sequence[float], count: int) -> None:
-    """Raise a ValueError unless there are ``count`` positive, finite priorities."""
-    if not isinstance(priorities, Sequence):
-        raise ValueError(f"priorities is {priorities!r}; a sequence of {count} numbers is needed")
-    if len(priorities) != count:
-        raise ValueError(f"priorities {tuple(priorities)} has {len(priorities)} entries; {count} are needed")
-    for p in priorities:
-        if not (math.isfinite(p) and p > 0):
-            raise ValueError(f"priority is {p}; priorities must be positive and finite")

@@ -12,13 +12,21 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import getgeneratorlocals, isgenerator
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from metaadamw_lite.checks import (
+    check_betas,
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_priorities,
+    check_range,
+    check_seed,
+)
 from metaadamw_lite.features import FeatureConfig, TensorState, group_features, time_feature
 from metaadamw_lite.groups import (
     ModulationGroup,
@@ -29,7 +37,7 @@ from metaadamw_lite.groups import (
     places_by_class,
     places_by_name,
 )
-from metaadamw_lite.huw import PriorityHUW, check_priorities
+from metaadamw_lite.huw import PriorityHUW
 from metaadamw_lite.meta import (
     OBJECTIVES,
     Evaluator,
@@ -155,40 +163,19 @@ class MetaAdamW(torch.optim.AdamW):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        _check_adamw(lr, betas, eps, weight_decay)
-        for name, value in (("alpha_range", alpha_range), ("beta_range", beta_range)):
-            if not 0 <= value <= 2:
-                raise ValueError(f"{name} is {value}; it must be in [0, 2], so that no factor is negative")
-        for name, value in (
-            ("feature_gating_sparsity", feature_gating_sparsity),
-            ("meta_lr", meta_lr),
-            ("meta_weight_decay", meta_weight_decay),
-        ):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}; it must be finite and not negative")
-        for name, value in (
-            ("group_embed_dim", group_embed_dim),
-            ("attn_layers", attn_layers),
-            ("attn_hidden_dim", attn_hidden_dim),
-            ("attn_heads", attn_heads),
-            *([] if total_steps is None else [("total_steps", total_steps)]),
-        ):
-            if not _is_integer(value) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
-        if not _is_integer(seed) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
-        for name, choice, allowed in (
-            ("group_strategy", group_strategy, GROUP_STRATEGIES),
-            ("meta_objective", meta_objective, OBJECTIVES),
-            ("meta_optimizer", meta_optimizer, tuple(META_OPTIMIZERS)),
-            ("use_v_norms", use_v_norms, (True, False)),
-            ("include_time_step", include_time_step, (True, False)),
-            ("use_feature_gating", use_feature_gating, (True, False)),
-            ("foreach", foreach, (None, True, False)),
-            ("fused", fused, (None, True, False)),
-        ):
-            if choice not in allowed:
-                raise ValueError(f"{name} is {choice!r}; allowed are {', '.join(map(str, allowed))}")
+        check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay, meta_lr=meta_lr)
+        check_not_negative(meta_weight_decay=meta_weight_decay, feature_gating_sparsity=feature_gating_sparsity)
+        check_betas(betas)
+        check_range(alpha_range=alpha_range, beta_range=beta_range)
+        check_count(attn_layers=attn_layers, attn_hidden_dim=attn_hidden_dim, attn_heads=attn_heads)
+        check_count(group_embed_dim=group_embed_dim, total_steps=1 if total_steps is None else total_steps)
+        check_seed(seed)
+        check_choice("group_strategy", group_strategy, GROUP_STRATEGIES)
+        check_choice("meta_objective", meta_objective, OBJECTIVES)
+        check_choice("meta_optimizer", meta_optimizer, META_OPTIMIZERS)
+        check_choice("use_feature_gating", use_feature_gating, (True, False))
+        check_choice("foreach", foreach, (None, True, False))
+        check_choice("fused", fused, (None, True, False))
         if not (model is None or isinstance(model, nn.Module)):
             raise ValueError(f"model is {model!r}; it must be an nn.Module or None")
         if huw_priorities is not None:
@@ -564,19 +551,6 @@ class MetaAdamW(torch.optim.AdamW):
         What others hang on the instance (a scheduler replaces ``step``) is theirs and stays out, as in torch.
         """
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN_ATTRIBUTES}}
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral)  # NumPy's integers, too
-
-
-def _check_adamw(lr: float | Tensor, betas: Sequence[float], eps: float, weight_decay: float) -> None:
-    """Raise a ValueError that quotes the value and what is allowed, unless AdamW can work with these."""
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value}; it must be finite and not negative")
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas is {betas}; it must be two numbers in [0, 1)")
 
 
 def _model_behind(params: Any) -> nn.Module | None:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments.datasets import DataFile, fetch
-from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES, Batch, Data, Settings, Task, check_choice
+from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES, Batch, Data, Settings, Task
 
 # ---------------------------------------------------------------- data
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES, check_choice
+from metaadamw_lite.checks import check_choice, check_seed
+from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
 
 RESULTS = Path("data/results")
 FORMAT = 1
@@ -45,8 +46,7 @@ class RunKey:
         check_choice("protocol", self.protocol, PROTOCOLS)
         check_choice("profile", self.profile, PROFILES)
         check_choice("data", self.source, SOURCES)
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        check_seed(self.seed)
         if self.profile == "smoke":  # always on synthetic data
             object.__setattr__(self, "source", "synthetic")
 

@@ -96,9 +96,3 @@ class Task:
     build: Callable[[Settings], nn.Module]
     loss: Callable[[nn.Module, Batch], Tensor]
     metric_from_loss: Callable[[float], float]
-
-
-def check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise a ValueError that quotes ``value`` and what is allowed, unless it is one of them."""
-    if value not in allowed:
-        raise ValueError(f"{what} is {value!r}; allowed are {', '.join(allowed)}")

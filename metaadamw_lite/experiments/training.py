@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from metaadamw_lite import MetaAdamW
+from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.records import (
     RESULTS,
@@ -33,7 +34,7 @@ from metaadamw_lite.experiments.records import (
     write_atomically,
     write_record,
 )
-from metaadamw_lite.experiments.task import Batch, Settings, Task, check_choice
+from metaadamw_lite.experiments.task import Batch, Settings, Task
 
 VARIANTS = ("adamw", "metaadamw", "metaadamw-frozen")
 """AdamW; MetaAdamW; and the control, MetaAdamW whose random Φ is never updated."""
