@@ -7,7 +7,7 @@ from pathlib import Path
 
 import joblib
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.records import RunKey, read_record
