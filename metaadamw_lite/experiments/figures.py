@@ -89,7 +89,7 @@ def plot_factors(factors: pd.DataFrame) -> Figure:
             legend=ax is axes[1],
         )
         ax.axhline(1, color="black", linewidth=0.6)
-        ax.set(xlabel="step", ylabel=f"{symbol} (no unit)", title=f"{symbol}, a line for each group", ylim=(0.45, 1.55))
+        ax.set(xlabel="step", ylabel="factor (no unit)", title=f"{symbol}, a line for each group", ylim=(0.45, 1.55))
     sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1, 1), title="", fontsize="small")
     return figure
 
