@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-LAYER_TYPES = ("embedding", "attention", "feed-forward", "norm", "other")
-DEPTHS = ("shallow", "middle", "deep")
 
 _NORMS = (
     nn.LayerNorm,
