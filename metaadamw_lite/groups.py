@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-
 _NORMS = (
     nn.LayerNorm,
     nn.RMSNorm,
