@@ -97,15 +97,13 @@ def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list
     result = []
     for named in param_groups:
         shapes = {name: tuple(p.shape) for name, p in named}
-        positions, joined = joined[: len(named)], joined[len(named) :]
+        depth_of = dict(zip(shapes, joined[: len(named)], strict=False))
+        joined = joined[len(named) :]
         if any(block_index(name) is not None for name in shapes):
             # Weights and biases may come in groups of their own: what is before or after the blocks shows within each.
-            blocks = dict(zip(shapes, positions, strict=False))
-            within = dict(zip(shapes, depths(list(shapes)), strict=True))
-            places = {n: within[n] if block_index(n) is None else blocks[n] for n in shapes}
-        else:
-            places = dict(zip(shapes, positions, strict=False))
-        result.append({name: Place(_type_by_name(name, shapes, by_shape=True), places[name]) for name in shapes})
+            within = zip(shapes, depths(list(shapes)), strict=True)
+            depth_of |= {name: depth for name, depth in within if block_index(name) is None}
+        result.append({name: Place(_type_by_name(name, shapes, by_shape=True), depth_of[name]) for name in shapes})
     return result
 
 

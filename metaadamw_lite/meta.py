@@ -139,10 +139,10 @@ class Evaluator:
             raise ValueError(f"the loss on {name} is {loss.item()}; a meta-update needs finite losses")
         return loss.reshape(())
 
-    def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> list[Tensor]:
-        """The gradient of the loss on a batch by ``params``; zeros for those that the loss does not contain."""
-        grads = torch.autograd.grad(self.loss(name, batch), params, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+    def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The loss on a batch, detached, and its gradient by ``params``; zeros for those that it does not contain."""
+        loss = self.loss(name, batch)
+        return loss.detach(), torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
 
 
 def first_order_losses(
@@ -166,22 +166,18 @@ def first_order_losses(
 
     l_grad = l_val = None
     if objective in ("loss_decrease", "combined"):
-        loss = evaluate.loss("val_batch", val_batch)
-        grads = torch.autograd.grad(loss, step.params, allow_unused=True)
-        vector = [torch.zeros_like(p) if g is None else g for p, g in zip(step.params, grads, strict=True)]
-        l_val = through_the_step(loss.detach(), vector)
+        l_val = through_the_step(*evaluate.gradient("val_batch", val_batch, step.params))
     if objective in ("gradient", "combined"):
-        g_prime = evaluate.gradient("batch2", batch2, step.params)
+        _, g_prime = evaluate.gradient("batch2", batch2, step.params)
+        # g′ is cut off here, because its dependence on Φ is what H₂r stands for; λ₁ and λ₂ stay connected.
         leaves = [g.detach().requires_grad_() for g in g_prime]
         value = gradient_alignment(modulation, step.groups, step.g, leaves)
         r = torch.autograd.grad(value, leaves, retain_graph=True)
         with torch.no_grad():
             delta = _difference_step(theta_prime, r)
             _write(step.params, [p + delta * x for p, x in zip(theta_prime, r, strict=True)])
-        moved = evaluate.gradient("batch2", batch2, step.params)
+        _, moved = evaluate.gradient("batch2", batch2, step.params)
         hessian_r = [(a - b) / delta for a, b in zip(moved, g_prime, strict=True)]
-        # λ₁ and λ₂ depend on Φ too; g′ is cut off here because its dependence is what ``hessian_r`` stands for.
-        value = gradient_alignment(modulation, step.groups, step.g, g_prime)
         l_grad = through_the_step(value, hessian_r)
     return l_grad, l_val
 

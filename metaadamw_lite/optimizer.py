@@ -359,13 +359,12 @@ class MetaAdamW(torch.optim.AdamW):
             if objective != "gradient":
                 # Not under no_grad: some modules take another path there, and the difference would show it.
                 val_at_theta = evaluate.loss("val_batch", val_batch).detach()
+            if objective in ("gen_gap", "combined"):
                 l_gap = (loss1.detach() - val_at_theta).abs()  # Eq. 12 contains no θ′, so it cannot move Φ
             route = double_backward_losses if double_backward else first_order_losses
             l_grad, val_at_theta_prime = route(evaluate, step, modulation, objective, batch2, val_batch)
             if val_at_theta_prime is not None:
                 l_loss = val_at_theta_prime - val_at_theta  # Eq. 11
-            if objective in ("gradient", "loss_decrease"):
-                l_gap = None
             terms = [term.to(modulation.alpha) for term in (l_grad, l_loss, l_gap) if term is not None]
             total = self.huw(terms) if self.huw is not None else torch.stack(terms).sum()
             penalty = self.modulator.gate_penalty()

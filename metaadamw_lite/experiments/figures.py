@@ -103,13 +103,13 @@ def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], unit: str, referen
         unit: label of the vertical axis.
         reference: the paper's value for an arm, drawn as a line in the panel of the paper's protocol.
     """
+    labels = {arm: label.replace(", ", ",\n") for arm, label in LABELS.items()}
+    arms = pd.Categorical(outcome["variant"].map(labels), list(labels.values()))
+    outcome = outcome.assign(arm=arms, seed=outcome["seed"].astype(str)).sort_values(["seed", "arm"])
     figure, axes = plt.subplots(1, len(titles), figsize=(4.8 * len(titles), 3.8), squeeze=False)
     for ax, (protocol, title) in zip(axes[0], titles.items(), strict=True):
-        labels = {arm: label.replace(", ", ",\n") for arm, label in LABELS.items()}
-        arms = pd.Categorical(outcome["variant"].map(labels), list(labels.values()))
-        part = outcome.assign(arm=arms, seed=outcome["seed"].astype(str))[outcome["protocol"] == protocol]
         sns.lineplot(
-            part.sort_values(["seed", "arm"]),
+            outcome[outcome["protocol"] == protocol],
             x="arm",
             y="outcome",
             hue="seed",
