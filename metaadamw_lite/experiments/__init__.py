@@ -1,8 +1,10 @@
 """The paper's experiments, run again: tasks, training, studies and reports.
 
 * ``task``      what a task is and which settings a run has
-* ``etth1``     the tasks, one file each: data, model, loss, metric, configuration
-* ``datasets``  where data files come from, and how they are checked
+* ``etth1``, ``wikitext2``, ``multi30k``, ``cifar10``, ``imdb``
+                the tasks, one file each: data, model, loss, metric, configuration
+* ``text``      what the text tasks share
+* ``datasets``  where data files come from, how they are checked and kept
 * ``training``  one run, from the seed to the record
 * ``records``   what a run leaves behind
 * ``studies``   which runs belong together, and running all that are missing
@@ -13,7 +15,11 @@
 ``python -m metaadamw_lite.experiments --help`` lists the commands.
 """
 
+from metaadamw_lite.experiments.cifar10 import CIFAR10
 from metaadamw_lite.experiments.etth1 import ETTH1
+from metaadamw_lite.experiments.imdb import IMDB
+from metaadamw_lite.experiments.multi30k import MULTI30K
 from metaadamw_lite.experiments.task import Task
+from metaadamw_lite.experiments.wikitext2 import WIKITEXT2
 
-TASKS: dict[str, Task] = {task.name: task for task in (ETTH1,)}
+TASKS: dict[str, Task] = {task.name: task for task in (ETTH1, WIKITEXT2, MULTI30K, CIFAR10, IMDB)}

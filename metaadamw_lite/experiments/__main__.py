@@ -7,9 +7,10 @@ from pathlib import Path
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.datasets import DataError
 from metaadamw_lite.experiments.records import RESULTS, RunKey
-from metaadamw_lite.experiments.studies import status_lines, sweep
+from metaadamw_lite.experiments.studies import STUDIES, status, status_lines, sweep
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
-from metaadamw_lite.experiments.training import VARIANTS, RunInProgressError, run
+from metaadamw_lite.experiments.training import RunInProgressError, run
+from metaadamw_lite.experiments.variants import VARIANTS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("run", help="one training run; writes one record")
     one.add_argument("task", choices=list(TASKS))
-    one.add_argument("--optimizer", required=True, choices=VARIANTS)
+    one.add_argument("--optimizer", required=True, choices=VARIANTS, metavar="NAME", help=", ".join(VARIANTS))
     one.add_argument("--seed", type=int, default=0)
     one.add_argument(
         "--profile", choices=PROFILES, default="lite", help="smoke: seconds, synthetic data (default: lite)"
@@ -30,11 +31,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--data", choices=SOURCES, default="real", help="synthetic: a stand-in of the same shape")
 
     many = commands.add_parser("sweep", help="all runs of a study that have no record yet")
-    many.add_argument("study", help="main, main/paper, main/lite or smoke")
-    many.add_argument("--jobs", type=int, help="runs at a time (default: one for each core)")
+    studies = "; ".join(f"{name}: {what}" for name, what in STUDIES.items())
+    many.add_argument("study", help=f"{studies}. With /paper or /lite for one profile")
+    many.add_argument("--task", action="append", choices=list(TASKS), help="only this task (may be repeated)")
+    many.add_argument(
+        "--jobs", type=int, help="runs at a time (default: one for each core, or as many as fit on the GPU)"
+    )
     many.add_argument("--scheduler", metavar="ADDRESS", help="send the runs to the Dask cluster at this address")
 
     state = commands.add_parser("status", help="what is recorded, what is missing")
+    state.add_argument("study", nargs="?", help="one study in detail (default: how much there is of each)")
     for command in (one, many):
         command.add_argument("--device", default="cpu", help="as torch names it (default: cpu)")
     for command in (one, many, state):
@@ -57,14 +63,18 @@ def main(arguments: list[str] | None = None) -> int:
                 if best is None
                 else f"best {record['metric']} {best['metric']:.6g} in epoch {best['epoch']}"
             )
-            print(f"{key.path(args.results)}: {record['status']}, {outcome}, data: {record['data']}")
+            why = f" ({record['error']})" if "error" in record else ""
+            print(f"{key.path(args.results)}: {record['status']}{why}, {outcome}, data: {record['data']}")
         elif args.command == "sweep":
             if args.jobs is not None and args.jobs < 1:
                 raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
-            failed = sweep(args.study, args.results, args.jobs, args.scheduler, args.device)
+            tasks = args.task or list(TASKS)
+            failed = sweep(args.study, args.results, tasks, args.jobs, args.scheduler, args.device)
             return 1 if failed else 0
+        elif args.study:
+            print("\n".join(status_lines(args.study, args.results)))
         else:
-            print("\n".join(status_lines(args.results)))
+            print(status(args.results))
     except (ValueError, DataError, RunInProgressError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

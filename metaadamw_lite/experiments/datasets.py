@@ -1,16 +1,27 @@
-"""Where data files come from, and how they are checked.
+"""Where data come from, how they are checked, and how what is made of them is kept.
 
-``METAADAMW_DATA`` names the folder; without it, it is ``data/cache`` of the current directory. A file that is missing
-there is downloaded from its public source. Every file is checked by size and SHA-256 before it is used.
+``METAADAMW_DATA`` names the folder; without it, it is ``data/cache`` of the current directory. What is missing there
+is downloaded from its public source into the same layout. Every file is checked before it is used: ``DataFile`` by size
+and SHA-256, ``Table`` (whose file depends on who wrote it, but not its rows) by its columns and number of rows.
 """
 
 import hashlib
 import http.client
+import inspect
 import os
 import tempfile
 import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
+
+import joblib
+import numpy as np
+import pandas as pd
+
+T = TypeVar("T")
 
 
 class DataError(RuntimeError):
@@ -34,6 +45,25 @@ class DataFile:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Table:
+    """One part of a public data set as a parquet file.
+
+    Attributes:
+        path: where it lies inside the data folder.
+        rows: how many it has.
+        columns: their names.
+        source: where it can be had, for messages.
+        download: fetches it from there.
+    """
+
+    path: str
+    rows: int
+    columns: tuple[str, ...]
+    source: str
+    download: Callable[[], pd.DataFrame]
+
+
 def data_folder() -> Path:
     """The folder of real data: ``METAADAMW_DATA``, else ``data/cache``."""
     return Path(os.environ.get("METAADAMW_DATA") or "data/cache")
@@ -46,10 +76,80 @@ def fetch(file: DataFile) -> Path:
         DataError: if the file can be had neither way, or is not the expected one. The message names it and says what
             to do.
     """
+
+    def download(part: Path) -> None:
+        with urllib.request.urlopen(file.url, timeout=60) as response:
+            part.write_bytes(response.read())
+        _check(file, part)
+
     path = data_folder() / file.path
     if not path.exists():
-        _download(file, path)
+        _download(path, file.path, file.url, download)
     _check(file, path)
+    return path
+
+
+def read_table(table: Table) -> pd.DataFrame:
+    """The rows of a checked table, downloaded first if it is not there.
+
+    Raises:
+        DataError: as ``fetch`` does.
+    """
+    return _read(table, _locate(table))
+
+
+def hub_table(
+    path: str, rows: int, columns: tuple[str, ...], name: str, split: str, config: str | None = None
+) -> Table:
+    """A table that the Hugging Face hub has as the split of a data set."""
+
+    def download() -> pd.DataFrame:
+        from datasets import load_dataset
+
+        frame: pd.DataFrame = load_dataset(name, config, split=split).to_pandas()
+        return frame[list(columns)]
+
+    return Table(path, rows, columns, f"the split {split!r} of https://huggingface.co/datasets/{name}", download)
+
+
+def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -> T:
+    """What ``make(*arguments)`` makes of some tables, kept on disk in ``data/cache/prepared``: it is made only once.
+
+    It is made anew when a file, an argument or the function's own source changes.
+    """
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in map(_locate, tables)]
+    memory = joblib.Memory("data/cache/prepared", verbose=0)
+    result: T = memory.cache(_make, ignore=["make"])(make, _source(make), files, *arguments)
+    return result
+
+
+def _make(make: Callable[..., T], _source: str, _files: list[Any], *arguments: Any) -> T:
+    return make(*arguments)
+
+
+def _source(make: Callable[..., Any]) -> str:
+    return f"{make.__module__}.{make.__qualname__}\n{inspect.getsource(make)}"
+
+
+def held_out(keys: Iterable[str | bytes], share: int = 10) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """Which samples the ``clean`` protocol splits off the training set: about one in ``share``, the same each time.
+
+    A sample's own content decides, so that copies of it stay on the same side.
+    """
+    as_bytes = (key.encode() if isinstance(key, str) else key for key in keys)
+    return np.array([zlib.crc32(key) % share == 0 for key in as_bytes])
+
+
+def _locate(table: Table) -> Path:
+    """Where a table lies, after a download if need be."""
+
+    def download(part: Path) -> None:
+        table.download().to_parquet(part)
+        _read(table, part)
+
+    path = data_folder() / table.path
+    if not path.exists():
+        _download(path, table.path, table.source, download)
     return path
 
 
@@ -65,20 +165,33 @@ def _check(file: DataFile, path: Path) -> None:
         )
 
 
-def _download(file: DataFile, path: Path) -> None:
+def _read(table: Table, path: Path) -> pd.DataFrame:
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is not a whole parquet file ({error}); delete it to have it downloaded again"
+        ) from error
+    if set(frame.columns) != set(table.columns) or len(frame) != table.rows:
+        raise DataError(
+            f"{path} has {len(frame):,} rows of {', '.join(map(str, frame.columns))}, expected {table.rows:,} rows of "
+            f"{', '.join(table.columns)}; delete it to have it downloaded again"
+        )
+    return frame
+
+
+def _download(path: Path, name: str, source: str, download: Callable[[Path], None]) -> None:
     """Download to a temporary file beside ``path`` and move it there once it is whole and checked."""
     part = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder) / path.name
-            with urllib.request.urlopen(file.url, timeout=60) as response:
-                part.write_bytes(response.read())
-            _check(file, part)
+            download(part)
             part.replace(path)
-    except (DataError, http.client.HTTPException, OSError) as error:
+    except (DataError, http.client.HTTPException, ImportError, OSError, RuntimeError, ValueError) as error:
         why = str(error).replace(str(part), "the download") if isinstance(error, DataError) else repr(error)
         raise DataError(
             f"{path} is missing and could not be downloaded ({why}). Either set METAADAMW_DATA to a folder that has "
-            f"{file.path}, or download {file.url} to {path}. Synthetic data of the same shape: --data synthetic"
+            f"{name}, or download {source} to {path}. Synthetic data of the same shape: --data synthetic"
         ) from error

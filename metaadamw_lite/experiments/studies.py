@@ -1,50 +1,112 @@
 """Which runs belong together, and making all that have no record yet."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import joblib
+import pandas as pd
 import torch
 from tqdm import tqdm
 
+from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.records import RunKey, read_record
-from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS
-from metaadamw_lite.experiments.training import VARIANTS, RunInProgressError, run
+from metaadamw_lite.experiments.task import PROTOCOLS
+from metaadamw_lite.experiments.training import RunInProgressError, run
+from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, at_learning_rate, differs
 
-SEEDS = 5
-STUDIES = ("main", "smoke")
+SEEDS = range(5)
+SEARCH_SEEDS = range(100, 102)
+"""For the search of a learning rate; no run that is reported has one of them."""
+
+STUDIES = {
+    "main": "Table 2, Table 5 and figures 1 to 5: every task, arm and protocol",
+    "baseline": "AdamW with a learning rate that was searched for",
+    "ablation": "Table 3: every row that differs from MetaAdamW, under the paper's protocol",
+    "smoke": "everything once, in seconds, on synthetic data",
+}
+GPU_RUN_BYTES = 6 * 2**30
+"""Memory of a GPU that a run may need; so many of them share it."""
 
 
-def study_runs(study: str) -> list[RunKey]:
-    """The runs of a study, in the order in which they are wanted: whole pairs first, seed by seed.
+def study_runs(study: str, results: Path, tasks: Sequence[str] = tuple(TASKS)) -> list[RunKey]:
+    """The runs of a study, in the order in which they are wanted: whole comparisons first, seed by seed.
 
     Args:
-        study: "main" (Table 2: every task, arm and protocol, five seeds, profiles ``paper`` and ``lite``),
-            "main/paper" or "main/lite" for one profile, or "smoke".
+        study: the name of one of ``STUDIES``, all but "smoke" with "/paper" or "/lite" for one profile only.
+        results: folder of the records: the second half of ``baseline``, the runs with the best learning rate, is known
+            only when its search is done.
+        tasks: only these.
 
     Raises:
-        ValueError: for an unknown study or profile.
+        ValueError: for an unknown study, profile or task.
     """
     name, _, profile = study.partition("/")
-    if name not in STUDIES or (profile and (name != "main" or profile not in PROFILES)):
-        allowed = ["main", *(f"main/{p}" for p in PROFILES if p != "smoke"), "smoke"]
-        raise ValueError(f"study is {study!r}; allowed are {', '.join(allowed)}")
+    allowed = [s for n in STUDIES for s in ([n] if n == "smoke" else [n, f"{n}/paper", f"{n}/lite"])]
+    check_choice("study", study, allowed)
+    for task in tasks:
+        check_choice("task", task, tuple(TASKS))
     profiles = ["smoke"] if name == "smoke" else [profile] if profile else ["paper", "lite"]
-    seeds = 1 if name == "smoke" else SEEDS
-    return [
-        RunKey(task, variant, protocol, p, seed)
-        for p in profiles
-        for seed in range(seeds)
-        for protocol in PROTOCOLS
-        for task in TASKS
-        for variant in VARIANTS
-    ]
+    return [key for p in profiles for key in _RUNS[name](p, tasks, results)]
 
 
-def missing(runs: list[RunKey], results: Path) -> list[RunKey]:
+def _main(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    for seed in SEEDS:
+        for task in tasks:
+            for protocol in PROTOCOLS:
+                yield from (RunKey(task, arm, protocol, profile, seed) for arm in ARMS)
+
+
+def _baseline(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    """The search, and for each one that is done, the runs with the best rate and the seeds of the main study."""
+    for protocol in reversed(PROTOCOLS):  # under ``clean`` the search cannot see what is reported: that comes first
+        for task in tasks:
+            search = [
+                RunKey(task, at_learning_rate(lr), protocol, profile, seed)
+                for seed in SEARCH_SEEDS
+                for lr in LEARNING_RATES
+            ]
+            yield from search
+            best = best_variant(search, results)
+            if best is not None:
+                yield from (RunKey(task, best, protocol, profile, seed) for seed in SEEDS)
+
+
+def best_variant(search: Sequence[RunKey], results: Path) -> str | None:
+    """The variant with the best mean validation metric over the runs of a search, or None while one has no record.
+
+    A variant with a run that has no finite epoch is not chosen.
+    """
+    if missing(search, results):
+        return None
+    better = min if TASKS[search[0].task].lower_is_better else max
+    best = [(key.variant, read_record(key.path(results))["best"]) for key in search]
+    failed = {variant for variant, b in best if b is None}
+    means = {v: fmean(b["metric"] for w, b in best if w == v) for v, _ in best if v not in failed}
+    return better(means, key=lambda v: means[v]) if means else None
+
+
+def _ablation(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    for seed in SEEDS:
+        for task in tasks:
+            for variant in (*ARMS[:2], *ABLATIONS):
+                if variant in ARMS or differs(TASKS[task].settings(profile), variant):
+                    yield RunKey(task, variant, "paper", profile, seed)
+
+
+def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    runs = [*_main(profile, tasks, results), *_ablation(profile, tasks, results)]
+    runs += [RunKey(task, at_learning_rate(lr), "paper", profile, 0) for task in tasks for lr in LEARNING_RATES]
+    yield from dict.fromkeys(key for key in runs if key.seed == 0)
+
+
+_RUNS = {"main": _main, "baseline": _baseline, "ablation": _ablation, "smoke": _smoke}
+
+
+def missing(runs: Sequence[RunKey], results: Path) -> list[RunKey]:
     """Those that have no record. A file that is no record raises a ``RecordError``."""
     return [key for key in runs if not _done(key, results)]
 
@@ -60,48 +122,76 @@ def _done(key: RunKey, results: Path) -> bool:
 def sweep(
     study: str,
     results: Path,
+    tasks: Sequence[str] = tuple(TASKS),
     jobs: int | None = None,
     scheduler: str | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> list[RunKey]:
-    """Make all runs of a study that have no record, several at once, and return those that failed.
+    """Make all runs of a study that have no record, several at once, and return those that could not be made.
 
     Killed at any moment, the next call goes on where this one was. Several sweeps may work on one study: a run that
-    another process is at is left to it.
+    another process is at is left to it, and looked at again at the end. A run that diverges, or whose training fails,
+    leaves a record that says so.
 
     Args:
-        study: as ``study_runs`` takes it.
-        results: folder of the records.
-        jobs: runs at a time; by default one for each core, or all workers of the cluster.
+        study, results, tasks: as ``study_runs`` takes them.
+        jobs: runs at a time; by default one for each core, as many as fit on the GPU, or all workers of the cluster.
         scheduler: address of a Dask scheduler to send the runs to, instead of processes on this machine.
         device: where the runs compute.
-        progress: show a bar over the runs.
+        progress: show a bar over the runs of the study, with the time that is left.
     """
-    todo = missing(study_runs(study), results)
-    with _workers(scheduler, jobs) as workers:
-        outcomes = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(
-            joblib.delayed(_one)(key, results.resolve(), device, None if scheduler else workers) for key in todo
-        )
-        failed = []
-        for key, error in tqdm(outcomes, total=len(todo), desc=study, unit="run", disable=not progress):
-            if error:
-                failed.append(key)
-                tqdm.write(f"{key}: {error}")
-    return failed
+    results = results.resolve()
+    errors: dict[RunKey, str] = {}
+    busy: set[RunKey] = set()
+    runs = study_runs(study, results, tasks)
+    with (
+        _workers(scheduler, jobs or (None if scheduler else runs_at_a_time(device))) as workers,
+        tqdm(total=len(runs), desc=study, unit="run", disable=not progress, smoothing=0) as bar,
+    ):
+        while todo := [key for key in missing(runs, results) if key not in errors]:
+            bar.total, bar.n = len(runs), len(runs) - len(todo) - len(errors)
+            bar.initial = bar.initial or bar.n  # what was there before does not count for the speed
+            bar.refresh()
+            made = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(
+                joblib.delayed(_one)(key, results, device, None if scheduler else workers, wait=busy.issuperset(todo))
+                for key in todo
+            )
+            for key, outcome in made:
+                if outcome is None:
+                    bar.update()
+                elif outcome == _BUSY:
+                    busy.add(key)
+                else:
+                    errors[key] = outcome
+                    tqdm.write(f"{key}: {outcome}")
+            runs = study_runs(study, results, tasks)
+    return list(errors)
 
 
-def _one(key: RunKey, results: Path, device: str, sharing: int | None) -> tuple[RunKey, str | None]:
-    """One run in a worker: its key and what went wrong, if anything. A failure must not end the other runs."""
+_BUSY = "busy"
+
+
+def _one(key: RunKey, results: Path, device: str, sharing: int | None, wait: bool) -> tuple[RunKey, str | None]:
+    """One run in a worker: its key and what went wrong, if anything. An error must not end the other runs."""
     if sharing:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
     try:
-        run(key, results, device, progress=False)
+        run(key, results, device, progress=False, wait=wait)
     except RunInProgressError:
-        return key, None
+        return key, _BUSY
     except Exception as error:
         return key, f"{type(error).__name__}: {error}"
     return key, None
+
+
+def runs_at_a_time(device: str) -> int:
+    """One for each core; on a GPU no more than its free memory holds."""
+    cores = os.cpu_count() or 1
+    if torch.device(device).type != "cuda":
+        return cores
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return max(1, min(cores, free // GPU_RUN_BYTES))
 
 
 @contextmanager
@@ -109,7 +199,7 @@ def _workers(scheduler: str | None, jobs: int | None) -> Iterator[int]:
     """joblib on local processes, or on a Dask cluster; yields the number of runs at a time."""
     if scheduler is None:
         with joblib.parallel_config(backend="loky"):
-            yield jobs or os.cpu_count() or 1
+            yield jobs or 1
     else:
         from dask.distributed import Client
 
@@ -117,15 +207,23 @@ def _workers(scheduler: str | None, jobs: int | None) -> Iterator[int]:
             yield jobs or -1
 
 
-def status_lines(results: Path) -> Iterator[str]:
-    """What is recorded and what is missing, a line for each profile, task, protocol and arm of the main study."""
-    for profile in ("paper", "lite"):
-        runs = study_runs(f"main/{profile}")
-        for task in TASKS:
-            for protocol in PROTOCOLS:
-                for variant in VARIANTS:
-                    keys = [k for k in runs if (k.task, k.protocol, k.variant) == (task, protocol, variant)]
-                    left = missing(keys, results)
-                    note = f"missing seeds {', '.join(str(k.seed) for k in left)}" if left else "complete"
-                    done = f"{len(keys) - len(left)}/{len(keys)}"
-                    yield f"main/{profile:<6} {task:<10} {protocol:<6} {variant:<17} {done}  {note}"
+def status(results: Path) -> pd.DataFrame:
+    """How many runs of each study have a record: a row for each study and profile, a column for each task."""
+    rows = {}
+    for name in STUDIES:
+        for profile in () if name == "smoke" else ("paper", "lite"):
+            study = f"{name}/{profile}"
+            keys = {task: study_runs(study, results, [task]) for task in TASKS}
+            rows[study] = {t: f"{len(k) - len(missing(k, results))}/{len(k)}" for t, k in keys.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def status_lines(study: str, results: Path) -> Iterator[str]:
+    """What a study has and what it lacks, a line for each task, protocol and variant."""
+    runs = study_runs(study, results)
+    for task, protocol, variant, profile in dict.fromkeys((k.task, k.protocol, k.variant, k.profile) for k in runs):
+        keys = [k for k in runs if (k.task, k.protocol, k.variant, k.profile) == (task, protocol, variant, profile)]
+        left = missing(keys, results)
+        note = f"missing seeds {', '.join(str(k.seed) for k in left)}" if left else "complete"
+        done = f"{len(keys) - len(left)}/{len(keys)}"
+        yield f"{task:<10} {protocol:<6} {profile:<6} {variant:<24} {done}  {note}"

@@ -1,8 +1,9 @@
 """What a task is, and which settings a run of it has."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ class Settings:
         min_delta: by how much the validation loss must fall to count as an improvement.
         lr, weight_decay, betas, eps: of AdamW and MetaAdamW alike.
         meta_every: K_meta, steps from one meta-update to the next.
-        warmup_epochs: no meta-update before the last step of this epoch.
+        meta_per_epoch: about how many meta-updates an epoch has with it (a factor of Table 3).
+        warmup_epochs: the first epoch that has meta-updates. Table 1 calls it "warmup epochs (before meta)"; in the
+            released code, whose reading this is, the value 1 means that meta-updates begin in the first epoch.
         metaadamw: further arguments of ``MetaAdamW`` (Table 4).
         model: the model's sizes.
         data: how much of the data is used; empty for all.
@@ -34,6 +37,7 @@ class Settings:
     epochs: int
     batch_size: int
     meta_every: int
+    meta_per_epoch: int = 1
     patience: int = 2
     min_delta: float = 1e-3
     lr: float = 5e-4
@@ -55,12 +59,18 @@ class Data:
         val: for early stopping and the meta-objective.
         test: looked at once, after training; None under the paper's protocol, which has no such part.
         source: what the samples are, for records and plots: a file name, or "synthetic".
+        sizes: arguments of the model that the data decide, such as the size of the vocabulary.
+        words: the target vocabulary in the order of its numbers, where the task translates.
+        references: the test part's target sentences, where the task translates.
     """
 
     train: Batch
     val: Batch
     test: Batch | None
     source: str
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    words: Sequence[str] = ()
+    references: Sequence[str] = ()
 
     def to(self, device: torch.device) -> "Data":
         """The same samples on a device."""
@@ -68,7 +78,29 @@ class Data:
         def moved(part: Batch) -> Batch:
             return tuple(x.to(device) for x in part)
 
-        return Data(moved(self.train), moved(self.val), None if self.test is None else moved(self.test), self.source)
+        test = None if self.test is None else moved(self.test)
+        return Data(moved(self.train), moved(self.val), test, self.source, self.sizes, self.words, self.references)
+
+
+class Score(NamedTuple):
+    """How a model does on a batch.
+
+    Attributes:
+        loss: mean over the batch's terms, differentiable.
+        terms: how many predictions the batch holds: samples or, for text, tokens.
+        correct: how many of them are right; None where that makes no sense.
+    """
+
+    loss: Tensor
+    terms: Tensor | int
+    correct: Tensor | None = None
+
+
+class Measured(NamedTuple):
+    """How a model does on a part of the data: mean loss over terms, and the task's metric."""
+
+    loss: float
+    metric: float
 
 
 @dataclass(frozen=True)
@@ -82,9 +114,11 @@ class Task:
         lower_is_better: direction of the metric.
         settings: from a profile to its settings.
         load: from protocol, settings and source ("real" or "synthetic") to the data.
-        build: from settings to a model; initial weights follow torch's global generator.
-        loss: scalar training loss of a model on a batch.
-        metric_from_loss: from a mean validation loss to the metric.
+        build: from settings and data to a model; initial weights follow torch's global generator.
+        score: how a model does on a batch; its loss is what training minimises.
+        metric_of: from mean loss and share of correct predictions to the metric.
+        augment: random changes to a training batch, drawn from the generator; None for none.
+        translate: from a trained model and the data to further figures about the test part ("bleu"), or None.
     """
 
     name: str
@@ -93,6 +127,38 @@ class Task:
     lower_is_better: bool
     settings: Callable[[str], Settings]
     load: Callable[[str, Settings, str], Data]
-    build: Callable[[Settings], nn.Module]
-    loss: Callable[[nn.Module, Batch], Tensor]
-    metric_from_loss: Callable[[float], float]
+    build: Callable[[Settings, Data], nn.Module]
+    score: Callable[[nn.Module, Batch], Score]
+    metric_of: Callable[[float, float], float]
+    augment: Callable[[Batch, torch.Generator], Batch] | None = None
+    translate: Callable[[nn.Module, Data], dict[str, float]] | None = None
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The scalar that training minimises."""
+        return self.score(model, batch).loss
+
+
+# What ``Task.metric_of`` may be: functions of the mean loss and the share of correct predictions.
+
+
+def mean_squared_error(loss: float, _: float) -> float:
+    """The loss itself."""
+    return loss
+
+
+def perplexity(loss: float, _: float) -> float:
+    """The exponential of the mean cross-entropy in nats; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf if not math.isnan(loss) else math.nan
+
+
+def accuracy(_: float, correct: float) -> float:
+    """The share of correct predictions."""
+    return correct
+
+
+def part_of(samples: Batch, count: int | None) -> Batch:
+    """``count`` samples, drawn the same way each time; all, in their order, for None."""
+    if count is None:
+        return samples
+    chosen = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(0))[:count]
+    return tuple(x[chosen] for x in samples)

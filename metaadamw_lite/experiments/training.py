@@ -11,6 +11,7 @@ import io
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments.datasets import DataError
 from metaadamw_lite.experiments.records import (
     RESULTS,
     RunKey,
@@ -34,13 +36,12 @@ from metaadamw_lite.experiments.records import (
     write_atomically,
     write_record,
 )
-from metaadamw_lite.experiments.task import Batch, Settings, Task
-
-VARIANTS = ("adamw", "metaadamw", "metaadamw-frozen")
-"""AdamW; MetaAdamW; and the control, MetaAdamW whose random Φ is never updated."""
+from metaadamw_lite.experiments.task import Batch, Measured, Settings, Task
+from metaadamw_lite.experiments.variants import changed
 
 EVALUATION_BATCH = 256
-TRACE_POINTS_PER_EPOCH = 10
+LOOKS_PER_EPOCH = 10
+_MACHINE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError), DataError)
 
 
 class RunInProgressError(RuntimeError):
@@ -53,6 +54,7 @@ def run(
     device: str = "cpu",
     progress: bool = True,
     settings: Settings | None = None,
+    wait: bool = False,
 ) -> dict[str, Any]:
     """Make one run and write its record; if it has one already, read that.
 
@@ -61,27 +63,29 @@ def run(
         results: folder of the records.
         device: as torch names it.
         progress: show a progress bar.
-        settings: instead of those of the key's profile; for trying things out, with another ``results``.
+        settings: the task's, instead of those of the key's profile; for trying things out, with another ``results``.
+        wait: if another process is at this run, wait until it is done with it.
 
     Returns:
-        The record.
+        The record. Its status is "finished", "stopped early", "diverged" (a loss was not finite) or "failed" (training
+        raised an error that is not the machine's fault).
 
     Raises:
         ValueError: for an unknown task or variant.
         RunInProgressError: if another process is at this run.
     """
     check_choice("task", key.task, tuple(TASKS))
-    check_choice("optimizer", key.variant, VARIANTS)
+    task = TASKS[key.task]
+    settings = changed(settings or task.settings(key.profile), key.variant)
     path = key.path(results)
     if path.exists():
         return read_record(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(key.path(results, ".lock"))
     try:
-        with lock.acquire(blocking=False):
+        with lock.acquire(blocking=wait):
             if not path.exists():  # it may have been finished while we came here
-                task = TASKS[key.task]
-                going = _Run(task, key, settings or task.settings(key.profile), results, torch.device(device))
+                going = _Run(task, key, settings, results, torch.device(device))
                 write_record(going.make(progress), key, results)
                 key.path(results, ".ckpt").unlink(missing_ok=True)
     except Timeout:
@@ -93,15 +97,14 @@ def run(
 def make_optimizer(
     variant: str, model: nn.Module, settings: Settings, total_steps: int, seed: int
 ) -> torch.optim.AdamW:
-    """The optimizer of a variant. Φ's random start follows the run's seed."""
-    check_choice("optimizer", variant, VARIANTS)
+    """The optimizer of a variant, with the settings that are the variant's. Φ's random start follows the run's seed."""
     common: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
-    if variant == "adamw":
+    if variant.startswith("adamw"):
         return torch.optim.AdamW(model.parameters(), **common)
     return MetaAdamW(model.named_parameters(), **common, **settings.metaadamw, total_steps=total_steps, seed=seed)
 
@@ -114,23 +117,54 @@ def derived_seed(seed: int, epoch: int, purpose: str) -> int:
 def shuffled_batches(samples: Batch, size: int, seed: int) -> list[Tensor]:
     """The sample numbers of one epoch's batches, in an order that depends on ``seed`` alone. The last may be short."""
     order = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(seed))
-    return list(torch.split(order, size))
+    return list(torch.split(order.to(samples[0].device), size))
 
 
 def pick(samples: Batch, numbers: Tensor) -> Batch:
     """The samples with these numbers."""
-    return tuple(x[numbers.to(x.device)] for x in samples)
+    return tuple(x[numbers] for x in samples)
 
 
 @torch.no_grad()
-def mean_loss(task: Task, model: nn.Module, samples: Batch) -> float:
-    """The task's loss in eval mode, averaged over samples."""
+def measure(task: Task, model: nn.Module, samples: Batch) -> Measured:
+    """The task's loss in eval mode, averaged over all terms of some samples, and its metric."""
     model.eval()
-    count = len(samples[0])
-    total = 0.0
-    for numbers in torch.split(torch.arange(count), EVALUATION_BATCH):
-        total += task.loss(model, pick(samples, numbers)).item() * len(numbers)
-    return total / count
+    loss = torch.zeros((), dtype=torch.float64, device=samples[0].device)
+    terms, correct = torch.zeros_like(loss), torch.zeros_like(loss)
+    for numbers in torch.split(torch.arange(len(samples[0]), device=samples[0].device), EVALUATION_BATCH):
+        score = task.score(model, pick(samples, numbers))
+        loss += score.loss.double() * score.terms
+        terms += score.terms
+        correct += 0 if score.correct is None else score.correct
+    mean = float(loss / terms)
+    return Measured(mean, task.metric_of(mean, float(correct / terms)))
+
+
+class _Stopwatch:
+    """Adds up the seconds of many short pieces of work on a device, without making the device wait for Python."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._pieces: list[tuple[Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        begin = self._now()
+        yield
+        self._pieces.append((begin, self._now()))
+
+    def seconds(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            return float(sum(begin.elapsed_time(end) for begin, end in self._pieces)) / 1000
+        return float(sum(end - begin for begin, end in self._pieces))
 
 
 class _Run:
@@ -142,7 +176,7 @@ class _Run:
         data = task.load(key.protocol, settings, key.source)
         self.data = data.to(device)
         torch.manual_seed(derived_seed(key.seed, 0, "weights"))
-        self.model = task.build(settings).to(device)
+        self.model = task.build(settings, data).to(device)
         self.steps_per_epoch = math.ceil(len(self.data.train[0]) / settings.batch_size)
         self.optimizer = make_optimizer(
             key.variant, self.model, settings, settings.epochs * self.steps_per_epoch, key.seed
@@ -163,9 +197,14 @@ class _Run:
             unit="step",
             disable=not progress,
         ) as bar:
-            while (status := self._status()) == "running":
-                self._epoch(len(self.history["epochs"]) + 1, bar)
-                self._save()
+            try:
+                while (status := self._status()) == "running":
+                    self._epoch(len(self.history["epochs"]) + 1, bar)
+                    self._save()
+            except _MACHINE_ERRORS:
+                raise
+            except (ArithmeticError, RuntimeError, ValueError) as error:
+                return self._record("failed") | {"error": f"{type(error).__name__}: {error}"}
         return self._record(status)
 
     def _status(self) -> str:
@@ -183,52 +222,67 @@ class _Run:
 
     def _epoch(self, epoch: int, bar: "tqdm[Any]") -> None:
         settings, seed = self.settings, self.key.seed
-        batches = shuffled_batches(self.data.train, settings.batch_size, derived_seed(seed, epoch, "order"))
+        batches = self._training_batches(epoch, "order")
         meta_batches = self._meta_batches(epoch)
         torch.manual_seed(derived_seed(seed, epoch, "dropout"))
         self.model.train()
         started = time.perf_counter()
-        step_seconds = meta_seconds = summed = 0.0
-        trace_every = max(1, self.steps_per_epoch // TRACE_POINTS_PER_EPOCH)
-        for index, numbers in enumerate(batches):
-            loss = self.task.loss(self.model, pick(self.data.train, numbers))
+        in_step, in_meta = _Stopwatch(self.device), _Stopwatch(self.device)
+        summed = torch.zeros((), dtype=torch.float64, device=self.device)
+        terms = torch.zeros_like(summed)
+        look_every = max(1, self.steps_per_epoch // LOOKS_PER_EPOCH)
+        for t, batch in enumerate(batches, start=(epoch - 1) * self.steps_per_epoch + 1):
+            score = self.task.score(self.model, batch)
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            step_started = time.perf_counter()
-            self.optimizer.step()
-            step_seconds += time.perf_counter() - step_started
-            summed += (value := loss.item()) * len(numbers)
-            if not math.isfinite(value):
-                summed = math.nan
+            score.loss.backward()  # type: ignore[no-untyped-call]
+            with in_step.running():
+                self.optimizer.step()
+            summed += score.loss.detach().double() * score.terms
+            terms += score.terms
+
+            # A look at the loss makes a GPU wait for Python, so there are only a few in an epoch.
+            looking = t % look_every == 0
+            if looking and not math.isfinite(value := score.loss.item()):
+                summed += math.nan
                 break
-
-            t = (epoch - 1) * self.steps_per_epoch + index + 1
             if isinstance(self.optimizer, MetaAdamW):
-                if t % trace_every == 0:
+                if looking:
                     self._trace(t, self.optimizer)
-                warm = t >= settings.warmup_epochs * self.steps_per_epoch
-                if self.key.variant != "metaadamw-frozen" and warm and t % settings.meta_every == 0:
-                    meta_started = time.perf_counter()
-                    self._meta_update(t, self.optimizer, meta_batches)
-                    meta_seconds += time.perf_counter() - meta_started
+                due = epoch >= settings.warmup_epochs and t % settings.meta_every == 0
+                if self.key.variant != "metaadamw-frozen" and due:
+                    with in_meta.running():
+                        self._meta_update(t, self.optimizer, meta_batches)
             bar.update()
-            bar.set_postfix(self._figures(value), refresh=False)
+            if looking:
+                bar.set_postfix(self._figures(value), refresh=False)
 
+        train_loss = float(summed / terms)
         train_seconds = time.perf_counter() - started
-        val_loss = mean_loss(self.task, self.model, self.data.val) if math.isfinite(summed) else math.nan
-        entry = {
-            "epoch": epoch,
-            "train_loss": summed / len(self.data.train[0]),
-            "val_loss": val_loss,
-            "metric": self.task.metric_from_loss(val_loss),
-            "seconds": round(time.perf_counter() - started, 3),
-            "train_seconds": round(train_seconds, 3),
-            "step_seconds": round(step_seconds, 3),
-            "meta_seconds": round(meta_seconds, 3),
-        }
-        if val_loss < min((e["val_loss"] for e in self.history["epochs"]), default=math.inf):
+        val = Measured(math.nan, math.nan)
+        if math.isfinite(train_loss):
+            val = measure(self.task, self.model, self.data.val)
+        if val.loss < min((e["val_loss"] for e in self.history["epochs"]), default=math.inf):
             self.best_weights = {k: x.detach().cpu().clone() for k, x in self.model.state_dict().items()}
-        self.history["epochs"].append(entry)
+        self.history["epochs"].append(
+            {
+                "epoch": epoch,
+                "train_loss": train_loss,
+                "val_loss": val.loss,
+                "metric": val.metric,
+                "seconds": round(time.perf_counter() - started, 3),
+                "train_seconds": round(train_seconds, 3),
+                "step_seconds": round(in_step.seconds(), 3),
+                "meta_seconds": round(in_meta.seconds(), 3),
+            }
+        )
+
+    def _training_batches(self, epoch: int, purpose: str) -> Iterator[Batch]:
+        """The batches of one pass over the training data; order and augmentation depend on seed and purpose alone."""
+        seed = derived_seed(self.key.seed, epoch, purpose)
+        generator = torch.Generator().manual_seed(derived_seed(self.key.seed, epoch, f"augment {purpose}"))
+        for numbers in shuffled_batches(self.data.train, self.settings.batch_size, seed):
+            batch = pick(self.data.train, numbers)
+            yield batch if self.task.augment is None else self.task.augment(batch, generator)
 
     def _figures(self, loss: float) -> dict[str, str]:
         """What a person watches beside the progress bar."""
@@ -245,17 +299,12 @@ class _Run:
 
     def _meta_batches(self, epoch: int) -> Iterator[tuple[Batch, Batch]]:
         """B₁ and B₂ from two shuffles of the training data that are fresh in every epoch."""
-        orders = [
-            shuffled_batches(self.data.train, self.settings.batch_size, derived_seed(self.key.seed, epoch, purpose))
-            for purpose in ("B1", "B2")
-        ]
         while True:
-            for first, second in zip(*orders, strict=True):
-                yield pick(self.data.train, first), pick(self.data.train, second)
+            yield from zip(self._training_batches(epoch, "B1"), self._training_batches(epoch, "B2"), strict=True)
 
     def _val_batch(self) -> Batch:
         """Validation batches in order, one for each meta-update, from the beginning again after the last."""
-        numbers = torch.split(torch.arange(len(self.data.val[0])), self.settings.batch_size)
+        numbers = torch.split(torch.arange(len(self.data.val[0]), device=self.device), self.settings.batch_size)
         return pick(self.data.val, numbers[self.meta_updates % len(numbers)])
 
     def _meta_update(self, t: int, optimizer: MetaAdamW, batches: Iterator[tuple[Batch, Batch]]) -> None:
@@ -324,7 +373,8 @@ class _Run:
     def _record(self, status: str) -> dict[str, Any]:
         epochs = self.history["epochs"]
         finite = [e for e in epochs if math.isfinite(e["val_loss"])]
-        best = min(finite, key=lambda e: e["val_loss"], default=None)
+        direction = 1 if self.task.lower_is_better else -1
+        best = min(finite, key=lambda e: direction * e["metric"], default=None)
         record: dict[str, Any] = {
             "status": status,
             "metric": self.task.metric,
@@ -342,10 +392,13 @@ class _Run:
             "peak_memory_mib": peak_memory_mib(self.device),
             "environment": environment(self.device),
         }
-        if self.data.test is not None and best is not None:
+        if self.data.test is not None and finite:
             self.model.load_state_dict(self.best_weights)
-            test_loss = mean_loss(self.task, self.model, self.data.test)
-            record["test"] = {"loss": test_loss, "metric": self.task.metric_from_loss(test_loss)}
+            test = measure(self.task, self.model, self.data.test)
+            epoch = min(finite, key=lambda e: e["val_loss"])["epoch"]
+            record["test"] = {"epoch": epoch, "loss": test.loss, "metric": test.metric}
+            if self.task.translate is not None:
+                record["test"] |= self.task.translate(self.model, self.data)
         if isinstance(self.optimizer, MetaAdamW):
             record["groups"] = [
                 {"name": g.name, "parameters": sum(p.numel() for p in g.params)} for g in self.optimizer.groups

@@ -1,0 +1,208 @@
+"""CIFAR-10: which of ten things is on a picture of 32 × 32 pixels? A ResNet-18 looks.
+
+Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper; what they leave out is taken from
+the released code (augmentation, normalisation, dropout on the output, epochs, early stopping).
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from metaadamw_lite.checks import check_choice
+from metaadamw_lite.experiments.datasets import Table, data_folder, prepared, read_table
+from metaadamw_lite.experiments.task import (
+    PROFILES,
+    PROTOCOLS,
+    SOURCES,
+    Batch,
+    Data,
+    Score,
+    Settings,
+    Task,
+    accuracy,
+    part_of,
+)
+
+# ---------------------------------------------------------------- data
+
+SHARDS = 3
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def _table(train: bool, shard: int, rows: int) -> Table:
+    """A shard of the train or test part; torchvision downloads it and compares MD5 sums."""
+    name, shards = ("train", SHARDS) if train else ("test", 1)
+
+    def download() -> pd.DataFrame:
+        from torchvision.datasets import CIFAR10
+
+        whole = CIFAR10(data_folder() / "cifar10", train=train, download=True)
+        return shard_of(whole.data, np.array(whole.targets), shards, shard)
+
+    source = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz (as a shard in the layout of the hub's files)"
+    return Table(f"cifar10/{name}-{shard:05}-of-{shards:05}.parquet", rows, ("img", "label"), source, download)
+
+
+def shard_of(images: Any, labels: Any, shards: int, shard: int) -> pd.DataFrame:
+    """One of several nearly equal parts of some images, as a table with the hub's columns."""
+    mine = np.array_split(np.arange(len(images)), shards)[shard]
+    return pd.DataFrame({"img": [{"bytes": png(images[i]), "path": None} for i in mine], "label": labels[mine]})
+
+
+TRAIN = tuple(_table(True, shard, rows) for shard, rows in enumerate((16_667, 16_667, 16_666)))
+TEST = (_table(False, 0, 10_000),)
+
+
+def png(image: Any) -> bytes:
+    """An array (32, 32, 3) of bytes as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def synthetic_images(count: int, size: int, seed: int) -> pd.DataFrame:
+    """A stand-in with the columns of CIFAR-10: each of the ten classes has a brightness of its own, with noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count)
+    images = (25 * labels[:, None, None, None] + rng.integers(0, 25, (count, size, size, 3))).astype(np.uint8)
+    return shard_of(images, labels, 1, 0)
+
+
+def load(protocol: str, settings: Settings, source: str) -> Data:
+    """Images and their classes.
+
+    ``paper``: the training part trains; the official test part validates and is what is reported. ``clean``: the last
+    tenth of the training part validates, and the official test part is the test part.
+
+    Returns:
+        Batches (image, class): images of shape (N, 3, 32, 32), uint8; classes of shape (N,), 0 to 9.
+    """
+    check_choice("protocol", protocol, PROTOCOLS)
+    check_choice("data", source, SOURCES)
+    if source == "real":
+        train, test = (prepared(pixels_of_the_tables, tables, tables is TRAIN) for tables in (TRAIN, TEST))
+    else:
+        train, test = (pixels(synthetic_images(settings.data["images"], settings.data["size"], s)) for s in (1, 2))
+    parts: list[Batch] = [tuple(torch.from_numpy(x) for x in part) for part in (train, test)]
+    if protocol == "clean":
+        held_out = len(parts[0][0]) // 10
+        parts = [tuple(x[:-held_out] for x in parts[0]), tuple(x[-held_out:] for x in parts[0]), parts[1]]
+    samples = [
+        part_of(part, settings.data.get(name)) for name, part in zip(("train", "val", "test"), parts, strict=False)
+    ]
+    test_part = samples[2] if protocol == "clean" else None
+    return Data(samples[0], samples[1], test_part, "CIFAR-10" if source == "real" else "synthetic")
+
+
+def pixels_of_the_tables(train: bool) -> tuple[Any, Any]:
+    """The pixels and classes of the real data's train or test part."""
+    return pixels(pd.concat([read_table(table) for table in (TRAIN if train else TEST)]))
+
+
+def pixels(frame: pd.DataFrame) -> tuple[Any, Any]:
+    """Decoded images (N, 3, 32, 32), uint8, and their classes (N,)."""
+    images = [np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in frame["img"]]
+    return np.stack(images).transpose(0, 3, 1, 2).copy(), np.array(frame["label"], dtype=np.int64)
+
+
+def augment(batch: Batch, generator: torch.Generator) -> Batch:
+    """Each image shifted by up to four pixels, black at the borders, and every second one mirrored, by chance."""
+    images, labels = batch
+    count, size = len(images), images.shape[-1]
+    shift = torch.randint(0, 9, (2, count, 1), generator=generator) + torch.arange(size)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    rows, columns = shift[0], torch.where(mirrored, shift[1].flip(1), shift[1])
+    padded = F.pad(images, (4, 4, 4, 4))
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    one = torch.arange(count, device=images.device)[:, None, None]
+    return padded[one, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2), labels
+
+
+# ---------------------------------------------------------------- model
+
+
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18 for small images: a 3 × 3 first convolution, no pooling after it, dropout at the end."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.net = resnet18(num_classes=10)
+        self.net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.net.maxpool = nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (N, 10) from images (N, 3, 32, 32) of bytes."""
+        x = ((images / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        scores: Tensor = self.dropout(self.net(x))
+        return scores
+
+
+def build(settings: Settings, data: Data) -> nn.Module:
+    """A freshly initialised model, in the memory layout that convolutions are fastest in."""
+    return ResNet18(**settings.model).to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------- loss and metric
+
+
+def score(model: nn.Module, batch: Batch) -> Score:
+    """Mean cross-entropy in nats, and how many classes are right; the metric is the share of right ones."""
+    images, labels = batch
+    scores = model(images)
+    return Score(F.cross_entropy(scores, labels), len(labels), (scores.argmax(dim=1) == labels).sum())
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def settings(profile: str) -> Settings:
+    """``paper``: Tables 1 and 4. ``lite``: 1,280 images. ``smoke``: a few made-up ones of 8 × 8 pixels."""
+    check_choice("profile", profile, PROFILES)
+    epochs, batch_size, meta_every, data = {
+        "paper": (15, 128, 190, {}),
+        "lite": (3, 128, 5, {"train": 1_280, "val": 384, "test": 512}),
+        "smoke": (2, 8, 2, {"images": 60, "size": 8, "train": 32, "val": 16, "test": 16}),
+    }[profile]
+    return Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        meta_every=meta_every,
+        meta_per_epoch=2,
+        metaadamw={
+            "attn_layers": 64,
+            "attn_hidden_dim": 64,
+            "attn_heads": 6,
+            "feature_version": "basic",
+            "use_feature_gating": False,
+            "huw_priorities": (5.0, 2.0, 1.0),
+        },
+        model={"dropout": 0.2},
+        data=data,
+    )
+
+
+CIFAR10 = Task(
+    name="cifar10",
+    title="CIFAR-10 classification",
+    metric="accuracy",
+    lower_is_better=False,
+    settings=settings,
+    load=load,
+    build=build,
+    score=score,
+    metric_of=accuracy,
+    augment=augment,
+)

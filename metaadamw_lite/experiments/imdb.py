@@ -1,0 +1,219 @@
+"""IMDB: is a film review positive or negative? A bidirectional LSTM reads it.
+
+Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper; what they leave out is taken from
+the released code (tokenisation, vocabulary, padding, epochs, early stopping).
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaadamw_lite.checks import check_choice
+from metaadamw_lite.experiments.datasets import held_out, hub_table, prepared, read_table
+from metaadamw_lite.experiments.task import (
+    PROFILES,
+    PROTOCOLS,
+    SOURCES,
+    Batch,
+    Data,
+    Score,
+    Settings,
+    Task,
+    accuracy,
+    part_of,
+)
+from metaadamw_lite.experiments.text import PAD, encode, made_up_sentences, padded, vocabulary
+
+# ---------------------------------------------------------------- data
+
+TRAIN, TEST = (
+    hub_table(f"imdb/{split}.parquet", 25_000, ("text", "label"), "stanfordnlp/imdb", split)
+    for split in ("train", "test")
+)
+LENGTH = 256
+VOCABULARY = 25_000
+MIN_FREQ = 5
+
+
+def synthetic_reviews(reviews: int, seed: int) -> pd.DataFrame:
+    """A stand-in with the columns of IMDB: made-up sentences with a word now and then that gives the label away."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, reviews)
+    texts = [
+        " ".join(f"{('bad', 'good')[label]} {word}" if k % 7 == 0 else word for k, word in enumerate(words))
+        for label, words in zip(labels, made_up_sentences(reviews, 40, rng), strict=True)
+    ]
+    return pd.DataFrame({"text": texts, "label": labels})
+
+
+def load(protocol: str, settings: Settings, source: str) -> Data:
+    """Reviews as word numbers, the first 256 words of each.
+
+    ``paper``: the training part trains; the official test part validates and is what is reported. ``clean``: about a
+    tenth of the training reviews validates, and the official test part is the test part.
+
+    Returns:
+        Batches (words, label, length): words of shape (N, 256), int16; labels of shape (N,), 0 negative and 1
+        positive; and how many of the words are not padding.
+    """
+    check_choice("protocol", protocol, PROTOCOLS)
+    check_choice("data", source, SOURCES)
+    if source == "real":
+        parts, words = prepared(reviews_of_the_tables, (TRAIN, TEST), protocol)
+    else:
+        parts, words = reviews(protocol, *(synthetic_reviews(settings.data["reviews"], seed) for seed in (1, 2)))
+    samples = []
+    for name, (numbers, labels) in zip(("train", "val", "test"), parts, strict=False):
+        lengths = (numbers != PAD).sum(axis=1).clip(1)
+        tensors = tuple(torch.from_numpy(x) for x in (numbers, labels, lengths))
+        samples.append(part_of(tensors, settings.data.get(name)))
+    test = samples[2] if protocol == "clean" else None
+    sizes = {"words": len(words), "packed": protocol == "clean"}
+    return Data(samples[0], samples[1], test, "IMDB" if source == "real" else "synthetic", sizes)
+
+
+def reviews_of_the_tables(protocol: str) -> tuple[list[Any], list[str]]:
+    """The reviews of the real data."""
+    return reviews(protocol, read_table(TRAIN), read_table(TEST))
+
+
+def reviews(protocol: str, train: pd.DataFrame, test: pd.DataFrame) -> tuple[list[Any], list[str]]:
+    """The parts of a protocol as arrays (words, labels), and the vocabulary."""
+    if protocol == "paper":
+        frames = [train, test]
+    else:
+        validates = held_out(train["text"])
+        frames = [train[~validates], train[validates], test]
+    texts = [[tokens(text) for text in frame["text"]] for frame in frames]
+    words = vocabulary(texts[0], ("<pad>", "<unk>"), VOCABULARY, MIN_FREQ)
+    return [
+        (padded(encode(part, words), LENGTH), np.array(frame["label"], dtype=np.int64))
+        for part, frame in zip(texts, frames, strict=True)
+    ], words
+
+
+def tokens(text: str) -> list[str]:
+    """Words as torchtext's "basic_english" splits them: lower case; . , ( ) ! ? apart, and apostrophes before a word's
+    rest; no double quotes, colons, semicolons or line breaks.
+    """
+    text = text.lower().replace("<br />", " ").replace('"', "").replace("'", " '  ")
+    return re.sub(r"([.,()!?])", r" \1 ", re.sub(r"[;:]", " ", text)).split()
+
+
+# ---------------------------------------------------------------- model
+
+
+class SentimentLSTM(nn.Module):
+    """Embedding, a bidirectional LSTM, and a linear layer on the last states of both directions.
+
+    Args:
+        words: size of the vocabulary.
+        packed: stop reading where the padding begins. The released code reads it, too.
+        embedding, hidden, layers, dropout: sizes and dropout of the layers.
+    """
+
+    def __init__(self, words: int, packed: bool, embedding: int, hidden: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.packed = packed
+        self.embedding = nn.Embedding(words, embedding, padding_idx=PAD)
+        self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True, dropout=dropout, bidirectional=True)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(2 * hidden, 2)
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """Scores (N, 2) for negative and positive, from words (N, T), of which ``lengths`` (N,) are no padding."""
+        h = self.embedding(words)
+        if self.packed:
+            last = self._read_packed(h, lengths)
+        else:
+            _, (states, _) = self.lstm(h)
+            last = torch.cat([states[-2], states[-1]], dim=1)
+        scores: Tensor = self.output(self.dropout(last))
+        return scores
+
+    def _read_packed(self, h: Tensor, lengths: Tensor) -> Tensor:
+        """The last states of both directions, (N, 2·hidden), as for a packed sequence, eight times as fast on a CPU.
+
+        Forwards, the padding comes after what counts. So it does backwards, once each row is turned round by itself.
+        """
+        rows, positions = torch.arange(len(h), device=h.device), torch.arange(h.shape[1], device=h.device)
+        turned = torch.where(positions < lengths[:, None], lengths[:, None] - 1 - positions, positions)
+        zeros = h.new_zeros(1, len(h), self.lstm.hidden_size)
+        last: list[Tensor] = []
+        for layer in range(self.lstm.num_layers):
+            if layer:
+                h = F.dropout(h, self.lstm.dropout, self.training)
+            both = []
+            for direction in ("", "_reverse"):
+                weights = [getattr(self.lstm, f"{name}_l{layer}{direction}") for name in _LSTM_WEIGHTS]
+                x = h[rows[:, None], turned] if direction else h
+                out, _, _ = torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, self.training, False, True)
+                last.append(out[rows, lengths - 1])
+                both.append(out[rows[:, None], turned] if direction else out)
+            h = torch.cat(both, dim=2)
+        return torch.cat(last[-2:], dim=1)
+
+
+_LSTM_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def build(settings: Settings, data: Data) -> nn.Module:
+    """A freshly initialised model."""
+    return SentimentLSTM(**data.sizes, **settings.model)
+
+
+# ---------------------------------------------------------------- loss and metric
+
+
+def score(model: nn.Module, batch: Batch) -> Score:
+    """Mean cross-entropy in nats, and how many labels are right; the metric is the share of right ones."""
+    words, labels, lengths = batch
+    scores = model(words.long(), lengths)
+    return Score(F.cross_entropy(scores, labels), len(labels), (scores.argmax(dim=1) == labels).sum())
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def settings(profile: str) -> Settings:
+    """``paper``: Tables 1 and 4. ``lite``: 1,920 reviews. ``smoke``: a narrow model, made-up words."""
+    check_choice("profile", profile, PROFILES)
+    epochs, batch_size, meta_every, hidden, data = {
+        "paper": (15, 64, 39, 64, {}),
+        "lite": (5, 64, 3, 64, {"train": 1_920, "val": 512, "test": 1_024}),
+        "smoke": (2, 8, 3, 8, {"reviews": 80, "train": 48, "val": 16, "test": 16}),
+    }[profile]
+    return Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        meta_every=meta_every,
+        meta_per_epoch=10,
+        metaadamw={
+            "attn_layers": 64,
+            "attn_hidden_dim": 64,
+            "attn_heads": 11,
+            "feature_version": "basic_plus",
+            "use_feature_gating": True,
+            "huw_priorities": (1.0, 3.0, 5.0),
+        },
+        model={"embedding": 32, "hidden": hidden, "layers": 2, "dropout": 0.2},
+        data=data,
+    )
+
+
+IMDB = Task(
+    name="imdb",
+    title="IMDB sentiment",
+    metric="accuracy",
+    lower_is_better=False,
+    settings=settings,
+    load=load,
+    build=build,
+    score=score,
+    metric_of=accuracy,
+)

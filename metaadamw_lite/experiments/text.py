@@ -1,0 +1,56 @@
+"""What the three text tasks share: vocabularies, padded arrays of word numbers, and made-up sentences for tests."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from metaadamw_lite.experiments.task import Batch
+
+PAD, UNK = 0, 1
+
+
+def vocabulary(texts: Iterable[Sequence[str]], specials: Sequence[str], size: int, min_freq: int = 1) -> list[str]:
+    """The words that get a number, in the order of their numbers.
+
+    Special words come first, then the most frequent ones; ties are broken by the alphabet.
+
+    Args:
+        texts: each a sequence of words. A special word in them is not counted as a word.
+        specials: the words with the first numbers; "<pad>" and "<unk>" are the first two.
+        size: at most so many words, specials included.
+        min_freq: how often a word must occur.
+    """
+    counts = Counter(word for words in texts for word in words)
+    ranked = sorted((-count, word) for word, count in counts.items() if count >= min_freq and word not in specials)
+    return [*specials, *(word for _, word in ranked[: size - len(specials)])]
+
+
+def encode(texts: Iterable[Sequence[str]], words: Sequence[str]) -> list[list[int]]:
+    """The numbers of words; words without a number become ``UNK``."""
+    numbers = {word: number for number, word in enumerate(words)}
+    return [[numbers.get(word, UNK) for word in text] for text in texts]
+
+
+def padded(rows: Sequence[Sequence[int]], length: int) -> "np.ndarray[Any, np.dtype[np.int16]]":
+    """Rows of word numbers as an array (N, length): cut, or filled at the end with ``PAD``."""
+    array = np.full((len(rows), length), PAD, dtype=np.int16)  # int16: all vocabularies have 25,000 words or fewer
+    for line, row in zip(array, rows, strict=True):
+        line[: len(row)] = row[:length]
+    return array
+
+
+def trimmed(batch: Batch) -> Batch:
+    """Arrays of word numbers without the columns at the end that are padding in every row, as int64."""
+    return tuple(x[:, : max(1, int((x != PAD).any(dim=0).sum()))].long() for x in batch)
+
+
+def made_up_sentences(count: int, length: int, rng: np.random.Generator, words: int = 60) -> list[list[str]]:
+    """Sentences of made-up words for tests, from half of ``length`` up to ``length``; word k comes after word k−1."""
+    starts, lengths = rng.integers(0, words, count), rng.integers(length // 2, length + 1, count)
+    noise = rng.random((count, length)) < 0.2
+    return [
+        [f"w{rng.integers(words) if noise[i, k] else (start + k) % words}" for k in range(n)]
+        for i, (start, n) in enumerate(zip(starts, lengths, strict=True))
+    ]

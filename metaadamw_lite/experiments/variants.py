@@ -1,0 +1,138 @@
+"""The named variants of an experiment: the three arms, one for each cell of Table 3, and AdamW at other learning rates.
+
+Each is a change to the settings of a task (Tables 1 and 4). A variant of the ablation changes exactly one factor; where
+a task has the variant's value anyway, it *is* ``metaadamw`` there, and there is no such run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from metaadamw_lite.checks import check_choice
+from metaadamw_lite.experiments.task import Settings
+from metaadamw_lite.features import FeatureConfig
+
+Change = Callable[[Settings], Settings]
+
+ARMS = ("adamw", "metaadamw", "metaadamw-frozen")
+"""AdamW; MetaAdamW; and the control, MetaAdamW whose random Φ is never updated."""
+
+LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+"""Where the baseline's learning rate is searched; the paper's is 5e-4."""
+
+UNEQUAL_PRIORITIES = (3.0, 5.0, 1.0)
+"""For tasks whose Table 4 has equal ones: those of the released WikiText-2 script (Table 3 does not say)."""
+
+OTHER_ATTENTION = {"attn_layers": 16, "attn_hidden_dim": 64}
+"""For tasks whose Table 4 has 8 × 16: as in the released log of WikiText-2 (Table 3 does not say)."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A row of Table 3.
+
+    Attributes:
+        factor: the row's block: what it changes.
+        value: the row's name: to what.
+        change: from the settings of a task to those of the row.
+    """
+
+    factor: str
+    value: str
+    change: Change
+
+
+def _with(**arguments: Any) -> Change:
+    """Other arguments for ``MetaAdamW``."""
+    return lambda settings: replace(settings, metaadamw={**settings.metaadamw, **arguments})
+
+
+def _features(version: str) -> Change:
+    """Another feature version, with as many heads as features, as everywhere in Table 4 (heads must divide them)."""
+
+    def change(settings: Settings) -> Settings:
+        if settings.metaadamw["feature_version"] == version:
+            return settings
+        width = len(FeatureConfig(version).columns) + (4 if version == "enhanced" else 0)
+        return _with(feature_version=version, attn_heads=width)(settings)
+
+    return change
+
+
+def _updates(per_epoch: int) -> Change:
+    """About so many meta-updates an epoch."""
+
+    def change(settings: Settings) -> Settings:
+        every = max(1, settings.meta_every * settings.meta_per_epoch // per_epoch)
+        return replace(settings, meta_every=every, meta_per_epoch=per_epoch)
+
+    return change
+
+
+def _unequal(settings: Settings) -> Settings:
+    equal = len(set(settings.metaadamw["huw_priorities"])) == 1
+    return _with(huw_priorities=UNEQUAL_PRIORITIES)(settings) if equal else settings
+
+
+def _other_attention(settings: Settings) -> Settings:
+    small = (settings.metaadamw["attn_layers"], settings.metaadamw["attn_hidden_dim"]) == (8, 16)
+    return _with(**OTHER_ATTENTION)(settings) if small else settings
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "grouping-original": Ablation("Grouping strategy", "Original", _with(group_strategy="original")),
+    "features-basic": Ablation("Feature version", "Basic", _features("basic")),
+    "features-basic_plus": Ablation("Feature version", "Basic plus", _features("basic_plus")),
+    "features-enhanced": Ablation("Feature version", "Enhanced", _features("enhanced")),
+    "objective-gradient": Ablation("Meta-learning objective", "Gradient", _with(meta_objective="gradient")),
+    "objective-loss_decrease": Ablation(
+        "Meta-learning objective", "Loss decrease", _with(meta_objective="loss_decrease")
+    ),
+    "objective-gen_gap": Ablation("Meta-learning objective", "Generalization gap", _with(meta_objective="gen_gap")),
+    "huw-none": Ablation("HUW priorities", "No HUW", _with(huw_priorities=None)),
+    "huw-equal": Ablation("HUW priorities", "[1.0, 1.0, 1.0]", _with(huw_priorities=(1.0, 1.0, 1.0))),
+    "huw-unequal": Ablation("HUW priorities", "Not [1.0, 1.0, 1.0]", _unequal),
+    "gating-on": Ablation("Feature gating", "Enable", _with(use_feature_gating=True)),
+    "gating-off": Ablation("Feature gating", "Disable", _with(use_feature_gating=False)),
+    "updates-1": Ablation("Meta-update frequency", "Once per epoch", _updates(1)),
+    "updates-2": Ablation("Meta-update frequency", "Approx. twice per epoch", _updates(2)),
+    "updates-10": Ablation("Meta-update frequency", "Approx. 10 times per epoch", _updates(10)),
+    "attention-8x16": Ablation("Attention module", "L=8, D=16", _with(attn_layers=8, attn_hidden_dim=16)),
+    "attention-other": Ablation("Attention module", "Not (L=8, D=16)", _other_attention),
+}
+"""Table 3: every row but the first two, which are the arms, and those that are "baseline" throughout."""
+
+
+def at_learning_rate(lr: float) -> str:
+    """The name of AdamW at a learning rate."""
+    return "adamw" if lr == Settings.lr else f"adamw-lr{lr:g}"
+
+
+_TUNED = {at_learning_rate(lr): lr for lr in LEARNING_RATES if lr != Settings.lr}
+VARIANTS = (*ARMS, *ABLATIONS, *_TUNED)
+
+
+def learning_rate(variant: str) -> float:
+    """The learning rate of an AdamW variant."""
+    return _TUNED.get(variant, Settings.lr)
+
+
+def changed(settings: Settings, variant: str) -> Settings:
+    """The settings of a variant, from those of its task.
+
+    Raises:
+        ValueError: for an unknown variant, or one that would change nothing.
+    """
+    check_choice("optimizer", variant, VARIANTS)
+    if variant in _TUNED:
+        return replace(settings, lr=_TUNED[variant])
+    if variant in ABLATIONS:
+        if not differs(settings, variant):
+            raise ValueError(f"optimizer is {variant!r}, which is what 'metaadamw' is on this task (Table 4); use that")
+        return ABLATIONS[variant].change(settings)
+    return settings
+
+
+def differs(settings: Settings, variant: str) -> bool:
+    """Whether a variant of the ablation changes a task's settings."""
+    return ABLATIONS[variant].change(settings) != settings

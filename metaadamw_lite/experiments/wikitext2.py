@@ -1,0 +1,181 @@
+"""WikiText-2: predict the next word of Wikipedia articles with a small GPT.
+
+Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper; what they leave out is taken from
+the released code (blocks cut line by line, initialisation, learned positions, epochs, early stopping).
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaadamw_lite.checks import check_choice
+from metaadamw_lite.experiments.datasets import hub_table, prepared, read_table
+from metaadamw_lite.experiments.task import (
+    PROFILES,
+    PROTOCOLS,
+    SOURCES,
+    Batch,
+    Data,
+    Score,
+    Settings,
+    Task,
+    part_of,
+    perplexity,
+)
+from metaadamw_lite.experiments.text import encode, made_up_sentences, vocabulary
+
+# ---------------------------------------------------------------- data
+
+TRAIN, VALIDATION, TEST = (
+    hub_table(f"wikitext2/{split}.parquet", rows, ("text",), "Salesforce/wikitext", split, "wikitext-2-v1")
+    for split, rows in (("train", 36_718), ("validation", 3_760), ("test", 4_358))
+)
+BLOCK = 128
+VOCABULARY = 10_000
+
+
+def synthetic_lines(lines: int, seed: int) -> pd.DataFrame:
+    """A stand-in with the column of WikiText-2: made-up sentences, some too short to hold a block."""
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame({"text": [" ".join(words) for words in made_up_sentences(lines, 3 * BLOCK, rng)]})
+
+
+def load(protocol: str, settings: Settings, source: str) -> Data:
+    """Blocks of 128 words from single lines; a line's rest is dropped, and so are shorter lines.
+
+    ``paper``: the official training part trains, the official validation part validates and is what is reported.
+    ``clean``: the last tenth of the training blocks validates, and the official test part is the test part. The
+    vocabulary is that of the whole training text in both, so that their models are the same.
+
+    Returns:
+        Batches (words,) of shape (N, 128), int16.
+    """
+    check_choice("protocol", protocol, PROTOCOLS)
+    check_choice("data", source, SOURCES)
+    if source == "real":
+        train, validation, test = prepared(blocks_of_the_tables, (TRAIN, VALIDATION, TEST))
+    else:
+        train, validation, test = blocks(*(synthetic_lines(settings.data["lines"], seed) for seed in (1, 2, 3)))
+    if protocol == "clean":
+        held_out = len(train) // 10
+        train, validation = train[:-held_out], train[-held_out:]
+    parts = [part_of((torch.from_numpy(x),), settings.data.get(name)) for name, x in
+             (("train", train), ("val", validation), ("test", test))]  # fmt: skip
+    name = "WikiText-2" if source == "real" else "synthetic"
+    return Data(parts[0], parts[1], parts[2] if protocol == "clean" else None, name)
+
+
+def blocks_of_the_tables() -> list[Any]:
+    """The blocks of the real data."""
+    return blocks(*(read_table(table) for table in (TRAIN, VALIDATION, TEST)))
+
+
+def blocks(*frames: pd.DataFrame) -> list[Any]:
+    """The blocks of each part, int16 arrays (N, 128), in words of the first part's vocabulary.
+
+    The rare words, which this version of the data has replaced by "<unk>", have the number 1, as they would in the raw
+    version, where they are not among the most frequent 10,000.
+    """
+    texts = [[line.split() for line in frame["text"]] for frame in frames]
+    words = vocabulary(texts[0], ("<pad>", "<unk>"), VOCABULARY)
+    return [
+        np.array(
+            [row[i : i + BLOCK] for row in encode(part, words) for i in range(0, len(row) - BLOCK + 1, BLOCK)],
+            dtype=np.int16,
+        )
+        for part in texts
+    ]
+
+
+# ---------------------------------------------------------------- model
+
+
+class MiniGPT(nn.Module):
+    """Word and position embeddings, pre-norm encoder layers under a causal mask, layer norm, untied output layer."""
+
+    def __init__(self, d_model: int, heads: int, layers: int, feed_forward: int, dropout: float) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCABULARY, d_model)
+        self.position_embedding = nn.Embedding(BLOCK, d_model)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(d_model, heads, feed_forward, dropout, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.final_norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, VOCABULARY)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Scores (N, T, 10,000) for the words that follow each of the words (N, T)."""
+        length = words.shape[1]
+        h = self.token_embedding(words) + self.position_embedding.weight[:length]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=words.device)
+        for layer in self.layers:
+            h = layer(h, src_mask=mask, is_causal=True)
+        scores: Tensor = self.head(self.final_norm(h))
+        return scores
+
+
+def build(settings: Settings, data: Data) -> nn.Module:
+    """A freshly initialised model."""
+    return MiniGPT(**settings.model)
+
+
+# ---------------------------------------------------------------- loss and metric
+
+
+def score(model: nn.Module, batch: Batch) -> Score:
+    """Mean cross-entropy in nats of the 127 words that follow a block's first; the metric is its exponential."""
+    (words,) = batch
+    words = words.long()
+    loss = F.cross_entropy(model(words[:, :-1]).flatten(0, 1), words[:, 1:].flatten())
+    return Score(loss, words[:, 1:].numel())
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def settings(profile: str) -> Settings:
+    """``paper``: Tables 1 and 4. ``lite``: 512 blocks. ``smoke``: a narrow model, made-up words."""
+    check_choice("profile", profile, PROFILES)
+    epochs, batch_size, meta_every, width, data = {
+        "paper": (15, 64, 123, 128, {}),
+        "lite": (4, 64, 8, 128, {"train": 512, "val": 128, "test": 128}),
+        "smoke": (2, 8, 3, 16, {"lines": 60, "train": 48, "val": 16, "test": 16}),
+    }[profile]
+    return Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        meta_every=meta_every,
+        metaadamw={
+            "attn_layers": 8,
+            "attn_hidden_dim": 16,
+            "attn_heads": 6,
+            "feature_version": "basic",
+            "use_feature_gating": False,
+            "huw_priorities": (1.0, 1.0, 1.0),
+        },
+        model={"d_model": width, "heads": 4, "layers": 2, "feed_forward": 4 * width, "dropout": 0.2},
+        data=data,
+    )
+
+
+WIKITEXT2 = Task(
+    name="wikitext2",
+    title="WikiText-2 language modelling",
+    metric="perplexity",
+    lower_is_better=True,
+    settings=settings,
+    load=load,
+    build=build,
+    score=score,
+    metric_of=perplexity,
+)
