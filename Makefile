@@ -14,7 +14,7 @@ book: $(READY)  ## every notebook executed, then the HTML book at _build/html/in
 	$(BIN)/python book/build.py
 
 test: $(READY)  ## unit tests (papermill runs included), then the notebooks against their stored outputs
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
 
 check: $(READY)  ## style and types

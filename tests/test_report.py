@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metaadamw_lite.experiments import report
+from metaadamw_lite.experiments import TASKS, report
 from metaadamw_lite.experiments.report import PairedDifference, improvement, verdict
+from metaadamw_lite.experiments.studies import SEARCH_SEEDS
+from metaadamw_lite.experiments.variants import ABLATIONS
 
 
 def series(values, start=0):
@@ -67,6 +69,10 @@ def test_the_papers_tables_are_whole():
     tasks = ["etth1", "wikitext2", "multi30k", "cifar10", "imdb"]
     for number in (2, 4, 5):
         assert report.paper_table(number).index.tolist() == tasks
+    assert report.paper_table(1).loc["lr", "value"] == "5e-4"
+    ablations = report.paper_table(3)
+    assert ablations.columns.tolist() == ["variant", *tasks]
+    assert set(ablations["variant"].dropna()) == {"adamw", "metaadamw", *ABLATIONS}
     table = report.paper_table(2)
     relative = 100 * (table["metaadamw"] / table["adamw"] - 1).abs()
     assert np.allclose(relative, table["improvement_percent"], atol=0.02), "Table 2 agrees with itself"
@@ -81,3 +87,95 @@ def test_committed_records_are_readable_and_real():
         assert record["run"]["profile"] == "smoke" or record["data"] != "synthetic"
         assert record["environment"]["revision"]
         assert not record["environment"]["revision"].endswith("+"), "made from a changed checkout"
+
+
+def test_the_wilcoxon_test_is_that_of_the_pairs():
+    from scipy import stats
+
+    arm, baseline = series([1.0, 1.1, 0.9, 1.3, 0.7]), series([1.2, 1.0, 1.15, 1.4, 1.1])
+    d = improvement(arm, baseline, lower_is_better=True)
+    assert d.p_wilcoxon == pytest.approx(stats.wilcoxon(1 - arm / baseline).pvalue)
+    assert math.isnan(improvement(arm, arm, lower_is_better=True).p_wilcoxon)
+
+
+def test_holm_multiplies_the_smallest_by_the_number_of_tests():
+    corrected = report.holm(pd.Series({"a": 0.01, "b": 0.04, "c": math.nan, "d": 0.03}))
+    assert corrected.dropna().to_dict() == pytest.approx({"a": 0.03, "b": 0.06, "d": 0.06})
+    assert math.isnan(corrected["c"])
+
+
+def test_the_interquartile_mean_forgets_the_extremes():
+    assert report.interquartile_mean(np.array([-1000.0, 1.0, 3.0, 50_000.0])) == 2
+
+
+def test_over_tasks_weighs_tasks_alike_and_counts_ties_half():
+    improvements = {"a": series([1.0, 2.0, 3.0, 4.0]), "b": series([-1.0, 0.0])}
+    together = report.over_tasks(improvements)
+    assert together["probability of improvement"].value == pytest.approx((1 + 0.25) / 2)
+    for estimate in together.values():
+        assert estimate.low <= estimate.value <= estimate.high
+    again = report.over_tasks(improvements)
+    assert str(again["interquartile mean"]) == str(together["interquartile mean"]), "the same each time"
+
+
+def epochs_of(variant, values, seed=0):
+    return [
+        {"protocol": "paper", "seed": seed, "variant": variant, "epoch": k, "metric": v}
+        for k, v in enumerate(values, 1)
+    ]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_time_to_best_is_the_first_epoch_that_is_as_good(sign):
+    rows = epochs_of("adamw", [5, 3, 2, 4]) + epochs_of("metaadamw", [4, 2, 1, 9])
+    rows += epochs_of("adamw", [2, 1], seed=1) + epochs_of("metaadamw", [4, 3], seed=1)
+    frame = pd.DataFrame(rows)
+    frame["metric"] *= sign
+    table = report.time_to_best(frame, lower_is_better=sign > 0)
+    assert table.loc[("paper", 0)].tolist() == [2 * sign, 3, 2]
+    assert table.loc[("paper", 1), "AdamW, epoch"] == 2
+    assert math.isnan(table.loc[("paper", 1), "arm, epoch"])
+
+
+def test_evidence_is_of_the_papers_settings_once_there_are_enough_seeds():
+    def runs(seeds):
+        return pd.DataFrame(
+            [
+                {"profile": "paper", "protocol": p, "variant": v, "seed": s}
+                for p in ("paper", "clean")
+                for v in ("adamw", "metaadamw")
+                for s in range(seeds)
+            ]
+        )
+
+    assert report.best_evidence(runs(report.ENOUGH_SEEDS)) == "paper"
+    assert report.best_evidence(runs(report.ENOUGH_SEEDS - 1)) == "lite"
+    assert report.best_evidence(runs(5).query("protocol == 'paper'")) == "lite"
+
+
+def test_the_search_stays_out_of_the_comparison():
+    table = report.table_of_tasks()
+    for improvements in table["improvements"]:
+        assert not set(improvements.index) & set(SEARCH_SEEDS)
+
+
+def test_every_claim_has_a_verdict_and_lite_runs_say_so():
+    claims = report.claims_table()
+    table = report.table_of_tasks()
+    assert set(claims["evidence"].str.extract(r"\((.*)\)")[0].dropna()) <= {
+        p.name for p in (report.repository() / "notebooks").iterdir()
+    }
+    for task, row in table.iterrows():
+        claim = claims[claims["evidence"].str.contains(task)]
+        tested = claim["verdict"].iloc[0] != "not yet tested"
+        assert tested == (row["seeds"] >= report.ENOUGH_SEEDS)
+        if tested:
+            assert ("lite runs" in claim["verdict"].iloc[0]) == (row["profile"] == "lite")
+
+
+def test_the_ablation_table_marks_what_is_the_baseline():
+    table = report.ablation_table("lite")
+    printed = report.paper_table(3)
+    for task in TASKS:
+        ours, theirs = table[task, "ours"], printed[task]
+        assert (ours[theirs == "baseline"] == "baseline").all(), "what the paper calls baseline is Table 4's setting"

@@ -7,9 +7,11 @@
 * ``datasets``  where data files come from, how they are checked and kept
 * ``training``  one run, from the seed to the record
 * ``records``   what a run leaves behind
+* ``variants``  the named changes to a task's settings: arms, ablations, learning rates
 * ``studies``   which runs belong together, and running all that are missing
 * ``report``    tables and statistics made from records
 * ``figures``   the book's figures
+* ``chapter``   what the chapters about single tasks have in common
 * ``notebook``  what every notebook does first
 
 ``python -m metaadamw_lite.experiments --help`` lists the commands.

@@ -39,6 +39,7 @@ def plot_curves(
         reference: the paper's value for an arm, drawn as a thin line under the paper's protocol.
     """
     figure, axes = plt.subplots(1, len(protocols), figsize=(4.6 * len(protocols), 3.8), sharey=True, squeeze=False)
+    scale = "linear" if metric.startswith("accuracy") else "log"
     for ax, protocol in zip(axes[0], protocols, strict=True):
         part = epochs[epochs["protocol"] == protocol].rename(columns={"variant": "arm"})
         sns.lineplot(
@@ -56,7 +57,8 @@ def plot_curves(
         if protocol == "paper":
             for arm, value in (reference or {}).items():
                 ax.axhline(value, color=COLOURS[arm], linewidth=0.8)
-        ax.set(yscale="log", xlabel="epoch", ylabel=f"validation {metric}", title=f"protocol: {protocol} (log scale)")
+        note = " (log scale)" if scale == "log" else ""
+        ax.set(yscale=scale, xlabel="epoch", ylabel=f"validation {metric}", title=f"protocol: {protocol}{note}")
         ax.xaxis.get_major_locator().set_params(integer=True)
     legend = axes[0][0].get_legend()
     if legend is not None:
@@ -126,8 +128,57 @@ def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], unit: str, referen
             ax.axhline(value, color="black", linewidth=0.7, linestyle=dash, label=f"paper, {LABELS[name]}")
         ax.set(xlabel="", ylabel=unit, title=title, xlim=(-0.3, 2.3))
         ax.tick_params(axis="x", labelsize="small")
-    axes[0][0].legend(fontsize="x-small")
+    if "paper" in titles and reference:
+        axes[0][0].legend(fontsize="x-small")
     sns.move_legend(axes[0][-1], "upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_learning_rates(search: pd.DataFrame, metric: str, lower_is_better: bool, reference: float) -> Figure:
+    """The best validation metric of AdamW over its learning rate: mean and range over the seeds of the search.
+
+    Args:
+        search: from ``report.searched``.
+        metric: name of the metric, with its unit, for the axis.
+        lower_is_better: direction of the metric.
+        reference: the paper's learning rate, drawn as a line.
+    """
+    figure, ax = plt.subplots(figsize=(6.0, 3.6))
+    sns.lineplot(search, x="lr", y="best", marker="o", color=COLOURS["adamw"], errorbar=("pi", 100), ax=ax)
+    ax.axvline(reference, color="black", linewidth=0.7, linestyle="--", label="the paper's")
+    better = "lower" if lower_is_better else "higher"
+    ax.set(xscale="log", xlabel="learning rate (log scale)", ylabel=f"best validation {metric}\n({better} is better)")
+    if lower_is_better:
+        ax.set_yscale("log")
+    ax.legend(fontsize="small")
+    return figure
+
+
+def plot_improvements(improvements: pd.DataFrame) -> Figure:
+    """The improvement of every pair, a row for each task, with the mean and the paper's number.
+
+    Args:
+        improvements: columns task (label), improvement (percent) and paper (percent).
+    """
+    figure, ax = plt.subplots(figsize=(7.6, 0.7 * improvements["task"].nunique() + 1.4))
+    sns.stripplot(improvements, x="improvement", y="task", color=COLOURS["adamw"], size=7, jitter=0.08, ax=ax)
+    sns.pointplot(
+        improvements,
+        x="improvement",
+        y="task",
+        errorbar=None,
+        linestyle="none",
+        marker="|",
+        markersize=22,
+        color="black",
+        ax=ax,
+        label="mean",
+    )
+    sns.stripplot(
+        improvements, x="paper", y="task", marker="D", color=COLOURS["metaadamw"], size=7, jitter=False, ax=ax
+    )
+    ax.axvline(0, color="black", linewidth=0.7)
+    ax.set(xlabel="improvement of MetaAdamW over AdamW (%), a dot for each seed; diamond: the paper's", ylabel="")
     return figure
 
 
@@ -156,6 +207,8 @@ def plot_movement(movement: pd.DataFrame) -> Figure:
             ax=ax,
             legend=ax is axes[0],
         )
-        ax.set(yscale="log", xlabel="meta-update", ylabel="no unit (log scale)", title=title)
+        moved = bool((movement[column] > 0).any())  # α that is cut off at the end of its range does not move at all
+        ax.set(xlabel="meta-update", ylabel=f"no unit{' (log scale)' if moved else ''}", title=title)
+        ax.set_yscale("log" if moved else "linear")
         ax.xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -1,10 +1,10 @@
 """From records to tables: what was measured, with its spread, and what it says about a claim.
 
 Statistics are paired by seed: arms with the same seed share weights, batches and dropout masks, so only their
-difference is evidence. All of them come from scipy.
+difference is evidence. They come from scipy, the Holm correction from statsmodels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments.records import read_records
+from metaadamw_lite.experiments.studies import best_variant, search_runs
+from metaadamw_lite.experiments.variants import ABLATIONS, learning_rate
 
 CONFIDENCE = 0.95
+ENOUGH_SEEDS = 3
+"""Pairs that an interval needs."""
 
 
 def repository() -> Path:
@@ -30,8 +38,26 @@ def repository() -> Path:
 
 
 def paper_table(number: int) -> pd.DataFrame:
-    """A table of the paper, indexed by task."""
-    return pd.read_csv(repository() / "data" / "paper" / f"table{number}.csv", index_col="task")
+    """A table of the paper: 2, 4 and 5 indexed by task, 1 by parameter, 3 by factor and value (as printed, text)."""
+    index = {1: ["parameter"], 3: ["factor", "value"]}.get(number, ["task"])
+    dtype = str if number in (1, 3) else None
+    return pd.read_csv(repository() / "data" / "paper" / f"table{number}.csv", index_col=index, dtype=dtype)
+
+
+def recorded(task: str) -> list[dict[str, Any]]:
+    """The committed records of a task that were made from real data."""
+    return [r for r in read_records(repository() / "data" / "results", task) if r["data"] != "synthetic"]
+
+
+def best_evidence(runs: pd.DataFrame) -> str:
+    """The profile to judge a task by: "paper" where enough seeds are recorded, else "lite".
+
+    Args:
+        runs: from ``runs_frame``, of one task.
+    """
+    arms = runs[(runs["profile"] == "paper") & runs["variant"].isin(["adamw", "metaadamw"])]
+    pairs = arms.groupby(["protocol", "variant"])["seed"].nunique()
+    return "paper" if len(pairs) == 4 and pairs.min() >= ENOUGH_SEEDS else "lite"
 
 
 def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -49,6 +75,7 @@ def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
                 "best": record["best"] and record["best"]["metric"],
                 "last": record["epochs"][-1]["metric"] if record["epochs"] else None,
                 "test": record["test"] and record["test"]["metric"],
+                "bleu": record["test"] and record["test"].get("bleu"),
                 "meta_updates": len(record.get("meta_updates") or []),
                 "phi_moved": last_update.get("phi_moved"),
                 "alpha_moved": last_update.get("alpha_moved"),
@@ -100,6 +127,7 @@ class PairedDifference:
         low, high: bootstrap interval (BCa) for the mean at 95 % confidence; NaN with fewer than three seeds.
         p: of a paired t-test against no difference; NaN with fewer than two seeds.
         seeds: how many pairs.
+        p_wilcoxon: of Wilcoxon's signed-rank test; with five pairs it cannot fall below 1/16.
     """
 
     mean: float
@@ -107,9 +135,17 @@ class PairedDifference:
     high: float
     p: float
     seeds: int
+    p_wilcoxon: float = float("nan")
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} % [{self.low:+.1f}, {self.high:+.1f}], {self.seeds} seeds"
+        if not self.seeds:
+            return "no pairs yet"
+        return f"{self.mean:+.1f} % {self.interval}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
+
+    @property
+    def interval(self) -> str:
+        """The interval in percent, or that there are too few seeds for one."""
+        return "[no interval]" if np.isnan(self.low) else f"[{self.low:+.1f}, {self.high:+.1f}]"
 
 
 def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> PairedDifference:
@@ -117,27 +153,40 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
 
     Each pair's difference is taken relative to its baseline run, as in the paper's Table 2.
     """
-    pairs = pd.DataFrame({"arm": arm, "baseline": baseline}).dropna()
-    sign = -1 if lower_is_better else 1
-    percent = (sign * 100 * (pairs["arm"] / pairs["baseline"] - 1)).to_numpy()
-    low = high = p = float("nan")
-    if len(percent) >= 3 and np.ptp(percent) == 0:  # neither test is defined without any spread
+    percent = _improvements(arm, baseline, lower_is_better).to_numpy()
+    low = high = p = p_wilcoxon = float("nan")
+    if len(percent) >= 3 and np.ptp(percent) == 0:  # no test is defined without any spread
         low = high = float(percent[0])
         p = 0.0 if low else 1.0
     elif len(percent) >= 2:
         p = float(stats.ttest_1samp(percent, 0).pvalue)
+    if len(percent) >= 2 and percent.any():
+        p_wilcoxon = float(stats.wilcoxon(percent).pvalue)
     if len(percent) >= 3 and np.ptp(percent) > 0:
         interval = stats.bootstrap(
             (percent,), np.mean, confidence_level=CONFIDENCE, rng=np.random.default_rng(0)
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
-    return PairedDifference(float(percent.mean()) if len(percent) else float("nan"), low, high, p, len(percent))
+    mean = float(percent.mean()) if len(percent) else float("nan")
+    return PairedDifference(mean, low, high, p, len(percent), p_wilcoxon)
+
+
+def _improvements(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> "pd.Series[float]":
+    """The improvement of each pair in percent, by seed."""
+    pairs = pd.DataFrame({"arm": arm, "baseline": baseline}).astype(float).dropna()
+    return (-1 if lower_is_better else 1) * 100 * (pairs["arm"] / pairs["baseline"] - 1)
 
 
 def compare(outcome: pd.DataFrame, protocol: str, arm: str, baseline: str, lower_is_better: bool) -> PairedDifference:
     """The improvement of one arm over another under a protocol, from a frame that ``outcomes`` made."""
-    table = outcome[outcome["protocol"] == protocol].pivot(index="seed", columns="variant", values="outcome")
-    return improvement(table[arm], table[baseline], lower_is_better)
+    first, second = by_seed(outcome, protocol, arm, baseline)
+    return improvement(first, second, lower_is_better)
+
+
+def by_seed(outcome: pd.DataFrame, protocol: str, *arms: str) -> "list[pd.Series[float]]":
+    """The outcomes of some arms under a protocol, each indexed by seed; empty for an arm without runs."""
+    part = outcome[outcome["protocol"] == protocol]
+    return [part[part["variant"] == arm].set_index("seed")["outcome"].astype(float) for arm in arms]
 
 
 def verdict(difference: PairedDifference) -> str:
@@ -151,3 +200,235 @@ def verdict(difference: PairedDifference) -> str:
     if difference.p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:
         return "not decided: within chance"
     return "holds" if difference.low > 0 else "does not hold: it is worse"
+
+
+PAIRS = (("metaadamw", "adamw"), ("metaadamw-frozen", "adamw"), ("metaadamw", "metaadamw-frozen"))
+"""The comparisons that every chapter makes: an arm and its baseline."""
+
+
+def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[str, str]) -> pd.DataFrame:
+    """The paired comparisons of the three arms under both protocols, one row each, ready to show."""
+    rows = []
+    for protocol in ("paper", "clean"):
+        for arm, baseline in PAIRS:
+            d = compare(outcome, protocol, arm, baseline, lower_is_better)
+            rows.append(
+                {
+                    "protocol": protocol,
+                    "comparison": f"{labels[arm]} against {labels[baseline]}",
+                    "improvement (%)": f"{d.mean:+.1f}",
+                    "95 % interval (%)": d.interval,
+                    "p (t)": f"{d.p:.2f}",
+                    "p (Wilcoxon)": f"{d.p_wilcoxon:.2f}",
+                    "seeds": d.seeds,
+                    "says": verdict(d),
+                }
+            )
+    return pd.DataFrame(rows).set_index(["protocol", "comparison"])
+
+
+def holm(p_values: "pd.Series[float]") -> "pd.Series[float]":
+    """The p-values of a family of tests after Holm's correction; NaN stay NaN and do not count."""
+    known = p_values.dropna()
+    corrected = multipletests(known, method="holm")[1] if len(known) else []
+    return pd.Series(corrected, index=known.index, dtype=float).reindex(p_values.index)
+
+
+def interquartile_mean(values: "np.ndarray[Any, Any]", axis: int = -1) -> Any:
+    """The mean of the middle half of some values (Agarwal et al., 2021)."""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def over_tasks(improvements: "dict[str, pd.Series[float]]") -> dict[str, Estimate]:
+    """What many tasks say together, from the improvements (percent, by seed) of each.
+
+    Intervals come from a bootstrap that is stratified by task: it draws seeds anew within each (Agarwal et al., 2021).
+
+    Returns:
+        "interquartile mean" of all improvements, in percent, and "probability of improvement": that a pair drawn at
+        random from a task drawn at random is better than its baseline, ties counting half.
+    """
+    rng = np.random.default_rng(0)
+    groups = [x.to_numpy() for x in improvements.values() if len(x)]
+    draws = [[rng.choice(group, len(group)) for group in groups] for _ in range(2000)]
+    statistics: dict[str, Callable[[list[Any]], float]] = {
+        "interquartile mean": lambda parts: float(interquartile_mean(np.concatenate(parts))),
+        "probability of improvement": lambda parts: float(np.mean([np.mean((x > 0) + (x == 0) / 2) for x in parts])),
+    }
+    result = {}
+    for name, statistic in statistics.items():
+        low, high = np.quantile([statistic(draw) for draw in draws], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        result[name] = Estimate(statistic(groups), float(low), float(high))
+    return result
+
+
+def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: str = "paper") -> pd.DataFrame:
+    """Table 2 again: for every task the arms' means, the paired improvement, its tests, and the profile it rests on.
+
+    Returns:
+        Indexed by task: profile, seeds, the two means and standard deviations, improvement (a ``PairedDifference``),
+        p, p_wilcoxon, p after Holm over the tasks, and the improvements by seed.
+    """
+    rows = {}
+    for name, task in TASKS.items():
+        runs = runs_frame(recorded(name))
+        if runs.empty:
+            continue
+        profile = best_evidence(runs)
+        outcome = outcomes(runs[runs["profile"] == profile])
+        first, second = by_seed(outcome, protocol, arm, baseline)
+        d = improvement(first, second, task.lower_is_better)
+        rows[name] = {
+            "profile": profile,
+            "seeds": d.seeds,
+            "baseline_mean": second.mean(),
+            "baseline_std": second.std(),
+            "arm_mean": first.mean(),
+            "arm_std": first.std(),
+            "difference": d,
+            "p": d.p,
+            "p_wilcoxon": d.p_wilcoxon,
+            "improvements": _improvements(first, second, task.lower_is_better),
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table["p_holm"] = holm(table["p"])
+    return table
+
+
+def time_to_best(epochs: pd.DataFrame, lower_is_better: bool, arm: str = "metaadamw") -> pd.DataFrame:
+    """When an arm gets to where AdamW is at its best: one row for each pair.
+
+    Args:
+        epochs: from ``epochs_frame``, of one task and profile.
+        lower_is_better: direction of the metric.
+        arm: which.
+
+    Returns:
+        Indexed by protocol and seed: AdamW's best metric, the epoch it was reached in, and the arm's first epoch that
+        is as good (NaN if none is).
+    """
+    sign = 1 if lower_is_better else -1
+    rows = []
+    for (protocol, seed), part in epochs.groupby(["protocol", "seed"]):
+        adamw, other = (part[part["variant"] == v].dropna(subset="metric") for v in ("adamw", arm))
+        if adamw.empty or other.empty:
+            continue
+        target = adamw.iloc[(sign * adamw["metric"]).argmin()]
+        reached = other[sign * other["metric"] <= sign * target["metric"]]["epoch"]
+        rows.append((protocol, seed, target["metric"], target["epoch"], reached.min() if len(reached) else np.nan))
+    columns = ["protocol", "seed", "AdamW's best", "AdamW, epoch", "arm, epoch"]
+    return pd.DataFrame(rows, columns=columns).set_index(["protocol", "seed"])
+
+
+def searched(task: str, protocol: str, profile: str) -> tuple[pd.DataFrame, str | None]:
+    """The search for AdamW's learning rate: its runs (lr, seed, best metric), and the best variant, if it is done."""
+    search = search_runs(task, protocol, profile)
+    runs = runs_frame(recorded(task))
+    mine = runs[(runs["protocol"] == protocol) & (runs["profile"] == profile)]
+    mine = mine[mine["seed"].isin({key.seed for key in search})]
+    frame = mine.assign(lr=mine["variant"].map(learning_rate))[["lr", "seed", "best"]]
+    return frame, best_variant(search, repository() / "data" / "results")
+
+
+def ablation_table(profile: str) -> pd.DataFrame:
+    """Table 3 again: for each row and task the paper's value and ours.
+
+    Returns:
+        Indexed by factor and value, with two columns for each task: "paper" as printed, and "ours": mean over the seeds
+        and paired change against MetaAdamW in percent (negative is worse), "baseline" where the row is Table 4's own
+        setting, or "–" where there is no record yet.
+    """
+    printed = paper_table(3)
+    columns: dict[tuple[str, str], list[str]] = {}
+    for name, task in TASKS.items():
+        runs = runs_frame(recorded(name))
+        outcome = outcomes(runs[runs["profile"] == profile]) if len(runs) else runs
+        columns[name, "paper"] = list(printed[name].fillna("–"))
+        columns[name, "ours"] = [_cell(outcome, variant, task.lower_is_better, name) for variant in printed["variant"]]
+    return pd.DataFrame(columns, index=printed.index)
+
+
+def claims_table() -> pd.DataFrame:
+    """One row for each claim in ``data/paper/claims.csv``: the paper's number, ours, the verdict and the evidence.
+
+    How the kinds of claims are judged, under the paper's protocol:
+
+    * improvement: MetaAdamW against AdamW, paired by seed; ``all``: such a claim must hold on all tasks.
+    * ablation: the variant against MetaAdamW; the claim is that the variant is worse.
+    * epochs, longer: fewer, or more, epochs than AdamW until early stopping, paired by seed.
+    * trained: MetaAdamW against itself with an untrained Φ, on all tasks.
+    * later: what this book has no measurement of.
+    """
+    claims = pd.read_csv(repository() / "data" / "paper" / "claims.csv", dtype=str)
+    main = table_of_tasks()
+    control = table_of_tasks(baseline="metaadamw-frozen")
+    judged = [_judged(claim, main, control) for _, claim in claims.iterrows()]
+    ours, says = ([j[k] for j in judged] for k in (0, 1))
+    links = ["–" if pd.isna(page) else f"[{page}]({page}.ipynb)" for page in claims["evidence"]]
+    return claims[["section", "claim"]].assign(paper=claims["number"], ours=ours, verdict=says, evidence=links)
+
+
+def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) -> tuple[str, str]:
+    kind, task = claim["kind"], claim["task"]
+    if kind == "later":
+        return "–", "not yet tested"
+    if kind in ("all", "trained"):
+        table = main if kind == "all" else control
+        verdicts = [noted(verdict(d), p) for d, p in zip(table["difference"], table["profile"], strict=True)]
+        count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
+        says = "; ".join(f"{v} on {n}" for v, n in count.items())
+        return "; ".join(f"{t} {d}" for t, d in table["difference"].items()), f"of {len(TASKS)} tasks: {says}"
+    if task not in main.index:
+        return "–", "not yet tested"
+    if kind == "improvement":
+        row = main.loc[task]
+        return noted(str(row["difference"]), row["profile"]), noted(verdict(row["difference"]), row["profile"])
+    runs = runs_frame(recorded(task))
+    if kind == "ablation":
+        for profile in ("paper", "lite"):
+            variant, metaadamw = by_seed(
+                outcomes(runs[runs["profile"] == profile]), "paper", claim["variant"], "metaadamw"
+            )
+            if len(variant) >= ENOUGH_SEEDS:
+                d = improvement(metaadamw, variant, TASKS[task].lower_is_better)
+                return noted(str(d), profile), noted(verdict(d), profile)
+        return "–", "not yet tested"
+    profile = best_evidence(runs)
+    if profile == "lite":  # lite runs are too short to stop early
+        return "–", "not yet tested"
+    length = runs[runs["profile"] == profile].assign(outcome=runs["epochs"])
+    arm, baseline = by_seed(length, "paper", "metaadamw", "adamw")
+    d = improvement(arm, baseline, lower_is_better=kind == "epochs")
+    return f"epochs: {d}", verdict(d)
+
+
+def noted(text: str, profile: str) -> str:
+    """A statement, with a note where it rests on shortened runs."""
+    return text if profile == "paper" or text == "not yet tested" else f"{text} (lite runs)"
+
+
+def _cell(outcome: pd.DataFrame, variant: Any, lower_is_better: bool, task: str) -> str:
+    settings = TASKS[task].settings("paper")
+    if pd.isna(variant) or (variant in ABLATIONS and ABLATIONS[variant].change(settings) == settings):
+        return "baseline"
+    if outcome.empty:
+        return "–"
+    arm, metaadamw = by_seed(outcome, "paper", str(variant), "metaadamw")
+    if arm.empty:
+        return "–"
+    if variant == "metaadamw":
+        return f"{arm.mean():.4g} ± {arm.std():.2g}, {len(arm)} seeds"
+    d = improvement(arm, metaadamw, lower_is_better)
+    return f"{arm.mean():.4g}: {d}"

@@ -64,15 +64,18 @@ def _baseline(profile: str, tasks: Sequence[str], results: Path) -> Iterator[Run
     """The search, and for each one that is done, the runs with the best rate and the seeds of the main study."""
     for protocol in reversed(PROTOCOLS):  # under ``clean`` the search cannot see what is reported: that comes first
         for task in tasks:
-            search = [
-                RunKey(task, at_learning_rate(lr), protocol, profile, seed)
-                for seed in SEARCH_SEEDS
-                for lr in LEARNING_RATES
-            ]
+            search = search_runs(task, protocol, profile)
             yield from search
             best = best_variant(search, results)
             if best is not None:
                 yield from (RunKey(task, best, protocol, profile, seed) for seed in SEEDS)
+
+
+def search_runs(task: str, protocol: str, profile: str) -> list[RunKey]:
+    """The runs that AdamW's learning rate is chosen by."""
+    return [
+        RunKey(task, at_learning_rate(lr), protocol, profile, seed) for seed in SEARCH_SEEDS for lr in LEARNING_RATES
+    ]
 
 
 def best_variant(search: Sequence[RunKey], results: Path) -> str | None:
@@ -145,14 +148,13 @@ def sweep(
     errors: dict[RunKey, str] = {}
     busy: set[RunKey] = set()
     runs = study_runs(study, results, tasks)
+    done = len(runs) - len(missing(runs, results))
     with (
         _workers(scheduler, jobs or (None if scheduler else runs_at_a_time(device))) as workers,
-        tqdm(total=len(runs), desc=study, unit="run", disable=not progress, smoothing=0) as bar,
+        tqdm(total=len(runs), initial=done, desc=study, unit="run", disable=not progress, smoothing=0) as bar,
     ):
         while todo := [key for key in missing(runs, results) if key not in errors]:
-            bar.total, bar.n = len(runs), len(runs) - len(todo) - len(errors)
-            bar.initial = bar.initial or bar.n  # what was there before does not count for the speed
-            bar.refresh()
+            bar.total = len(runs)  # a search that is done has added runs
             made = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(
                 joblib.delayed(_one)(key, results, device, None if scheduler else workers, wait=busy.issuperset(todo))
                 for key in todo

@@ -84,6 +84,8 @@ def run(
     lock = FileLock(key.path(results, ".lock"))
     try:
         with lock.acquire(blocking=wait):
+            for leftover in path.parent.glob(f"{key.stem}.*.part"):  # of a process that was killed while it wrote
+                leftover.unlink()
             if not path.exists():  # it may have been finished while we came here
                 going = _Run(task, key, settings, results, torch.device(device))
                 write_record(going.make(progress), key, results)

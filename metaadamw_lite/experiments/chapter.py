@@ -1,0 +1,162 @@
+"""What the chapters about single tasks have in common: the evidence on a task, and its tables, figures and verdict.
+
+The chapter on ETTh1 does all of this step by step, with explanations; the other tasks' chapters use this.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from metaadamw_lite.experiments import figures, report
+from metaadamw_lite.experiments.records import RunKey
+from metaadamw_lite.experiments.studies import SEEDS
+from metaadamw_lite.experiments.task import Task
+from metaadamw_lite.experiments.training import run
+from metaadamw_lite.experiments.variants import ARMS
+
+
+class Evidence:
+    """The committed runs of a task's three arms, at the best profile that enough seeds are recorded of.
+
+    Args:
+        task: which.
+        unit: the metric with its unit, for axes.
+
+    Attributes:
+        profile: "paper" or "lite".
+        paper: the task's row of the paper's Table 2.
+        records: the records.
+        runs: a row for each, with its ``outcome``.
+    """
+
+    def __init__(self, task: Task, unit: str) -> None:
+        self.task, self.unit = task, unit
+        self.paper: Any = report.paper_table(2).loc[task.name]
+        records = report.recorded(task.name)
+        self.profile = report.best_evidence(report.runs_frame(records))
+        self.records = [
+            r
+            for r in records
+            if (r["run"]["profile"], r["run"]["variant"] in ARMS, r["run"]["seed"] in SEEDS)
+            == (self.profile, True, True)
+        ]
+        self.runs = report.outcomes(report.runs_frame(self.records))
+        self._movement = report.movement_frame(self.records)
+
+    def label(self) -> str:
+        """A warning for pages that rest on shortened runs; the name of the profile on others (Markdown)."""
+        what = f"Profile: `{self.profile}`; {len(self.runs)} runs; data: {', '.join(self.runs['data'].unique())}."
+        if self.profile == "paper":
+            return what
+        return (
+            f"**{what} Everything recorded on this page comes from shortened runs**: real data and the paper's model, "
+            "but a small part of the data and a few epochs (`settings` in "
+            f"`metaadamw_lite/experiments/{self.task.name}.py`). They show how training begins, not where it ends, and "
+            "cannot be compared with the paper's numbers."
+        )
+
+    def summary(self) -> pd.DataFrame:
+        """How many runs of each arm there are, how long they took and how they ended."""
+        return self._named(
+            self.runs.groupby(["protocol", "variant"]).agg(
+                runs=("seed", "count"),
+                epochs=("epochs", "median"),
+                meta_updates=("meta_updates", "median"),
+                diverged=("status", lambda s: int((s == "diverged").sum())),
+                failed=("status", lambda s: int((s == "failed").sum())),
+            )
+        ).rename(columns={"epochs": "epochs (median)", "meta_updates": "meta-updates (median)"})
+
+    def curves(self) -> Figure:
+        """Validation curves, with the paper's two numbers where the runs have the paper's settings."""
+        epochs = report.epochs_frame(self.records)
+        return self._titled(figures.plot_curves(epochs, ["paper", "clean"], self.unit, self._reference()))
+
+    def pairs(self) -> Figure:
+        """What every run reports, runs of one seed connected."""
+        titles = {"paper": "best of all epochs (paper)", "clean": "test part, once (clean)"}
+        return self._titled(figures.plot_pairs(self.runs, titles, self.unit, self._reference()))
+
+    def spread(self) -> pd.DataFrame:
+        """Mean and spread of what the arms report."""
+        spread = self.runs.groupby(["protocol", "variant"])["outcome"].agg(["count", "mean", "std", "min", "max"])
+        return self._named(spread).rename(columns={"count": "seeds"}).round(4)
+
+    def comparisons(self) -> pd.DataFrame:
+        """The arms against each other, paired by seed."""
+        return report.comparison_table(self.runs, self.task.lower_is_better, figures.LABELS)
+
+    def last_epoch(self) -> str:
+        """The comparisons of the last epochs instead of the best ones, under the paper's protocol (Markdown)."""
+        last = self.runs.assign(outcome=self.runs["last"])
+        return "\n".join(
+            f"* Last epoch, {figures.LABELS[arm]} against {figures.LABELS[baseline]}: "
+            f"{report.compare(last, 'paper', arm, baseline, self.task.lower_is_better)}"
+            for arm, baseline in report.PAIRS
+        )
+
+    def time_to_best(self) -> pd.DataFrame:
+        """The epoch in which MetaAdamW is as good as AdamW at its best."""
+        return report.time_to_best(report.epochs_frame(self.records), self.task.lower_is_better)
+
+    def movement(self) -> Figure:
+        """How far meta-learning moved Φ, α and log σ²."""
+        return self._titled(figures.plot_movement(self._movement))
+
+    def factors(self) -> pd.DataFrame:
+        """For each run of MetaAdamW the smallest, mean and largest α and β, and how far meta-learning moved them."""
+        traced = report.factors_frame(self.records)
+        trained = traced[traced["variant"] == "metaadamw"].groupby(["protocol", "seed"])
+        table = pd.DataFrame(
+            {
+                f"{s} ({how})": trained[c].agg(how)
+                for c, s in (("alpha", "α"), ("beta", "β"))
+                for how in ("min", "mean", "max")
+            }
+        ).round(3)
+        moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved", "phi_moved"]].last()
+        names = {"alpha_moved": "α moved by", "beta_moved": "β moved by", "phi_moved": "Φ moved by"}
+        return table.join(moved.map("{:.0e}".format).rename(columns=names))
+
+    def factors_statement(self) -> str:
+        """What the factors did, in a sentence or two (Markdown)."""
+        table = self.factors()
+        equal = table["α (max)"] - table["α (min)"] < 0.1
+        moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved"]].last().max()
+        return (
+            f"In {equal.sum()} of {len(table)} runs all groups had the same α, to within 0.1, from beginning to end. "
+            f"The mean α of a run lay between {table['α (mean)'].min():.2f} and {table['α (mean)'].max():.2f}. "
+            f"Meta-learning changed α by at most {moved['alpha_moved']:.0e} and β by at most {moved['beta_moved']:.0e}."
+        )
+
+    def verdict(self) -> pd.DataFrame:
+        """The paper's claim, ours and what follows; a lite run says so in the cell."""
+        rows = {}
+        for protocol in ("paper", "clean"):
+            d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
+            rows[protocol] = {
+                "paper (1 seed)": f"{self.paper['improvement_percent']:+.2f} %" if protocol == "paper" else "–",
+                "ours (paired)": report.noted(str(d), self.profile),
+                "MetaAdamW improves on AdamW": report.noted(report.verdict(d), self.profile),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol")
+
+    def live(self, protocol: str, profile: str, seed: int) -> list[dict[str, Any]]:
+        """Make one run of each arm now, in a temporary folder; return their records."""
+        with tempfile.TemporaryDirectory() as folder:
+            keys = [RunKey(self.task.name, arm, protocol, profile, seed) for arm in ARMS]
+            return [run(key, Path(folder), progress=False) for key in keys]
+
+    def _reference(self) -> dict[str, float]:
+        return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if self.profile == "paper" else {}
+
+    def _titled(self, figure: Figure) -> Figure:
+        figure.suptitle(f"{self.task.title}, profile: {self.profile}", fontsize="medium")
+        return figure
+
+    @staticmethod
+    def _named(table: pd.DataFrame) -> pd.DataFrame:
+        return table.rename(index=figures.LABELS)
