@@ -169,7 +169,7 @@ def test_every_run_of_every_task_leaves_a_whole_record(smoke, key):
     assert len(record["trace"][0]["alpha"]) == len(record["groups"]) >= 1
     if key.variant == "metaadamw-frozen":
         assert record["meta_updates"] == []
-    elif key.variant not in ("updates-1", "objective-gen_gap"):  # which comes too late, and has no gradient
+    elif not key.variant.startswith(("updates-", "objective-gen_gap")):  # may be none in so few steps; has no gradient
         assert 0 < record["meta_updates"][-1]["phi_moved"] < 1
 
 
@@ -421,7 +421,7 @@ def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_records(smoke, tmp_
         read_records(tmp_path)  # whatever lies there is whole
     assert main(["sweep", "smoke", "--task", "imdb", "--jobs", "2", "--results", str(tmp_path)]) == 0
     assert_same_results(tmp_path, smoke, "imdb")
-    assert {p.suffix for p in tmp_path.rglob("*.*")} == {".json"}, "nothing half-written is left"
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json"}, "nothing half-written is left"
 
 
 def assert_same_results(ours, theirs, task):
@@ -434,7 +434,7 @@ def assert_same_results(ours, theirs, task):
 
 
 def test_two_sweeps_at_once_share_the_work(smoke, tmp_path):
-    command = [*COMMAND, "sweep", "smoke", "--task", "imdb", "--jobs", "1", "--results", tmp_path]
+    command = [*COMMAND, "sweep", "smoke", "--task", "imdb", "--jobs", "2", "--results", tmp_path]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
         _, err = process.communicate()

@@ -379,7 +379,6 @@ def test_a_rate_with_a_run_that_diverged_is_not_chosen(tmp_path):
     assert reruns("imdb", tmp_path) == []
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="best_variant averages a metric that is null")
 def test_a_rate_with_an_infinite_perplexity_is_not_chosen(tmp_path):
     """The loss is finite, its exponential is not, and a record holds null for it."""
     metrics = [(300, 300), (200, 200), (100, 100), (150, 150), (160, 160), (50, float("inf")), (float("inf"), 50)]

@@ -89,7 +89,10 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     if source == "real":
         train, test = (prepared(pixels_of_the_tables, tables, tables is TRAIN) for tables in (TRAIN, TEST))
     else:
-        train, test = (pixels(synthetic_images(settings.data["images"], settings.data["size"], s)) for s in (1, 2))
+        train, test = (
+            pixels(synthetic_images(settings.data.get("images", 2_000), settings.data.get("size", 32), s))
+            for s in (1, 2)
+        )
     parts: list[Batch] = [tuple(torch.from_numpy(x) for x in part) for part in (train, test)]
     if protocol == "clean":
         held_out = len(parts[0][0]) // 10

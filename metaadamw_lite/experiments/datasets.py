@@ -115,7 +115,7 @@ def hub_table(
 def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -> T:
     """What ``make(*arguments)`` makes of some tables, kept on disk in ``data/cache/prepared``: it is made only once.
 
-    It is made anew when a file, an argument or the function's own source changes.
+    It is made anew when a file, an argument, the module of the function or what the text tasks share changes.
     """
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in map(_locate, tables)]
     memory = joblib.Memory("data/cache/prepared", verbose=0)
@@ -128,7 +128,10 @@ def _make(make: Callable[..., T], _source: str, _files: list[Any], *arguments: A
 
 
 def _source(make: Callable[..., Any]) -> str:
-    return f"{make.__module__}.{make.__qualname__}\n{inspect.getsource(make)}"
+    """The function's name and a digest of the code that it may call."""
+    files = [Path(inspect.getfile(make)), Path(__file__), Path(__file__).with_name("text.py")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return f"{make.__module__}.{make.__qualname__} {digest}"
 
 
 def held_out(keys: Iterable[str | bytes], share: int = 10) -> "np.ndarray[Any, np.dtype[np.bool_]]":

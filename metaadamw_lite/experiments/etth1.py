@@ -158,7 +158,7 @@ def settings(profile: str) -> Settings:
     epochs, meta_every, data = {
         "paper": (8, 217, {}),
         "lite": (4, 27, {"hours": 2190}),
-        "smoke": (2, 3, {"hours": 400}),
+        "smoke": (2, 5, {"hours": 400}),
     }[profile]
     return Settings(
         epochs=epochs,

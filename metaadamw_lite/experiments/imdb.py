@@ -66,7 +66,9 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     if source == "real":
         parts, words = prepared(reviews_of_the_tables, (TRAIN, TEST), protocol)
     else:
-        parts, words = reviews(protocol, *(synthetic_reviews(settings.data["reviews"], seed) for seed in (1, 2)))
+        parts, words = reviews(
+            protocol, *(synthetic_reviews(settings.data.get("reviews", 4_000), seed) for seed in (1, 2))
+        )
     samples = []
     for name, (numbers, labels) in zip(("train", "val", "test"), parts, strict=False):
         lengths = (numbers != PAD).sum(axis=1).clip(1)

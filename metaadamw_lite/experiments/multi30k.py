@@ -65,7 +65,9 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     if source == "real":
         parts, words, references = prepared(pairs_of_the_tables, (TRAIN, VALIDATION, TEST), protocol)
     else:
-        parts, words, references = pairs(protocol, *(synthetic_pairs(settings.data["pairs"], seed) for seed in (1, 2)))
+        parts, words, references = pairs(
+            protocol, *(synthetic_pairs(settings.data.get("pairs", 2_000), seed) for seed in (1, 2))
+        )
     samples = [
         part_of((torch.from_numpy(de), torch.from_numpy(en)), settings.data.get(name))
         for name, (de, en) in zip(("train", "val", "test"), parts, strict=False)

@@ -87,7 +87,7 @@ def best_variant(search: Sequence[RunKey], results: Path) -> str | None:
         return None
     better = min if TASKS[search[0].task].lower_is_better else max
     best = [(key.variant, read_record(key.path(results))["best"]) for key in search]
-    failed = {variant for variant, b in best if b is None}
+    failed = {variant for variant, b in best if b is None or b["metric"] is None}
     means = {v: fmean(b["metric"] for w, b in best if w == v) for v, _ in best if v not in failed}
     return better(means, key=lambda v: means[v]) if means else None
 

@@ -374,7 +374,7 @@ class _Run:
 
     def _record(self, status: str) -> dict[str, Any]:
         epochs = self.history["epochs"]
-        finite = [e for e in epochs if math.isfinite(e["val_loss"])]
+        finite = [e for e in epochs if math.isfinite(e["val_loss"]) and math.isfinite(e["metric"])]
         direction = 1 if self.task.lower_is_better else -1
         best = min(finite, key=lambda e: direction * e["metric"], default=None)
         record: dict[str, Any] = {

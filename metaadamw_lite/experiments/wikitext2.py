@@ -59,7 +59,9 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     if source == "real":
         train, validation, test = prepared(blocks_of_the_tables, (TRAIN, VALIDATION, TEST))
     else:
-        train, validation, test = blocks(*(synthetic_lines(settings.data["lines"], seed) for seed in (1, 2, 3)))
+        train, validation, test = blocks(
+            *(synthetic_lines(settings.data.get("lines", 2_000), seed) for seed in (1, 2, 3))
+        )
     if protocol == "clean":
         held_out = len(train) // 10
         train, validation = train[:-held_out], train[-held_out:]
