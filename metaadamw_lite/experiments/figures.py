@@ -3,13 +3,19 @@
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from metaadamw_lite.experiments.report import ENOUGH_SEEDS
 
 COLOURS = dict(zip(("adamw", "metaadamw", "metaadamw-frozen"), sns.color_palette("colorblind", 3), strict=True))
 """Colour-blind-safe, and told apart by their dashes in print."""
 DASHES = {"adamw": "", "metaadamw": (4, 1.5), "metaadamw-frozen": (1, 1)}
+LINEAR_TO = 10
+"""Percent up to which improvements are drawn on a linear scale."""
 LABELS = {"adamw": "AdamW", "metaadamw": "MetaAdamW", "metaadamw-frozen": "MetaAdamW, Φ untrained"}
 
 
@@ -158,7 +164,7 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
     """The improvement of every pair, a row for each task, with the mean and the paper's number.
 
     Args:
-        improvements: columns task (label), improvement (percent) and paper (percent).
+        improvements: from ``report.improvements_frame``.
     """
     figure, ax = plt.subplots(figsize=(7.6, 0.7 * improvements["task"].nunique() + 1.4))
     sns.stripplot(improvements, x="improvement", y="task", color=COLOURS["adamw"], size=7, jitter=0.08, ax=ax)
@@ -172,13 +178,44 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
         markersize=22,
         color="black",
         ax=ax,
-        label="mean",
     )
     sns.stripplot(
         improvements, x="paper", y="task", marker="D", color=COLOURS["metaadamw"], size=7, jitter=False, ax=ax
     )
     ax.axvline(0, color="black", linewidth=0.7)
-    ax.set(xlabel="improvement of MetaAdamW over AdamW (%), a dot for each seed; diamond: the paper's", ylabel="")
+    ax.set_xscale("symlog", linthresh=LINEAR_TO)
+    ticks = [tick for size in (5, 10, 30, 100) for tick in (-size, size)]
+    shown = improvements[["improvement", "paper"]].to_numpy(dtype=float)
+    left, right = 1.3 * min(shown.min(), -LINEAR_TO), 1.3 * max(shown.max(), LINEAR_TO)
+    ax.set(xlim=(left, right), ylabel="")
+    ax.set_xticks([0, *(tick for tick in ticks if left < tick < right)])
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")
+    ax.set_xlabel(f"improvement of MetaAdamW over AdamW (%)\nlog scale beyond ±{LINEAR_TO}")
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=COLOURS["adamw"], label="a seed"),
+        Line2D([], [], linestyle="", marker="|", markersize=18, color="black", label="mean"),
+        Line2D([], [], linestyle="", marker="D", color=COLOURS["metaadamw"], label="the paper's"),
+    ]
+    ax.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_ablations(table: pd.DataFrame) -> Figure:
+    """The change that each ablation makes against MetaAdamW, with its 95 % interval; a row for each variant.
+
+    Args:
+        table: from ``report.ablation_table``; rows without a variant or without an interval are left out.
+    """
+    rows = table[table["variant"].notna() & (table["variant"] != "metaadamw")]
+    rows = rows[[d.seeds >= ENOUGH_SEEDS for d in rows["difference"]]]
+    labels = [f"{value}" if factor == "MetaAdamW" else f"{factor}: {value}" for factor, value in rows.index]
+    mean, low, high = (np.array([getattr(d, name) for d in rows["difference"]]) for name in ("mean", "low", "high"))
+    figure, ax = plt.subplots(figsize=(7.6, 0.3 * len(rows) + 1.2))
+    ax.errorbar(mean, labels, xerr=[mean - low, high - mean], fmt="o", color=COLOURS["metaadamw"], capsize=3)
+    ax.axvline(0, color="black", linewidth=0.7)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set(xlabel="change against MetaAdamW (%), mean and 95 % interval; negative is worse")
     return figure
 
 

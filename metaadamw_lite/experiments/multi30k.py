@@ -62,6 +62,8 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
+    if protocol == "clean":
+        import sacrebleu  # noqa: F401 (BLEU comes last: where it is not installed, say so before hours of training)
     if source == "real":
         parts, words, references = prepared(pairs_of_the_tables, (TRAIN, VALIDATION, TEST), protocol)
     else:
@@ -209,10 +211,10 @@ def translate(model: nn.Module, data: Data) -> dict[str, float]:
         ``{"bleu": …}``, or nothing under the paper's protocol, which has no test part, and whose English is mostly
         "<unk>".
     """
-    import sacrebleu
-
     if data.test is None:
         return {}
+    from sacrebleu import corpus_bleu
+
     assert isinstance(model, Translator)
     model.eval()
     source = data.test[0]
@@ -223,7 +225,7 @@ def translate(model: nn.Module, data: Data) -> dict[str, float]:
         for i, numbers in zip(chosen, greedy(model, *trimmed((source[chosen],))).tolist(), strict=True):
             end = numbers.index(EOS) if EOS in numbers else len(numbers)
             translations[i] = " ".join(data.words[n] for n in numbers[:end])
-    return {"bleu": sacrebleu.corpus_bleu(translations, [list(data.references)]).score}
+    return {"bleu": corpus_bleu(translations, [list(data.references)]).score}
 
 
 def greedy(model: Translator, source: Tensor) -> Tensor:

@@ -189,6 +189,11 @@ def by_seed(outcome: pd.DataFrame, protocol: str, *arms: str) -> "list[pd.Series
     return [part[part["variant"] == arm].set_index("seed")["outcome"].astype(float) for arm in arms]
 
 
+def p_value(p: float) -> str:
+    """A p-value for a table; a dash where there was no test."""
+    return "–" if np.isnan(p) else f"{p:.3f}"
+
+
 def verdict(difference: PairedDifference) -> str:
     """What a paired difference says about the claim "it is better".
 
@@ -207,7 +212,7 @@ PAIRS = (("metaadamw", "adamw"), ("metaadamw-frozen", "adamw"), ("metaadamw", "m
 
 
 def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[str, str]) -> pd.DataFrame:
-    """The paired comparisons of the three arms under both protocols, one row each, ready to show."""
+    """The paired comparisons of the three arms under both protocols, one row each with its 95 % interval, as text."""
     rows = []
     for protocol in ("paper", "clean"):
         for arm, baseline in PAIRS:
@@ -216,10 +221,9 @@ def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[
                 {
                     "protocol": protocol,
                     "comparison": f"{labels[arm]} against {labels[baseline]}",
-                    "improvement (%)": f"{d.mean:+.1f}",
-                    "95 % interval (%)": d.interval,
-                    "p (t)": f"{d.p:.2f}",
-                    "p (Wilcoxon)": f"{d.p_wilcoxon:.2f}",
+                    "improvement (%)": f"{d.mean:+.1f} {d.interval}" if d.seeds else "–",
+                    "p (t)": p_value(d.p),
+                    "p (Wilcoxon)": p_value(d.p_wilcoxon),
                     "seeds": d.seeds,
                     "says": verdict(d),
                 }
@@ -307,6 +311,21 @@ def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: st
     return table
 
 
+def improvements_frame(table: pd.DataFrame) -> pd.DataFrame:
+    """Every pair of a ``table_of_tasks``, for a figure: task (title and profile), improvement and paper (percent)."""
+    paper: Any = paper_table(2)["improvement_percent"]
+    return pd.concat(
+        pd.DataFrame(
+            {
+                "task": f"{TASKS[str(task)].title} ({row['profile']})",
+                "improvement": row["improvements"],
+                "paper": paper[task],
+            }
+        )
+        for task, row in table.iterrows()
+    )
+
+
 def time_to_best(epochs: pd.DataFrame, lower_is_better: bool, arm: str = "metaadamw") -> pd.DataFrame:
     """When an arm gets to where AdamW is at its best: one row for each pair.
 
@@ -342,22 +361,27 @@ def searched(task: str, protocol: str, profile: str) -> tuple[pd.DataFrame, str 
     return frame, best_variant(search, repository() / "data" / "results")
 
 
-def ablation_table(profile: str) -> pd.DataFrame:
-    """Table 3 again: for each row and task the paper's value and ours.
+def ablation_table(task: str, profile: str) -> pd.DataFrame:
+    """A task's part of Table 3 again: for each row the paper's number and ours, under the paper's protocol.
 
     Returns:
-        Indexed by factor and value, with two columns for each task: "paper" as printed, and "ours": mean over the seeds
-        and paired change against MetaAdamW in percent (negative is worse), "baseline" where the row is Table 4's own
-        setting, or "–" where there is no record yet.
+        Indexed by factor and value, with the columns "paper" (text, as printed, or missing), "baseline" (the row is
+        the task's own setting in Table 4), "variant" (missing where the row is the baseline), "mean" over the seeds of
+        ours, and "difference": the paired change against MetaAdamW (a ``PairedDifference``; negative is worse).
     """
     printed = paper_table(3)
-    columns: dict[tuple[str, str], list[str]] = {}
-    for name, task in TASKS.items():
-        runs = runs_frame(recorded(name))
-        outcome = outcomes(runs[runs["profile"] == profile]) if len(runs) else runs
-        columns[name, "paper"] = list(printed[name].fillna("–"))
-        columns[name, "ours"] = [_cell(outcome, variant, task.lower_is_better, name) for variant in printed["variant"]]
-    return pd.DataFrame(columns, index=printed.index)
+    settings, lower_is_better = TASKS[task].settings("paper"), TASKS[task].lower_is_better
+    runs = runs_frame(recorded(task))
+    outcome = outcomes(runs[runs["profile"] == profile])
+    rows = []
+    for variant in printed["variant"]:
+        baseline = pd.isna(variant) or (variant in ABLATIONS and ABLATIONS[variant].change(settings) == settings)
+        name = "metaadamw" if baseline else str(variant)
+        arm, metaadamw = by_seed(outcome, "paper", name, "metaadamw")
+        difference = improvement(arm, metaadamw, lower_is_better)
+        rows.append((baseline, None if baseline else variant, arm.mean(), difference))
+    table = pd.DataFrame(rows, index=printed.index, columns=["baseline", "variant", "mean", "difference"])
+    return table.assign(paper=printed[task])
 
 
 def claims_table() -> pd.DataFrame:
@@ -376,7 +400,9 @@ def claims_table() -> pd.DataFrame:
     control = table_of_tasks(baseline="metaadamw-frozen")
     judged = [_judged(claim, main, control) for _, claim in claims.iterrows()]
     ours, says = ([j[k] for j in judged] for k in (0, 1))
-    links = ["–" if pd.isna(page) else f"[{page}]({page}.ipynb)" for page in claims["evidence"]]
+    links = [
+        "–" if pd.isna(page) else f"[chapter {int(page.split('_')[0])}]({page}.ipynb)" for page in claims["evidence"]
+    ]
     return claims[["section", "claim"]].assign(paper=claims["number"], ours=ours, verdict=says, evidence=links)
 
 
@@ -389,7 +415,8 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
         verdicts = [noted(verdict(d), p) for d, p in zip(table["difference"], table["profile"], strict=True)]
         count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
         says = "; ".join(f"{v} on {n}" for v, n in count.items())
-        return "; ".join(f"{t} {d}" for t, d in table["difference"].items()), f"of {len(TASKS)} tasks: {says}"
+        ours = "<br>".join(f"{TASKS[str(t)].title}: {d}" for t, d in table["difference"].items())
+        return ours, f"of {len(TASKS)} tasks: {says}"
     if task not in main.index:
         return "–", "not yet tested"
     if kind == "improvement":
@@ -417,18 +444,3 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
 def noted(text: str, profile: str) -> str:
     """A statement, with a note where it rests on shortened runs."""
     return text if profile == "paper" or text == "not yet tested" else f"{text} (lite runs)"
-
-
-def _cell(outcome: pd.DataFrame, variant: Any, lower_is_better: bool, task: str) -> str:
-    settings = TASKS[task].settings("paper")
-    if pd.isna(variant) or (variant in ABLATIONS and ABLATIONS[variant].change(settings) == settings):
-        return "baseline"
-    if outcome.empty:
-        return "–"
-    arm, metaadamw = by_seed(outcome, "paper", str(variant), "metaadamw")
-    if arm.empty:
-        return "–"
-    if variant == "metaadamw":
-        return f"{arm.mean():.4g} ± {arm.std():.2g}, {len(arm)} seeds"
-    d = improvement(arm, metaadamw, lower_is_better)
-    return f"{arm.mean():.4g}: {d}"
