@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import matplotlib_inline.backend_inline as inline
+import pandas as pd
 import torch
 
 from metaadamw_lite.experiments.figures import use_style
 
 
 def start(cells: Sequence[str]) -> None:
-    """Prepare a notebook: check its parameters, set the figure style and one CPU thread (for figures that repeat).
+    """Prepare a notebook: check its parameters, show whole texts in tables, set the figure style and one CPU thread.
+
+    With one thread figures repeat exactly.
 
     Args:
         cells: IPython's ``In``.
@@ -21,6 +24,7 @@ def start(cells: Sequence[str]) -> None:
     """
     check_parameters(cells)
     use_style()
+    pd.set_option("display.max_colwidth", None)
     inline.set_matplotlib_formats("retina")  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
 
