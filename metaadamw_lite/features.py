@@ -91,82 +91,71 @@ def time_feature(step: int, total_steps: int | None) -> float:
     return math.tanh(step / 2000)  # 2σ(x) − 1 = tanh(x/2)
 
 
-def tensor_statistics(state: TensorState, dtype: torch.dtype) -> Tensor:
-    """The five numbers ‖g‖, ‖m‖, ‖θ‖, cos(g, m), ‖v‖ of one tensor, shape (5,). The cosine with a zero vector is 0."""
-    theta, g, m, v = (x.detach().to(dtype) for x in state)
-    norm_g, norm_m, norm_theta, norm_v = (torch.linalg.vector_norm(x) for x in (g, m, theta, v))
-    cosine = (g * m).sum() / (norm_g * norm_m).clamp_min(torch.finfo(dtype).tiny)
-    return torch.stack([norm_g, norm_m, norm_theta, cosine, norm_v])
+def inner_products(state: TensorState) -> tuple[float, float, float, float, float]:
+    """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of one tensor, in float64. ``fast`` has the version that is used."""
+    theta, g, m, v = (x.detach().double() for x in state)
+    gg, gm, mm, tt, vv = (float((x * y).sum()) for x, y in ((g, g), (g, m), (m, m), (theta, theta), (v, v)))
+    return gg, gm, mm, tt, vv
+
+
+def tensor_statistics(products: Tensor) -> Tensor:
+    """‖g‖, ‖m‖, ‖θ‖, cos(g, m), ‖v‖ of n tensors, (n, 5), from their ``inner_products``, (n, 5).
+
+    The cosine with a zero vector is 0.
+    """
+    gg, gm, mm, tt, vv = products.unbind(dim=1)
+    norm_g, norm_m = gg.sqrt(), mm.sqrt()
+    cosine = gm / (norm_g * norm_m).clamp_min(torch.finfo(products.dtype).tiny)
+    return torch.stack([norm_g, norm_m, tt.sqrt(), cosine, vv.sqrt()], dim=1)
+
+
+def sparsities(g: Sequence[Tensor], m: Sequence[Tensor]) -> Tensor:
+    """The share of zeros in each gradient and in each first moment, (n, 2); two columns of "enhanced"."""
+    shares = [[(x == 0).double().mean() for x in tensors] for tensors in (g, m)]
+    return (
+        torch.tensor(shares, dtype=torch.float64).T if not g else torch.stack([torch.stack(s) for s in shares], dim=1)
+    )
 
 
 def group_features(
-    config: FeatureConfig,
-    groups: Sequence[ModulationGroup],
-    states: Sequence[Sequence[TensorState]],
-    time: float,
-    dtype: torch.dtype,
-    device: torch.device,
+    config: FeatureConfig, groups: Sequence[ModulationGroup], members: Sequence[int], statistics: Tensor, time: float
 ) -> Tensor:
     """The feature matrix F (section 3.3), shape (G, D) with D = ``len(config.columns)``, without gradient.
 
     Args:
         config: which columns.
         groups: the G modulation groups.
-        states: for each group, the states of those of its tensors that have a gradient.
+        members: the group number of each of the n tensors that have a gradient.
+        statistics: of these tensors, shape (n, 5); for "enhanced" (n, 7), with their sparsities.
         time: the value of the time column.
-        dtype: in what precision the statistics are taken.
-        device: where the result goes; each tensor's statistics are taken where the tensor is.
     """
-    row = _enhanced_row if config.version == "enhanced" else _basic_row
-    with torch.no_grad():
-        statistics = torch.stack([row(config, g, s, dtype, device) for g, s in zip(groups, states, strict=True)])
-        if config.standardised:
-            centred = statistics - statistics.mean(dim=0)
-            std = centred.square().mean(dim=0).sqrt()
-            # What varies by rounding alone, as a column of one group does, becomes zero instead of noise of size one.
-            constant = std <= 1e-6 * statistics.abs().amax(dim=0)
-            statistics = torch.where(constant, 0.0, centred / std.masked_fill(constant, 1.0))
-        if not config.include_time_step:
-            return statistics
-        return torch.cat([statistics, statistics.new_full((len(groups), 1), time)], dim=1)
-
-
-def _basic_row(
-    config: FeatureConfig,
-    group: ModulationGroup,
-    states: Sequence[TensorState],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    if not states:
-        return torch.zeros(len(config.statistics), dtype=dtype, device=device)
-    per_tensor = torch.stack([tensor_statistics(s, dtype).to(device) for s in states])  # (tensors, 5)
-    mean = per_tensor.mean(dim=0)
-    columns = [mean[:4]]
-    if config.version.endswith("basic_plus"):
-        std = per_tensor.std(dim=0, correction=0)
-        columns.append(std[:4])
-        if config.use_v_norms:
-            columns += [mean[4:], std[4:]]
+    index = torch.tensor(members, dtype=torch.long, device=statistics.device)
+    zeros = statistics.new_zeros(len(groups), statistics.shape[1])
+    count = zeros[:, :1].index_add(0, index, torch.ones_like(statistics[:, :1])).clamp_min(1)
+    mean = zeros.index_add(0, index, statistics) / count
+    columns = [mean[:, :4]]
+    if config.version == "enhanced" or config.version.endswith("basic_plus"):
+        variance = zeros.index_add(0, index, (statistics - mean[index]).square()) / count
+    if config.version == "enhanced":
+        structure = [(math.log1p(sum(p.numel() for p in g.params)), g.bias_ratio, g.depth) for g in groups]
+        norms = [mean[:, 0], variance[:, 0], mean[:, 1], variance[:, 1]]
+        columns = [torch.stack(norms, dim=1), mean[:, 5:], statistics.new_tensor(structure)]
+    elif config.version.endswith("basic_plus"):
+        std = variance.sqrt()
+        columns += [std[:, :4], mean[:, 4:], std[:, 4:]] if config.use_v_norms else [std[:, :4]]
     elif config.use_v_norms:
-        columns.append(mean[4:])
-    return torch.cat(columns)
+        columns.append(mean[:, 4:])
+    if config.standardised:
+        columns = [standardised(torch.cat(columns, dim=1))]
+    if config.include_time_step:
+        columns.append(statistics.new_full((len(groups), 1), time))
+    return torch.cat(columns, dim=1)
 
 
-def _enhanced_row(
-    config: FeatureConfig,
-    group: ModulationGroup,
-    states: Sequence[TensorState],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    structure = torch.tensor(
-        [math.log1p(sum(p.numel() for p in group.params)), group.bias_ratio, group.depth], dtype=dtype, device=device
-    )
-    if not states:
-        return torch.cat([structure.new_zeros(6), structure])
-    per_tensor = torch.stack([tensor_statistics(s, dtype).to(device) for s in states])
-    mean, var = per_tensor.mean(dim=0), per_tensor.var(dim=0, correction=0)
-    sparsity_g = torch.stack([(s.g == 0).to(dtype).mean().to(device) for s in states]).mean()
-    sparsity_m = torch.stack([(s.m == 0).to(dtype).mean().to(device) for s in states]).mean()
-    return torch.cat([torch.stack([mean[0], var[0], mean[1], var[1], sparsity_g, sparsity_m]), structure])
+def standardised(columns: Tensor) -> Tensor:
+    """Every column with mean 0 and standard deviation 1 over the groups; zeros where all groups agree."""
+    centred = columns - columns.mean(dim=0)
+    std = centred.square().mean(dim=0).sqrt()
+    # What varies by rounding alone, as a column of one group does, becomes zero instead of noise of size one.
+    constant = std <= 1e-6 * columns.abs().amax(dim=0)
+    return torch.where(constant, 0.0, centred / std.masked_fill(constant, 1.0))

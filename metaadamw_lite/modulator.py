@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 # Squares of larger numbers overflow in float32 inside the layer norms. Features that large say "exploded" and no more.
-_LARGEST_FEATURE = 1e15
+LARGEST_FEATURE = 1e15
 
 
 class Modulation(NamedTuple):
@@ -85,7 +85,7 @@ class Modulator(nn.Module):
             return self._modulate(features)
 
     def _modulate(self, features: Tensor) -> Modulation:
-        f = torch.nan_to_num(features, nan=0.0).clamp(-_LARGEST_FEATURE, _LARGEST_FEATURE)
+        f = torch.nan_to_num(features, nan=0.0).clamp(-LARGEST_FEATURE, LARGEST_FEATURE)
         if self.embeddings is not None:
             f = torch.cat([f, self.embeddings], dim=1)
         if self.gates is not None:

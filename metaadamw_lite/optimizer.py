@@ -1,6 +1,6 @@
 """MetaAdamW: AdamW with a learning-rate factor α_g and a decay factor β_g for each parameter group g (Eq. 1 to 4).
 
-One step is torch's AdamW with learning rate ηα_g and weight decay β_gλ, run by torch's own kernels:
+One step is torch's AdamW with learning rate ηα_g and weight decay β_gλ, run by torch's own kernels (``fast``):
 
     θ ← θ − ηα_g (m̂/(√v̂ + ε) + β_gλθ)
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from metaadamw_lite.checks import (
     check_betas,
@@ -27,7 +26,8 @@ from metaadamw_lite.checks import (
     check_range,
     check_seed,
 )
-from metaadamw_lite.features import FeatureConfig, TensorState, group_features, time_feature
+from metaadamw_lite.fast import Bucket, Memory, PlainModulator, fused_adamw, torch_adamw
+from metaadamw_lite.features import FeatureConfig, group_features, sparsities, time_feature
 from metaadamw_lite.groups import (
     ModulationGroup,
     Place,
@@ -120,7 +120,8 @@ class MetaAdamW(torch.optim.AdamW):
         meta_optimizer: "sgd" (Algorithm 2, line 33) or "adam".
         total_steps: length of the run, for the time column; None if unknown.
         seed: of Φ's random start. The global random number generators are not touched.
-        foreach, fused: which of torch's AdamW kernels to use, as in torch.
+        foreach, fused: which of torch's AdamW kernels to use, as in torch. ``fused=True`` is the fastest; on a GPU the
+            host then never waits inside ``step``.
 
     Attributes:
         groups: the G modulation groups, in order, each with ``name`` and ``params``.
@@ -131,6 +132,9 @@ class MetaAdamW(torch.optim.AdamW):
     Raises:
         ValueError: for an argument out of range, an unknown name, complex parameters or an empty parameter list.
     """
+
+    _plain: PlainModulator | None
+    _memory: Memory
 
     def __init__(
         self,
@@ -191,6 +195,7 @@ class MetaAdamW(torch.optim.AdamW):
         self._total_steps = total_steps
         self._t = 0
         self.groups: list[ModulationGroup] = []
+        self._forget()
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
         self._step_supports_amp_scaling = False
@@ -240,35 +245,83 @@ class MetaAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if all(p.grad is None for p in self._parameters()):
+        buckets = self._gather()
+        if not buckets:
             return loss
-
-        modulation = self.modulator(self.features())
-        self.alpha, self.beta = modulation.alpha.detach(), modulation.beta.detach()
-        factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
-        for index, k, params in self._buckets:
-            group, (alpha, beta) = self.param_groups[index], factors[k]
-            moved = [p for p in params if p.grad is not None]
-            states = [self._state_of(p, fused=bool(group["fused"])) for p in moved]
-            adamw(
-                moved,
-                [p.grad for p in moved if p.grad is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                foreach=group["foreach"],
-                fused=group["fused"],
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"] * alpha,
-                weight_decay=beta * group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+        self.alpha, self.beta = self._factors(buckets)
+        by_torch, on_host = [], []
+        for bucket in buckets:
+            if not bucket.settings["fused"]:
+                by_torch.append(bucket)
+            elif bucket.theta[0].device.type == "cpu":
+                on_host.append(bucket)
+            else:
+                self._move_on_device(bucket)
+        if by_torch or on_host:  # a GPU's factors are waited for only here
+            factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
+            if on_host:
+                self._memory.fused_adamw(on_host, factors)
+            for bucket in by_torch:
+                settings, (alpha, beta) = bucket.settings, factors[bucket.k]
+                lr, weight_decay = settings["lr"] * alpha, beta * settings["weight_decay"]
+                torch_adamw(bucket, lr, weight_decay, settings["foreach"], settings["fused"])
         self._t += 1
         return loss
+
+    def _gather(self, gradients: Mapping[Tensor, Tensor] | None = None) -> list[Bucket]:
+        """The tensors that have a gradient, with their moments.
+
+        Args:
+            gradients: to be used instead of those in ``.grad``; nothing is to move then, and nothing is made.
+
+        Raises:
+            RuntimeError: for a sparse gradient, before anything is made.
+        """
+        buckets = []
+        for index, k, params in self._buckets:
+            bucket = Bucket(self.param_groups[index], k, [], [], [], [], [])
+            for p in params:
+                grad = p.grad if gradients is None else gradients.get(p)
+                if grad is not None:
+                    bucket.theta.append(p)
+                    bucket.g.append(grad)
+            if bucket.theta:
+                buckets.append(bucket)
+        _refuse_sparse(buckets)
+        for bucket in buckets:
+            for p in bucket.theta:
+                if gradients is None:
+                    state = self._state_of(p, fused=bool(bucket.settings["fused"]))
+                    bucket.step.append(state["step"])
+                m, v = self._moments(p)
+                bucket.m.append(m)
+                bucket.v.append(v)
+        return buckets
+
+    def _factors(self, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
+        """α and β, each (G,)."""
+        f = self._group_features(buckets)
+        if self._phi_device.type == "cpu" and type(self.modulator) is Modulator:
+            if self._plain is None or not self._plain.is_current(self.modulator):
+                self._plain = PlainModulator(self.modulator)
+            factors = None if self._plain.is_hooked() else self._plain(f.numpy())
+            if factors is not None:
+                alpha, beta = (torch.from_numpy(x).to(self._phi_dtype) for x in factors)
+                return alpha, beta
+        modulation = self.modulator(f.to(self._phi_device, self._phi_dtype))
+        return modulation.alpha.detach(), modulation.beta.detach()
+
+    def _move_on_device(self, bucket: Bucket) -> None:
+        """Eq. 4 by the fused kernel of a GPU, which takes α as a tensor, so that the host need not wait for it.
+
+        It takes no tensor for the decay, so that is done before, as the kernel would.
+        """
+        device, weight_decay = bucket.theta[0].device, bucket.settings["weight_decay"]
+        lr = bucket.settings["lr"] * self.alpha[bucket.k].to(device)
+        if weight_decay:
+            torch._foreach_mul_(bucket.theta, 1 - lr * self.beta[bucket.k].to(device) * weight_decay)
+        torch._foreach_add_(bucket.step, 1)
+        fused_adamw(bucket, lr, 0.0)
 
     def _state_of(self, p: Tensor, fused: bool) -> dict[str, Tensor]:
         """Moments and step count of a parameter, made at its first step in the form that torch's kernels take."""
@@ -292,17 +345,16 @@ class MetaAdamW(torch.optim.AdamW):
         return self._features({p: p.grad for p in self._parameters() if p.grad is not None})
 
     def _features(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
-        states = []
-        for group in self.groups:
-            present = [p for p in group.params if p in gradients]
-            states.append([TensorState(p, gradients[p], *self._moments(p)) for p in present])
-            if any(gradients[p].is_sparse for p in present):
-                raise RuntimeError(
-                    f"a parameter of group {group.name} has a sparse gradient; MetaAdamW, like AdamW, needs dense ones "
-                    "(for nn.Embedding: sparse=False)"
-                )
+        return self._group_features(self._gather(gradients)).to(self._phi_device, self._phi_dtype)
+
+    def _group_features(self, buckets: Sequence[Bucket]) -> Tensor:
+        members = [bucket.k for bucket in buckets for _ in bucket.theta]
+        measured = self._memory.statistics(buckets)
+        if self._feature_config.version == "enhanced":
+            zeros = sparsities([x for b in buckets for x in b.g], [x for b in buckets for x in b.m])
+            measured = torch.cat([measured, zeros.to(measured)], dim=1)
         time = time_feature(self._t, self._total_steps)
-        return group_features(self._feature_config, self.groups, states, time, self._phi_dtype, self._phi_device)
+        return group_features(self._feature_config, self.groups, members, measured, time)
 
     def _moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """m and v of a parameter; zeros (that take no memory) before its first step."""
@@ -544,12 +596,32 @@ class MetaAdamW(torch.optim.AdamW):
             self.huw.load_state_dict(meta["huw"])
         self._meta_optimizer.load_state_dict(meta["meta_optimizer_state"])
 
+    def _forget(self) -> None:
+        """Drop what ``fast`` keeps from one step to the next."""
+        self._plain = None
+        self._memory = Memory()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What unpickling, ``deepcopy`` and ``load_state_dict`` call."""
+        super().__setstate__(state)
+        self._forget()
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything, for pickle and ``deepcopy``; torch's own keeps the moments only.
 
         What others hang on the instance (a scheduler replaces ``step``) is theirs and stays out, as in torch.
         """
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN_ATTRIBUTES}}
+
+
+def _refuse_sparse(buckets: Sequence[Bucket]) -> None:
+    for bucket in buckets:
+        for p, grad in zip(bucket.theta, bucket.g, strict=True):
+            if grad.is_sparse:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient; MetaAdamW, like AdamW, needs dense "
+                    "ones (for nn.Embedding: sparse=False)"
+                )
 
 
 def _model_behind(params: Any) -> nn.Module | None:

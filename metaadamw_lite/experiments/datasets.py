@@ -107,7 +107,7 @@ def hub_table(
         from datasets import load_dataset
 
         frame: pd.DataFrame = load_dataset(name, config, split=split).to_pandas()
-        return frame[list(columns)]
+        return frame.filter(items=columns)  # one that lacks a column is refused when it is read
 
     return Table(path, rows, columns, f"the split {split!r} of https://huggingface.co/datasets/{name}", download)
 

@@ -1,0 +1,332 @@
+"""``fast`` against the readable version: what a step computes is what ``features`` and ``modulator`` define."""
+
+import copy
+import io
+
+import pytest
+import torch
+from conftest import tiny, train
+from torch import nn
+
+from metaadamw_lite import MetaAdamW
+from metaadamw_lite.fast import BLOCK, READ_AT_ONCE, PlainModulator
+from metaadamw_lite.features import (
+    TensorState,
+    group_features,
+    inner_products,
+    sparsities,
+    tensor_statistics,
+    time_feature,
+)
+
+
+class Sizes(nn.Module):
+    """Tensors of every size that is treated in a way of its own: scalars up to more than two blocks."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Module() for _ in range(3))
+        sizes = (1, 7, READ_AT_ONCE, READ_AT_ONCE + 1, BLOCK, BLOCK + 1, 2 * BLOCK + 11)
+        for k, n in enumerate(sizes):
+            self.layers[k % 3].register_parameter(f"weight_{k}", nn.Parameter(torch.randn(n, dtype=dtype)))
+        self.layers[0].bias = nn.Parameter(torch.randn(300, 400, dtype=dtype))
+        self.layers[2].bias = nn.Parameter(torch.tensor(0.3, dtype=dtype))
+        self.largest, self.second = self.layers[0].weight_6, self.layers[2].weight_5
+
+
+def give_gradients(model, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = scale * torch.randn(p.shape, dtype=p.dtype, generator=generator)
+
+
+def readable_features(optimizer):
+    """The feature matrix by ``features`` alone, in float64."""
+    members, states = [], []
+    for k, group in enumerate(optimizer.groups):
+        for p in group.params:
+            if p.grad is not None:
+                state = optimizer.state[p]
+                zero = torch.zeros_like(p)
+                members.append(k)
+                states.append(TensorState(p, p.grad, state.get("exp_avg", zero), state.get("exp_avg_sq", zero)))
+    statistics = tensor_statistics(torch.tensor([inner_products(s) for s in states], dtype=torch.float64))
+    config = optimizer._feature_config
+    if config.version == "enhanced":
+        statistics = torch.cat([statistics, sparsities([s.g for s in states], [s.m for s in states])], dim=1)
+    time = time_feature(optimizer._t, optimizer._total_steps)
+    return group_features(config, optimizer.groups, members, statistics, time)
+
+
+def readable_factors(optimizer):
+    """α and β by the module itself, in float64."""
+    with torch.no_grad():
+        modulation = copy.deepcopy(optimizer.modulator).double()(readable_features(optimizer))
+    return modulation.alpha, modulation.beta
+
+
+def check_step(optimizer, tolerance):
+    """A step uses the factors that the readable version gives."""
+    alpha, beta = readable_factors(optimizer)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.alpha.double(), alpha, rtol=0, atol=tolerance)
+    torch.testing.assert_close(optimizer.beta.double(), beta, rtol=0, atol=tolerance)
+
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("fused", [True, False])
+def test_factors_of_a_step_are_those_of_the_readable_version(dtype, fused):
+    model = Sizes(dtype)
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, fused=fused)
+    for step in range(4):
+        give_gradients(model, step)
+        check_step(optimizer, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("version", ["basic", "basic_plus", "enhanced", "norm_basic", "norm_basic_plus"])
+def test_statistics_are_those_of_the_readable_version(version):
+    model = Sizes()
+    heads = {"basic": 6, "norm_basic": 6, "enhanced": 7}.get(version, 11)
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, fused=True, feature_version=version, attn_heads=heads)
+    rounding = 1e-5 if version.startswith("norm") else 1e-6  # dividing by the spread over groups enlarges it
+    for step in range(3):
+        give_gradients(model, step)
+        expected = readable_features(optimizer)
+        carried = optimizer._group_features(optimizer._gather())
+        torch.testing.assert_close(carried, expected, rtol=1e-6, atol=rounding)
+        torch.testing.assert_close(optimizer.features().double(), expected, rtol=1e-6, atol=rounding)
+        optimizer.step()
+
+
+def test_the_fused_step_in_blocks_is_the_unfused_one():
+    models = [Sizes(torch.float64) for _ in range(2)]
+    optimizers = [MetaAdamW(m.named_parameters(), lr=0.01, fused=f) for m, f in zip(models, (True, False), strict=True)]
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            give_gradients(model, step)
+            optimizer.step()
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            mine, other = (o.state[x][name] for o, x in zip(optimizers, (p, q), strict=True))
+            torch.testing.assert_close(mine.double(), other.double(), rtol=0, atol=1e-12)
+
+
+def write_theta(model, optimizer):
+    with torch.no_grad():
+        model.largest.mul_(3)
+
+
+def replace_theta(model, optimizer):
+    model.largest.data = 3 * model.largest.data
+
+
+def write_moments(model, optimizer):
+    optimizer.state[model.largest]["exp_avg"].mul_(2)
+    optimizer.state[model.second]["exp_avg_sq"].mul_(2)
+
+
+def replace_moments(model, optimizer):
+    state = optimizer.state[model.largest]
+    state["exp_avg"] = 2 * state["exp_avg"]
+
+
+def load_state(model, optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+    write_moments(model, optimizer)
+
+
+def update_phi(model, optimizer):
+    optimizer.update_attention(
+        model, 1.0, 2.0, lambda m, batch: batch * sum(p.square().mean() for p in m.parameters()), 3.0
+    )
+
+
+def write_phi(model, optimizer):
+    for p in optimizer.modulator.parameters():
+        p.data.mul_(1.3)  # torch does not count a write through .data
+
+
+def replace_phi(model, optimizer):
+    optimizer.modulator.output.weight.data = -optimizer.modulator.output.weight.data
+
+
+def load_phi(model, optimizer):
+    optimizer.modulator.load_state_dict({k: 0.5 * x for k, x in optimizer.modulator.state_dict().items()})
+
+
+def double_phi(model, optimizer):
+    optimizer.modulator.double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        write_theta,
+        replace_theta,
+        write_moments,
+        replace_moments,
+        load_state,
+        update_phi,
+        write_phi,
+        replace_phi,
+        load_phi,
+        double_phi,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_changes_between_steps_are_seen(change):
+    model = Sizes()
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, fused=True)
+    for step in range(2):
+        give_gradients(model, step)
+        optimizer.step()
+    give_gradients(model, 2)
+    before = readable_features(optimizer), *readable_factors(optimizer)
+    change(model, optimizer)
+    after = readable_features(optimizer), *readable_factors(optimizer)
+    assert change is double_phi or any(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    check_step(optimizer, 1e-6)
+    give_gradients(model, 3)
+    check_step(optimizer, 1e-6)
+
+
+def test_copies_go_on_alike():
+    model = Sizes()
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, fused=True)
+    give_gradients(model, 0)
+    optimizer.step()
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    file = io.BytesIO()
+    torch.save((model, optimizer), file)
+    file.seek(0)
+    read_model, read = torch.load(file, weights_only=False)
+    for m, o in ((model, optimizer), (twin_model, twin), (read_model, read)):
+        give_gradients(m, 1)
+        check_step(o, 1e-6)
+    for p, q, r in zip(model.parameters(), twin_model.parameters(), read_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
+@pytest.mark.parametrize("same_order", [True, False])
+def test_tensors_in_any_order_of_memory(same_order):
+    # torch's fused kernel on the CPU gives wrong results for gradients in another order: ours must not
+    model = nn.Conv2d(40, 60, 9).to(memory_format=torch.channels_last)
+    model.transposed = nn.Parameter(torch.randn(300, 900).t())
+    model.gaps = nn.Parameter(torch.randn(300, 900)[:, ::2])
+    model.narrow = nn.Parameter(torch.randn(64, 32, 1, 1).contiguous(memory_format=torch.channels_last))
+    model.short = nn.Parameter(torch.randn(50).bfloat16())
+    model.none = nn.Parameter(torch.randn(0, 3))
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, fused=True)
+    plain = copy.deepcopy(model).double()
+    reference = MetaAdamW(plain.named_parameters(), lr=0.01)
+    for step in range(3):
+        give_gradients(model, step)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            if same_order:
+                p.grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(p.grad)
+            q.grad = p.grad.double()
+        check_step(optimizer, 1e-6)
+        reference.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        tolerance = 0.05 if p.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(p.double(), q, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+def test_cosines_of_tiny_and_huge_gradients(scale):
+    model = nn.Linear(8, 8, bias=False)
+    optimizer = MetaAdamW(model.named_parameters(), fused=True)
+    give_gradients(model, 0, scale)
+    optimizer.step()
+    give_gradients(model, 0, scale)
+    assert optimizer.features()[0, 3].item() == pytest.approx(1, abs=1e-6)
+    check_step(optimizer, 1e-6)
+
+
+@pytest.mark.parametrize("dead", [float("nan"), float("inf")])
+def test_a_group_with_nan_or_inf_leaves_the_others_alone(dead):
+    model = tiny(torch.float32)
+    optimizer = MetaAdamW(model.named_parameters(), fused=True)
+    give_gradients(model, 0)
+    clean = optimizer.features()
+    group = optimizer.groups[0]
+    group.params[0].grad[0] = dead
+    features = optimizer.features()
+    assert not torch.isfinite(features[0]).all()
+    assert torch.equal(features[1:], clean[1:])
+    optimizer.step()
+    assert ((optimizer.alpha >= 0.5) & (optimizer.alpha <= 1.5)).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attn_layers": 128, "attn_hidden_dim": 64},
+        {"attn_heads": 1},
+        {"attn_heads": 2, "attn_layers": 3},
+        {"use_feature_gating": True},
+        {"feature_version": "enhanced", "attn_heads": 7},
+        {"feature_version": "enhanced", "attn_heads": 2, "group_embed_dim": 2, "use_feature_gating": True},
+        {"alpha_range": 0.4, "beta_range": 2.0},
+    ],
+    ids=str,
+)
+def test_the_loop_is_the_module(options):
+    optimizer = MetaAdamW(tiny().named_parameters(), **options)
+    phi = optimizer.modulator
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # layer norms and gates away from where they start
+        for p in phi.parameters():
+            p.add_(0.2 * torch.randn(p.shape, dtype=p.dtype, generator=generator))
+    features = 10 * torch.randn(optimizer.features().shape, dtype=torch.float64, generator=generator)
+    features[0, 0], features[1, 1] = float("nan"), 1e30
+    with torch.no_grad():
+        expected = phi(features)
+    alpha, beta = PlainModulator(phi)(features.numpy())
+    torch.testing.assert_close(torch.from_numpy(alpha), expected.alpha, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.from_numpy(beta), expected.beta, rtol=0, atol=1e-12)
+
+
+def test_where_the_loop_overflows_the_module_decides(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters())
+    with torch.no_grad():
+        optimizer.modulator.encoder.layers[0].self_attn.in_proj_weight.mul_(1e4)
+    train(model, optimizer, batches[:2])
+    assert optimizer._plain(optimizer.features().numpy()) is None
+    check_step(optimizer, 1e-12)
+
+
+def test_hooks_on_the_module_are_called():
+    model = Sizes()
+    optimizer = MetaAdamW(model.named_parameters(), fused=True)
+    give_gradients(model, 0)
+    optimizer.step()
+    seen = []
+    optimizer.modulator.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    optimizer.step()
+    assert len(seen) == 1
+    assert torch.equal(seen[0].alpha, optimizer.alpha)
+
+
+def test_another_module_in_the_place_of_phi_is_asked():
+    class Half(nn.Module):
+        def forward(self, features):
+            half = torch.full((len(features),), 0.5)
+            return type("Modulation", (), {"alpha": half, "beta": half})
+
+    model = Sizes()
+    optimizer = MetaAdamW(model.named_parameters(), fused=True)
+    output = optimizer.modulator.output
+    optimizer.modulator = Half()
+    optimizer.modulator.output = output
+    give_gradients(model, 0)
+    optimizer.step()
+    assert (optimizer.alpha == 0.5).all()
