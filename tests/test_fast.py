@@ -1,5 +1,6 @@
 """``fast`` against the readable version: what a step computes is what ``features`` and ``modulator`` define."""
 
+import contextlib
 import copy
 import io
 
@@ -8,7 +9,7 @@ import torch
 from conftest import tiny, train
 from torch import nn
 
-from metaadamw_lite import MetaAdamW
+from metaadamw_lite import MetaAdamW, fast
 from metaadamw_lite.fast import BLOCK, READ_AT_ONCE, PlainModulator
 from metaadamw_lite.features import (
     TensorState,
@@ -330,3 +331,48 @@ def test_another_module_in_the_place_of_phi_is_asked():
     give_gradients(model, 0)
     optimizer.step()
     assert (optimizer.alpha == 0.5).all()
+
+
+@pytest.mark.parametrize("version", ["basic", "enhanced"])
+def test_a_step_on_a_gpu_never_waits_for_it(version, monkeypatch):
+    """Tensors on the "meta" device have no values: whatever looks at one fails, and so would wait on a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no "meta"
+    calls = []
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: calls.append(kwargs))  # nor does this one
+    model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.LayerNorm(4, device="meta"))
+    optimizer = MetaAdamW(
+        model.named_parameters(), fused=True, feature_version=version, attn_heads=6 if version == "basic" else 7
+    )
+    for _ in range(2):
+        give_no_gradients(model)
+        optimizer.step()
+    assert calls
+    assert all(call["lr"].device.type == "meta" for call in calls)
+    assert optimizer.alpha.device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        optimizer.alpha.tolist()
+
+
+def give_no_gradients(model):
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_what_runs_on_a_gpu_computes_the_same(weight_decay):
+    models = [Sizes(torch.float64) for _ in range(2)]
+    ours, on_device = (MetaAdamW(m.named_parameters(), lr=0.01, fused=True, weight_decay=weight_decay) for m in models)
+    for step in range(3):
+        for model in models:
+            give_gradients(model, step)
+        buckets = on_device._gather()
+        statistics = fast._statistics_on_device(buckets)
+        torch.testing.assert_close(statistics, ours._memory.statistics(ours._gather()), rtol=1e-12, atol=1e-12)
+        ours.step()
+        on_device.alpha, on_device.beta = ours.alpha, ours.beta
+        with torch.no_grad():
+            for bucket in buckets:
+                on_device._move_on_device(bucket)
+        on_device._t += 1
+        for p, q in zip(*(m.parameters() for m in models), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)

@@ -4,6 +4,7 @@ Statistics are paired by seed: arms with the same seed share weights, batches an
 difference is evidence. They come from scipy, the Holm correction from statsmodels.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -393,7 +394,7 @@ def claims_table() -> pd.DataFrame:
     * ablation: the variant against MetaAdamW; the claim is that the variant is worse.
     * epochs, longer: fewer, or more, epochs than AdamW until early stopping, paired by seed.
     * trained: MetaAdamW against itself with an untrained Φ, on all tasks.
-    * later: what this book has no measurement of.
+    * memory, time: the bench's record against the range that the paper gives.
     """
     claims = pd.read_csv(repository() / "data" / "paper" / "claims.csv", dtype=str)
     main = table_of_tasks()
@@ -408,8 +409,8 @@ def claims_table() -> pd.DataFrame:
 
 def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) -> tuple[str, str]:
     kind, task = claim["kind"], claim["task"]
-    if kind == "later":
-        return "–", "not yet tested"
+    if kind in ("memory", "time"):
+        return _judged_cost(kind, str(claim["number"]))
     if kind in ("all", "trained"):
         table = main if kind == "all" else control
         verdicts = [noted(verdict(d), p) for d, p in zip(table["difference"], table["profile"], strict=True)]
@@ -439,6 +440,37 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
     arm, baseline = by_seed(length, "paper", "metaadamw", "adamw")
     d = improvement(arm, baseline, lower_is_better=kind == "epochs")
     return f"epochs: {d}", verdict(d)
+
+
+def bench_record(device: str = "cpu") -> dict[str, Any] | None:
+    """What ``metaadamw_lite.bench`` measured on a "cpu" or a "gpu"; None where that is not recorded."""
+    path = repository() / "data" / "bench" / f"{device}.json"
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def _judged_cost(kind: str, number: str) -> tuple[str, str]:
+    """The paper's range, such as "1.5–2 ×" or "10–30 %", against what the bench measured on a CPU."""
+    record = bench_record()
+    if record is None:
+        return "–", "not yet tested"
+    rows = pd.DataFrame(record["rows"])
+    low, high = (float(x) for x in number.rstrip(" ×%").split("–"))
+
+    def says(value: float) -> str:
+        return "holds" if low <= value <= high else "does not hold: it is less" if value < low else "it is more"
+
+    if kind == "memory":
+        peaks = rows[rows["measure"].str.startswith("peak memory")].set_index("who")["ratio"]
+        return (
+            "<br>".join(f"{who}: {ratio:.2f} ×" for who, ratio in peaks.items()),
+            "<br>".join(f"{who}: {says(ratio)}" for who, ratio in peaks.items()),
+        )
+    more = 100 * (rows[rows["measure"].str.startswith("whole epoch")]["ratio"] - 1)
+    verdicts = more.map(says).value_counts()
+    return f"{more.min():+.0f} to {more.max():+.0f} %", "; ".join(f"{v} on {n} tasks" for v, n in verdicts.items())
 
 
 def noted(text: str, profile: str) -> str:

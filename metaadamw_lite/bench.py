@@ -1,0 +1,492 @@
+"""What MetaAdamW costs beside torch's fused AdamW: ``python -m metaadamw_lite.bench``.
+
+Every number is a ratio of times (or of peak memory) that were measured in turns in one run: baseline, ours, baseline,
+ours, … Give the machine nothing else to do meanwhile. Seconds depend on the machine and are there to judge the ratios.
+
+``--reference PATH`` adds the authors' released code, from a clone of it, on the same models in the same run.
+"""
+
+import argparse
+import copy
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from metaadamw_lite import MetaAdamW
+from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments.records import environment
+from metaadamw_lite.experiments.task import Batch, Task
+from metaadamw_lite.fast import Bucket
+
+FORMAT = 1
+DEPTHS = (8, 32, 128)
+"""Layers of Φ for which the meta-update is timed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured ratio.
+
+    Attributes:
+        measure: what was measured, and on what.
+        who: "ours" or "released code".
+        ratio: median time of it over median time of the baseline; for memory, peak over peak.
+        low, high: quartiles of the ratios of single rounds.
+        seconds, baseline_seconds: the two medians (bytes for memory).
+        target: what we want it to be at most; None without one.
+    """
+
+    measure: str
+    who: str
+    ratio: float
+    low: float
+    high: float
+    seconds: float
+    baseline_seconds: float
+    target: float | None = None
+
+
+# ---------------------------------------------------------------- models and batches
+
+
+class Perceptron(nn.Module):
+    """About ``parameters`` parameters in eight square linear layers, to see how the cost grows."""
+
+    def __init__(self, parameters: int) -> None:
+        super().__init__()
+        width = round((parameters / 8) ** 0.5)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(8))
+
+
+class LargeTransformer(nn.Module):
+    """A language model's 101 million parameters: an embedding and eleven encoder layers of width 768."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30_000, 768)
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 11, enable_nested_tensor=False)
+
+
+def task_model(name: str) -> nn.Module:
+    """The model of a task at the paper's size."""
+    task = TASKS[name]
+    data = task.load("paper", task.settings("smoke"), "synthetic")
+    words = {"multi30k": {"source_words": 10_000}, "imdb": {"words": 25_000}}.get(name, {})
+    return task.build(task.settings("paper"), replace(data, sizes={**data.sizes, **words}))
+
+
+def task_batch(name: str) -> Batch:
+    """Random numbers in the shape of a task's training batch at the paper's settings."""
+    size = TASKS[name].settings("paper").batch_size
+
+    def words(length: int, most: int) -> Tensor:
+        return torch.randint(4, most, (size, length), dtype=torch.int16)
+
+    if name == "etth1":
+        return torch.randn(size, 96), torch.randn(size, 1)
+    if name == "wikitext2":
+        return (words(128, 10_000),)
+    if name == "multi30k":  # sentences of 8 to 28 words, padded to 64 as the task's are
+        lengths = torch.randint(8, 29, (size, 1))
+        padding = torch.arange(64) >= lengths
+        return tuple(words(64, 10_000).masked_fill(padding, 0) for _ in range(2))
+    if name == "cifar10":
+        return torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (size,))
+    return words(256, 25_000), torch.randint(0, 2, (size,)), torch.full((size,), 256)
+
+
+STEPS: Mapping[str, tuple[Callable[[], nn.Module], int, int, float]] = {
+    "step, ETTh1 model, Φ 8×16": (lambda: task_model("etth1"), 8, 16, 3.0),
+    "step, ResNet-18, Φ 64×64": (
+        lambda: task_model("cifar10").to(memory_format=torch.contiguous_format),  # the released code knows no other
+        64,
+        64,
+        2.0,
+    ),
+    "step, Transformer 4+4 of width 256, Φ 128×64": (
+        lambda: nn.Transformer(256, 8, 4, 4, 1024, batch_first=True),
+        128,
+        64,
+        3.0,
+    ),
+    "step, 101 M parameters, Φ 8×16": (LargeTransformer, 8, 16, 1.7),
+}
+"""For each row about steps: its model, layers and width of Φ, and the target on a CPU."""
+GPU_STEP_TARGET = 2.0
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def in_turns(
+    contestants: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, least: int = 5
+) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round, after two rounds that do not count.
+
+    Args:
+        contestants: what to call, by name.
+        device: waited for before the clock is read.
+        seconds: begin no further round after this long.
+        least: but make so many.
+    """
+
+    def once(call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for call in contestants.values():
+        once(call)
+        once(call)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    end = time.perf_counter() + seconds
+    while len(next(iter(times.values()))) < least or time.perf_counter() < end:
+        for name, call in contestants.items():
+            times[name].append(once(call))
+    return times
+
+
+def compared(
+    measure: str, times: Mapping[str, Sequence[float]], baseline: str, target: float | None = None
+) -> list[Row]:
+    """A row for every contestant but the baseline."""
+    rows = []
+    for name, mine in times.items():
+        if name != baseline:
+            low, high = np.quantile(np.divide(mine, times[baseline]), [0.25, 0.75])
+            ours, theirs = statistics.median(mine), statistics.median(times[baseline])
+            goal = target if name == "ours" else None
+            rows.append(Row(measure, name, ours / theirs, float(low), float(high), ours, theirs, goal))
+    return rows
+
+
+def give_gradients(model: nn.Module) -> None:
+    """Random gradients, in the memory order of the parameters."""
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+
+
+def optimizers(model: nn.Module, reference: Path | None, **phi: Any) -> dict[str, torch.optim.Optimizer]:
+    """Fused AdamW, ours and the released code, each for a model of its own with the same weights and gradients."""
+    twins = [copy.deepcopy(model) for _ in range(2 if reference is None else 3)]
+    for twin in twins:
+        for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+            p.grad = None if q.grad is None else q.grad.clone(memory_format=torch.preserve_format)
+    made: dict[str, torch.optim.Optimizer] = {
+        "AdamW": torch.optim.AdamW(twins[0].parameters(), lr=5e-4, fused=True),
+        "ours": MetaAdamW(twins[1].named_parameters(), lr=5e-4, fused=True, **phi),
+    }
+    if reference is not None:
+        made["released code"] = released(reference, twins[2], None, **phi)
+    return made
+
+
+def released(path: Path, model: nn.Module, batch: Any, attn_layers: int, attn_hidden_dim: int) -> Any:
+    """The released optimizer for a model, with the settings that the paper calls the base.
+
+    Raises:
+        FileNotFoundError: if there is no such code at ``path``.
+    """
+    if not (path / "experiments" / "meta_adamw.py").exists():
+        raise FileNotFoundError(f"{path} has no experiments/meta_adamw.py; clone the authors' repository there")
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+    return importlib.import_module("experiments.meta_adamw").MetaAdamW(
+        model.parameters(),
+        lr=5e-4,
+        feature_dim=6,
+        attn_layers=attn_layers,
+        attn_hidden_dim=attn_hidden_dim,
+        attn_heads=6,
+        model=model,
+        group_strategy="fine_grained",
+        feature_version="basic",
+        use_v_norms=True,
+        meta_objective="combined",
+        use_huw=True,
+        task_types=["regression"] * 3,
+        huw_priorities=[1.0, 1.0, 1.0],
+        val_loader=[batch],
+    )
+
+
+def steps(device: torch.device, reference: Path | None, seconds: float) -> list[Row]:
+    """One optimizer step on models from 0.4 to 101 million parameters."""
+    rows = []
+    for measure, (make, layers, width, target) in tqdm(STEPS.items(), desc="steps"):
+        model = make().to(device)
+        give_gradients(model)
+        made = optimizers(model, reference, attn_layers=layers, attn_hidden_dim=width)
+        times = in_turns({name: o.step for name, o in made.items()}, device, seconds)
+        rows += compared(measure, times, "AdamW", target if device.type == "cpu" else GPU_STEP_TARGET)
+    return rows
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A task's model with an optimizer, and what is done with them."""
+
+    task: Task
+    model: nn.Module
+    optimizer: Any
+    batches: list[Batch]
+
+    def forward(self) -> Tensor:
+        """The loss of a training batch."""
+        return self.task.loss(self.model, self.batches[0])
+
+    def gradients(self) -> None:
+        """Forward and backward."""
+        self.optimizer.zero_grad()
+        self.forward().backward()  # type: ignore[no-untyped-call]
+
+    def train(self) -> None:
+        """One training step: forward, backward, optimizer."""
+        self.gradients()
+        self.optimizer.step()
+
+    def meta(self) -> None:
+        """One meta-update."""
+        one, two, val = self.batches
+        if isinstance(self.optimizer, MetaAdamW):
+            self.optimizer.update_attention(self.model, one, two, self.task.loss, val)
+        else:
+            self.optimizer.update_attention(self.model, one, two, self.task.loss)
+
+
+def trainer(name: str, who: str, device: torch.device, reference: Path | None = None, **phi: Any) -> Trainer:
+    """A task's model at the paper's settings with "AdamW", "ours" or the "released code"."""
+    task = TASKS[name]
+    torch.manual_seed(0)
+    model = task_model(name).to(device)
+    batches = [tuple(x.to(device) for x in task_batch(name)) for _ in range(3)]
+    optimizer: Any
+    if who == "AdamW":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True)
+    elif who == "ours":
+        settings = {**task.settings("paper").metaadamw, **phi}
+        optimizer = MetaAdamW(model.named_parameters(), lr=5e-4, fused=True, **settings)
+    else:
+        assert reference is not None
+        optimizer = released(reference, model, batches[2], attn_layers=8, attn_hidden_dim=16)
+    made = Trainer(task, model, optimizer, batches)
+    made.train()  # so that there are moments
+    return made
+
+
+def meta_updates(device: torch.device, reference: Path | None, seconds: float) -> list[Row]:
+    """A meta-update on the ETTh1 model over a training step there, and its peak memory."""
+    whos = ["ours"] if reference is None else ["ours", "released code"]
+    adamw = trainer("etth1", "AdamW", device)
+    calls: dict[str, Callable[[], Any]] = {"training step": adamw.train}
+    for who in whos:
+        calls[who] = trainer("etth1", who, device, reference).meta
+    times = in_turns({**calls, "forward": adamw.forward}, device, seconds)
+    forward = {"training step": times["training step"], "AdamW": times.pop("forward")}
+    rows = compared("meta-update / training step, ETTh1 model", times, "training step", 4.5)
+    rows += compared("forward / training step, ETTh1 model", forward, "training step")
+    base = peak_memory("AdamW", False, device, reference)
+    for who in whos:
+        peak = peak_memory(who, True, device, reference)
+        target = 1.25 if who == "ours" else None
+        ratio = peak / base
+        rows.append(
+            Row("peak memory, meta-update / training step, ETTh1 model", who, ratio, ratio, ratio, peak, base, target)
+        )
+    return rows
+
+
+def peak_memory(who: str, meta: bool, device: torch.device, reference: Path | None) -> float:
+    """The most bytes that tensors take during a training step on the ETTh1 model, or during a meta-update."""
+    made = trainer("etth1", who, device, reference)
+    call = made.meta if meta else made.train
+    call()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return float(torch.cuda.max_memory_allocated(device))
+    states = [x for state in made.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    standing = sum(x.numel() * x.element_size() for x in (*made.model.parameters(), *states))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return float(standing + np.cumsum(changes).max())
+
+
+def epochs(device: torch.device, seconds: float) -> list[Row]:
+    """A whole epoch of each task, put together from its parts: forward and backward, step, and 1/K_meta meta-updates.
+
+    Steps are a small part of training, and differences of large times would be lost in their noise.
+    """
+    rows = []
+    for name in tqdm(TASKS, desc="epochs"):
+        every = TASKS[name].settings("paper").meta_every
+        adamw, ours = trainer(name, "AdamW", device), trainer(name, "ours", device)
+        for each in (adamw, ours):
+            each.gradients()
+        calls = {"gradients": adamw.gradients, "meta-update": ours.meta}
+        long = in_turns(calls, device, seconds, least=3)
+        short = in_turns({"AdamW": adamw.optimizer.step, "ours": ours.optimizer.step}, device, seconds / 3)
+        gradients = statistics.median(long["gradients"])
+        step, adamw_step = (statistics.median(short[who]) for who in ("ours", "AdamW"))
+        training = [g + adamw_step for g in long["gradients"]]
+        measure = f"meta-update / training step, {TASKS[name].title}"
+        rows += compared(measure, {"training": training, "ours": long["meta-update"]}, "training")
+        on_cpu, on_gpu = (1.12, 1.15) if name == "imdb" else (1.02, 1.05)
+        target = on_cpu if device.type == "cpu" else on_gpu
+        epoch = [gradients + step + meta / every for meta in long["meta-update"]]
+        times = {"AdamW": [gradients + adamw_step] * len(epoch), "ours": epoch}
+        rows += compared(f"whole epoch, {TASKS[name].title} (K_meta = {every})", times, "AdamW", target)
+    return rows
+
+
+def growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """Seconds of a step by number of parameters (Φ 8×16), and of a meta-update by depth of Φ (ETTh1 model)."""
+    points = []
+    for size in tqdm((10**5, 10**6, 10**7, 10**8), desc="growth"):
+        perceptron = Perceptron(size).to(device)
+        give_gradients(perceptron)
+        parameters = sum(p.numel() for p in perceptron.parameters())
+        made = optimizers(perceptron, None, attn_layers=8, attn_hidden_dim=16)
+        for who, times in in_turns({k: o.step for k, o in made.items()}, device, seconds).items():
+            points += [{"kind": "step", "who": who, "parameters": parameters, "seconds": t} for t in times]
+    calls = {str(depth): trainer("etth1", "ours", device, attn_layers=depth).meta for depth in DEPTHS}
+    for layers, times in in_turns(calls, device, 3 * seconds).items():
+        points += [{"kind": "meta-update", "who": "ours", "layers": int(layers), "seconds": t} for t in times]
+    for depth in (8, 16, 32, 64, 128):
+        model = task_model("etth1").to(device)
+        give_gradients(model)
+        made = optimizers(model, None, attn_layers=depth, attn_hidden_dim=64)
+        times_of = in_turns({k: o.step for k, o in made.items()}, device, seconds)
+        points += [
+            {"kind": "step by depth", "who": who, "layers": depth, "seconds": t}
+            for who, times in times_of.items()
+            for t in times
+        ]
+    return points
+
+
+@torch.no_grad()
+def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """Where the time of a step goes: its parts, each measured by itself in turns with the others."""
+    rows = []
+    for measure, (make, layers, width, _) in tqdm(STEPS.items(), desc="parts"):
+        model = make().to(device)
+        give_gradients(model)
+        optimizer = MetaAdamW(model.named_parameters(), lr=5e-4, fused=True, attn_layers=layers, attn_hidden_dim=width)
+        optimizer.step()
+        buckets = optimizer._gather()
+        features = optimizer._group_features(buckets)
+
+        def phi(optimizer: MetaAdamW = optimizer, features: Tensor = features) -> None:
+            if optimizer._plain is None:
+                optimizer.modulator(features)
+            else:
+                optimizer._plain(features.numpy())
+
+        baseline = torch.optim.AdamW(copy_with_gradients(model), lr=5e-4, fused=True)
+        calls: dict[str, Callable[[], Any]] = {
+            "AdamW": baseline.step,
+            "whole step": optimizer.step,
+            "statistics": partial(optimizer._memory.statistics, buckets),
+            "⟨g, m⟩ alone": partial(read_once, buckets),
+            "Φ": phi,
+        }
+        for part, times in in_turns(calls, device, seconds).items():
+            rows.append({"measure": measure, "part": part, "seconds": statistics.median(times)})
+    return rows
+
+
+def read_once(buckets: Sequence[Bucket]) -> None:
+    """⟨g, m⟩ of every tensor by one call: the least that the statistics must read in each step."""
+    for bucket in buckets:
+        for g, m in zip(bucket.g, bucket.m, strict=True):
+            torch.dot(g.view(-1), m.view(-1))
+
+
+def copy_with_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a copy of a model, with the same gradients."""
+    twin = copy.deepcopy(model)
+    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+        p.grad = q.grad
+    return list(twin.parameters())
+
+
+# ---------------------------------------------------------------- the command
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """The rows as text, with whether the target is met."""
+    frame = pd.DataFrame([asdict(row) for row in rows])
+    met = [
+        "" if row.target is None else "met" if row.ratio <= row.target else f"missed by {row.ratio - row.target:.2f}"
+        for row in rows
+    ]
+    return pd.DataFrame(
+        {
+            "measure": frame["measure"],
+            "who": frame["who"],
+            "ratio": frame["ratio"].map("{:.3g}".format),
+            "quartiles": [f"{row.low:.3g} to {row.high:.3g}" for row in rows],
+            "target": ["–" if row.target is None else f"≤ {row.target:g}" for row in rows],
+            "result": met,
+        }
+    ).set_index("measure")
+
+
+def measure_all(device: torch.device, reference: Path | None, seconds: float) -> dict[str, Any]:
+    """Everything, as a record; ``seconds`` is how long each contest goes on."""
+    rows = steps(device, reference, seconds) + meta_updates(device, reference, 3 * seconds)
+    rows += epochs(device, seconds)
+    return {
+        "format": FORMAT,
+        "environment": environment(device),
+        "rows": [asdict(row) for row in rows],
+        "growth": growth(device, seconds / 2),
+        "parts": parts(device, seconds / 2),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the record; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m metaadamw_lite.bench", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--reference", type=Path, metavar="PATH", help="a clone of the authors' released code")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    parser.add_argument("--seconds", type=float, default=6.0, help="how long each contest goes on (default: 6)")
+    args = parser.parse_args(arguments)
+    try:
+        record = measure_all(torch.device(args.device), args.reference, args.seconds)
+    except (FileNotFoundError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
