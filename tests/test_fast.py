@@ -98,8 +98,8 @@ def test_statistics_are_those_of_the_readable_version(version):
         give_gradients(model, step)
         expected = readable_features(optimizer)
         carried = optimizer._group_features(optimizer._gather())
-        torch.testing.assert_close(carried, expected, rtol=1e-6, atol=rounding)
-        torch.testing.assert_close(optimizer.features().double(), expected, rtol=1e-6, atol=rounding)
+        torch.testing.assert_close(carried, expected, rtol=2e-6, atol=rounding)
+        torch.testing.assert_close(optimizer.features().double(), expected, rtol=2e-6, atol=rounding)
         optimizer.step()
 
 
