@@ -470,7 +470,8 @@ def _judged_cost(kind: str, number: str) -> tuple[str, str]:
         )
     more = 100 * (rows[rows["measure"].str.startswith("whole epoch")]["ratio"] - 1)
     verdicts = more.map(says).value_counts()
-    return f"{more.min():+.0f} to {more.max():+.0f} %", "; ".join(f"{v} on {n} of {len(more)} tasks" for v, n in verdicts.items())
+    says_all = "; ".join(f"{verdict} on {n} of {len(more)} tasks" for verdict, n in verdicts.items())
+    return f"{more.min():+.0f} to {more.max():+.0f} %", says_all
 
 
 def noted(text: str, profile: str) -> str:
