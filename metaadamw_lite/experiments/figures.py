@@ -154,6 +154,9 @@ def plot_learning_rates(search: pd.DataFrame, metric: str, lower_is_better: bool
     ax.axvline(reference, color="black", linewidth=0.7, linestyle="--", label="the paper's")
     better = "lower" if lower_is_better else "higher"
     ax.set(xscale="log", xlabel="learning rate (log scale)", ylabel=f"best validation {metric}\n({better} is better)")
+    rates = sorted(search["lr"].unique())
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30)
+    ax.set_xticks([], minor=True)
     if lower_is_better:
         ax.set_yscale("log")
     ax.legend(fontsize="small")
@@ -197,6 +200,24 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
         Line2D([], [], linestyle="", marker="D", color=COLOURS["metaadamw"], label="the paper's"),
     ]
     ax.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_alpha_and_gain(pairs: pd.DataFrame) -> Figure:
+    """What each pair of runs gains over the output layer's α in its MetaAdamW run, a panel for each task.
+
+    Args:
+        pairs: columns task, "α of the output layer" and "improvement (%)".
+    """
+    tasks = pairs["task"].unique()
+    figure, axes = plt.subplots(1, len(tasks), figsize=(2.5 * len(tasks), 2.9), squeeze=False)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        part = pairs[pairs["task"] == task]
+        sns.scatterplot(part, x="α of the output layer", y="improvement (%)", color=COLOURS["metaadamw"], s=60, ax=ax)
+        ax.axhline(0, color="black", linewidth=0.7)
+        ax.axvline(1, color="black", linewidth=0.7, linestyle="--")
+        ax.set_title(task.replace(" (", "\n("), fontsize="small")
+        ax.set(xlim=(0.4, 1.6), xlabel="α, output layer", ylabel="improvement (%)" if ax is axes[0][0] else "")
     return figure
 
 
