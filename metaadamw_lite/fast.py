@@ -201,12 +201,11 @@ class Memory:
         kept = self._of(theta, m, v)
         if kept is None or not kept.is_large or g.dtype != theta.dtype or not kept.fits(g):
             return False
-        mm = tt = vv = 0.0
+        squares: list[tuple[float, ...]] = []
         for t, x, y, w in zip(kept.blocks[0], torch.split(in_memory_order(g), BLOCK), *kept.blocks[1:], strict=True):
             fused_adamw(bucket._replace(theta=[t], g=[x], m=[y], v=[w], step=[step]), lr, weight_decay)
-            mm += torch.dot(y, y).item()
-            tt += torch.dot(t, t).item()
-            vv += torch.dot(w, w).item()
+            squares.append(tuple(torch.dot(z, z).item() for z in (y, t, w)))
+        mm, tt, vv = (math.fsum(column) for column in zip(*squares, strict=True))
         kept.squares, kept.versions = (mm, tt, vv), (theta._version, m._version, v._version)
         return True
 
@@ -257,15 +256,13 @@ def fused_adamw(bucket: Bucket, lr: float | Tensor, weight_decay: float) -> None
 
 
 def _in_blocks(g: Sequence[Tensor], kept: Kept, carried: Squares | None) -> Products:
-    gg = gm = mm = 0.0
-    for x, y in zip(g, kept.blocks[1], strict=True):
-        gg += torch.dot(x, x).item()
-        gm += torch.dot(x, y).item()
-        mm += 0.0 if carried else torch.dot(y, y).item()
-    if carried:
-        return gg, gm, *carried
-    tt, vv = (math.fsum(torch.dot(x, x).item() for x in blocks) for blocks in (kept.blocks[0], kept.blocks[2]))
-    return gg, gm, mm, tt, vv
+    products = [(torch.dot(x, x).item(), torch.dot(x, y).item()) for x, y in zip(g, kept.blocks[1], strict=True)]
+    gg, gm = (math.fsum(column) for column in zip(*products, strict=True))
+    if carried is None:  # summed as they are during an update, so that a resumed run has the same bits
+        theta, m, v = kept.blocks
+        mm, tt, vv = (math.fsum(torch.dot(x, x).item() for x in blocks) for blocks in (m, theta, v))
+        carried = mm, tt, vv
+    return gg, gm, *carried
 
 
 def _statistics_on_device(buckets: Sequence[Bucket]) -> Tensor:

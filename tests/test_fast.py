@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from conftest import tiny, train
+from conftest import assert_same, tiny, train
 from torch import nn
 
 from metaadamw_lite import MetaAdamW, fast
@@ -212,6 +212,26 @@ def test_copies_go_on_alike():
     for p, q, r in zip(model.parameters(), twin_model.parameters(), read_model.parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(p, r)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_resumed_run_has_the_same_bits(dtype):
+    """What was carried in memory is read again after loading, and must come out the same."""
+    model = Sizes(dtype)
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, fused=True)
+    for step in range(3):
+        give_gradients(model, step)
+        optimizer.step()
+    resumed = Sizes(dtype)
+    resumed.load_state_dict(model.state_dict())
+    again = MetaAdamW(resumed.named_parameters(), lr=0.01, fused=True, seed=5)
+    again.load_state_dict(optimizer.state_dict())
+    for step in range(3, 6):
+        for m, o in ((model, optimizer), (resumed, again)):
+            give_gradients(m, step)
+            o.step()
+        assert_same(again.state_dict(), optimizer.state_dict())
+        assert_same(resumed.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("same_order", [True, False])
