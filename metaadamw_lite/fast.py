@@ -1,14 +1,14 @@
 """The numbers of ``features`` and ``modulator`` with less work: what ``MetaAdamW.step`` runs.
 
-A plain reading of Algorithm 1 takes about twelve times as long as torch's fused AdamW on a small model. Three remedies
-bring that down (chapter "What it costs" measures each):
+A step has three parts, and each has its fast form here (chapter "What it costs" has the times):
 
 * Statistics. ``Memory`` asks a BLAS library for inner products of blocks that fit the cache. What an update leaves in
-  m, v and θ of a large tensor is measured during that update, block by block, and not read again.
+  the moments of a large tensor is measured during that update, block by block, and not read again.
 * Φ. It has a handful of numbers for each group but up to 128 layers, so calling modules costs more than arithmetic.
   ``PlainModulator`` is one NumPy loop with everything that can be multiplied beforehand.
+* The update. It is torch's fused kernel, called block by block for large tensors.
 
-All of it gives what the readable version gives, up to rounding; the tests compare them.
+On the CPU all of it gives what the readable version gives, up to rounding; the tests compare them.
 """
 
 import math
@@ -40,8 +40,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 Products = tuple[float, float, float, float, float]
 """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩."""
-Squares = tuple[float, float, float]
-"""⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩."""
+Squares = tuple[float, float]
+"""⟨m, m⟩ and ⟨v, v⟩."""
 
 
 class Bucket(NamedTuple):
@@ -68,33 +68,43 @@ class Bucket(NamedTuple):
 
 
 class Kept:
-    """What is kept of a parameter from step to step: its memory, to be read, and the norms that the last update left.
+    """What is kept of a parameter from step to step: its memory, to be read, and what the last update left in m and v.
+
+    θ itself is read in every step: others write to it, and not always so that torch notices (``p.data.clamp_()``).
 
     Args:
         theta, m, v: the parameter and its moments: float32 or float64, in the CPU's memory, without gaps, in one order.
     """
 
-    __slots__ = ("address", "blocks", "contiguous", "is_large", "order", "squares", "versions")
+    __slots__ = ("blocks", "contiguous", "is_large", "layout", "order", "squares", "versions")
 
     def __init__(self, theta: Tensor, m: Tensor, v: Tensor) -> None:
-        self.address = theta.data_ptr(), m.data_ptr(), v.data_ptr()
+        self.layout = layout(theta, m, v)
         self.order, self.contiguous = memory_order(theta), theta.is_contiguous()
         self.is_large = theta.numel() > READ_AT_ONCE
         flat = [in_memory_order(x) for x in (theta, m, v)]
         self.blocks: list[Any] = [torch.split(x, BLOCK) if self.is_large else x.numpy() for x in flat]
         self.squares: Squares | None = None
-        self.versions = (0, 0, 0)
+        self.versions = (0, 0)
 
     def fits(self, g: Tensor) -> bool:
         """Whether a gradient lies in the same order as the parameter."""
         return (self.contiguous and g.is_contiguous()) or memory_order(g) == self.order
 
-    def carried(self, theta: Tensor, m: Tensor, v: Tensor) -> Squares | None:
-        """The norms that the last update left, unless torch has counted a write to the tensors since.
+    def carry(self, squares: Squares, m: Tensor, v: Tensor) -> None:
+        """Remember squared norms until torch counts a write to the moments."""
+        if not (m.is_inference() or v.is_inference()):  # for these it does not count
+            self.squares, self.versions = squares, (m._version, v._version)
 
-        Torch does not count writes through ``.data``: such a write is noticed one step late.
-        """
-        return self.squares if self.versions == (theta._version, m._version, v._version) else None
+    def carried(self, m: Tensor, v: Tensor) -> Squares | None:
+        """The squared norms that the last update left in the moments, if they still hold."""
+        return self.squares if self.squares and self.versions == (m._version, v._version) else None
+
+
+def layout(theta: Tensor, m: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """Where a parameter and its moments lie: addresses, size and strides."""
+    addresses = theta.data_ptr(), m.data_ptr(), v.data_ptr()
+    return *addresses, theta.numel(), theta.stride(), m.stride(), v.stride()
 
 
 def memory_order(x: Tensor) -> list[tuple[int, int]]:
@@ -110,6 +120,12 @@ def has_no_gaps(order: list[tuple[int, int]]) -> bool:
             return False
         place *= size
     return True
+
+
+def in_one_order(*tensors: Tensor) -> bool:
+    """Whether tensors of one shape have no gaps and lie in the same order."""
+    order = memory_order(tensors[0])
+    return has_no_gaps(order) and all(memory_order(x) == order for x in tensors[1:])
 
 
 def in_memory_order(x: Tensor) -> Tensor:
@@ -129,29 +145,30 @@ class Memory:
 
         On the CPU in float64; where the tensors are on a GPU, there in float32, without waiting for it.
         """
-        if any(x.device.type != "cpu" for bucket in buckets for x in bucket.theta):
-            return _statistics_on_device(buckets)
-        self._disordered.clear()
         states = [state for b in buckets for state in zip(b.theta, b.g, b.m, b.v, strict=True)]
+        self._disordered.clear()
+        if any(theta.device.type != "cpu" for theta, *_ in states):
+            on_host = [state for state in states if state[0].device.type == "cpu"]
+            self._disordered.update(id(state[0]) for state in on_host if not in_one_order(*state))
+            return _statistics_on_device(states)
         with np.errstate(over="ignore", invalid="ignore"):
             rows = [self._products(*state) for state in states]
         products = np.array(rows, dtype=np.float64).reshape(len(rows), 5)
-        doubtful = (products > LARGE).any(axis=1) | (products[:, [0, 2]] < SMALL).any(axis=1)
+        doubtful = (products > LARGE).any(axis=1) | (products[:, [0, 2, 4]] < SMALL).any(axis=1)
         for i in np.flatnonzero(doubtful):
             state = TensorState(*states[i])
-            if products[i].max() > LARGE or (state.g.any() and state.m.any()):
+            if products[i].max() > LARGE or (state.g.any() and state.m.any()) or state.v.any():
                 products[i] = inner_products(state)
         return tensor_statistics(torch.from_numpy(products))
 
     def _products(self, theta: Tensor, g: Tensor, m: Tensor, v: Tensor) -> Products:
         kept = self._of(theta, m, v)
         if kept is None or g.dtype != theta.dtype or not kept.fits(g):
-            order = memory_order(theta)
-            if not has_no_gaps(order) or any(memory_order(x) != order for x in (g, m, v)):
+            if not in_one_order(theta, g, m, v):
                 self._disordered.add(id(theta))
             return inner_products(TensorState(theta, g, m, v))
         if kept.is_large:
-            return _in_blocks(torch.split(in_memory_order(g), BLOCK), kept, kept.carried(theta, m, v))
+            return _in_blocks(torch.split(in_memory_order(g), BLOCK), kept, kept.carried(m, v))
         x = in_memory_order(g).numpy()
         t, y, w = kept.blocks
         return x.dot(x), x.dot(y), y.dot(y), t.dot(t), w.dot(w)
@@ -159,10 +176,9 @@ class Memory:
     def _of(self, theta: Tensor, m: Tensor, v: Tensor) -> Kept | None:
         """What is kept of a parameter, made anew if its memory is elsewhere; None if it cannot be read as a vector."""
         kept = self._kept.get(id(theta))
-        if kept is None or kept.address != (theta.data_ptr(), m.data_ptr(), v.data_ptr()):
-            order = memory_order(theta)
-            alike = all(memory_order(x) == order and x.dtype == theta.dtype for x in (m, v))
-            if not (alike and has_no_gaps(order) and theta.dtype in FULL and theta.numel()):
+        if kept is None or kept.layout != layout(theta, m, v):
+            alike = m.dtype == v.dtype == theta.dtype and in_one_order(theta, m, v)
+            if not (alike and theta.dtype in FULL and theta.numel()):
                 return None
             kept = self._kept[id(theta)] = Kept(theta, m, v)
         return kept
@@ -201,12 +217,12 @@ class Memory:
         kept = self._of(theta, m, v)
         if kept is None or not kept.is_large or g.dtype != theta.dtype or not kept.fits(g):
             return False
-        squares: list[tuple[float, ...]] = []
+        squares: list[Squares] = []
         for t, x, y, w in zip(kept.blocks[0], torch.split(in_memory_order(g), BLOCK), *kept.blocks[1:], strict=True):
             fused_adamw(bucket._replace(theta=[t], g=[x], m=[y], v=[w], step=[step]), lr, weight_decay)
-            squares.append(tuple(torch.dot(z, z).item() for z in (y, t, w)))
-        mm, tt, vv = (math.fsum(column) for column in zip(*squares, strict=True))
-        kept.squares, kept.versions = (mm, tt, vv), (theta._version, m._version, v._version)
+            squares.append((torch.dot(y, y).item(), torch.dot(w, w).item()))
+        mm, vv = zip(*squares, strict=True)
+        kept.carry((sum(mm), sum(vv)), m, v)
         return True
 
 
@@ -257,27 +273,45 @@ def fused_adamw(bucket: Bucket, lr: float | Tensor, weight_decay: float) -> None
 
 def _in_blocks(g: Sequence[Tensor], kept: Kept, carried: Squares | None) -> Products:
     products = [(torch.dot(x, x).item(), torch.dot(x, y).item()) for x, y in zip(g, kept.blocks[1], strict=True)]
-    gg, gm = (math.fsum(column) for column in zip(*products, strict=True))
+    gg, gm = (sum(column) for column in zip(*products, strict=True))
+    theta, m, v = kept.blocks
     if carried is None:  # summed as they are during an update, so that a resumed run has the same bits
-        theta, m, v = kept.blocks
-        mm, tt, vv = (math.fsum(torch.dot(x, x).item() for x in blocks) for blocks in (m, theta, v))
-        carried = mm, tt, vv
-    return gg, gm, *carried
+        mm, vv = (sum([torch.dot(x, x).item() for x in blocks]) for blocks in (m, v))
+        carried = mm, vv
+    mm, vv = carried
+    return gg, gm, mm, sum([torch.dot(x, x).item() for x in theta]), vv
 
 
-def _statistics_on_device(buckets: Sequence[Bucket]) -> Tensor:
-    device = buckets[0].theta[0].device
-    states = [state for b in buckets for state in zip(b.theta, b.g, b.m, b.v, strict=True)]
+def _statistics_on_device(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
+    """The statistics without waiting for the device, norms in float64 where it has that.
+
+    The inner product is taken in the precision of the parameters, so the cosine is not to be relied on where ‖g‖ or ‖m‖
+    is below 1e-19 or above 1e19.
+    """
+    device = states[0][0].device
     thetas, gs, ms, vs = ([x.detach() for x in column] for column in zip(*states, strict=True))
-    dtype = torch.float64 if all(x.dtype == torch.float64 for x in thetas) else torch.float32
+    dtype = torch.float32 if device.type == "mps" else torch.float64
 
     def column(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([x.to(device, dtype) for x in values])
 
     norms = [column(torch._foreach_norm(tensors, dtype=dtype)) for tensors in (gs, ms, thetas, vs)]
-    dots = column([torch.dot(x.to(dtype).flatten(), y.to(dtype).flatten()) for x, y in zip(gs, ms, strict=True)])
-    cosine = dots / (norms[0] * norms[1]).clamp_min(torch.finfo(dtype).tiny)
+    wide = [torch.promote_types(x.dtype, torch.float32) for x in gs]
+    dots = column([torch.dot(x.to(d).flatten(), y.to(d).flatten()) for x, y, d in zip(gs, ms, wide, strict=True)])
+    cosine = (dots / (norms[0] * norms[1]).clamp_min(torch.finfo(dtype).tiny)).nan_to_num().clamp(-1, 1)
     return torch.stack([*norms[:3], cosine, norms[3]], dim=1)
+
+
+def in_one_buffer(module: nn.Module) -> Tensor:
+    """Move the parameters of a module into one buffer, in place, and return it."""
+    parameters = list(module.parameters())
+    with torch.inference_mode(False):
+        buffer = torch.cat([p.detach().reshape(-1) for p in parameters])
+        start = 0
+        for p in parameters:
+            p.data = buffer[start : start + p.numel()].view_as(p)
+            start += p.numel()
+    return buffer
 
 
 class PlainModulator:
@@ -290,32 +324,31 @@ class PlainModulator:
     biases.
 
     Args:
-        modulator: Φ. Its parameters are moved into one buffer, in place, so that ``is_current`` costs one comparison.
+        modulator: Φ, on the CPU in float32 or float64. Its parameters are moved into one buffer, so that a change of
+            any of them, however it is made, is noticed by one comparison.
     """
 
     def __init__(self, modulator: Modulator) -> None:
         self.modulator = modulator
-        self._parameters = list(modulator.parameters())
-        buffer = torch.cat([p.detach().reshape(-1) for p in self._parameters])
-        start = 0
-        for p in self._parameters:
-            p.data = buffer[start : start + p.numel()].view_as(p)
-            start += p.numel()
-        self._addresses = [p.data_ptr() for p in self._parameters]
-        self._live: Array = buffer.numpy()
+        self._live: Array = in_one_buffer(modulator).numpy()
         self._seen = self._live.copy()
-        self._hooks = [hooks for m in modulator.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        modules = list(modulator.modules())
+        self._addresses = [(p, p.data_ptr()) for p in modulator.parameters()]
+        tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._modules)]
+        self._members = [(table, name, member) for table in tables for name, member in table.items()]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._fold()
 
     def is_hooked(self) -> bool:
-        """Whether somebody wants to see a module at work, which this loop passes by."""
-        return any(self._hooks)
+        """Whether somebody wants to see a module at work, or has put another ``forward`` in its place."""
+        return any(self._hooks) or "forward" in vars(self.modulator)
 
     def is_current(self, modulator: nn.Module) -> bool:
-        """Whether Φ is still this module with these weights."""
+        """Whether Φ is still this module with these parts and weights."""
         return (
             modulator is self.modulator
-            and [p.data_ptr() for p in self._parameters] == self._addresses
+            and all(members.get(name) is member for members, name, member in self._members)
+            and all(p.data_ptr() == address for p, address in self._addresses)
             and np.array_equal(self._live, self._seen)
         )
 

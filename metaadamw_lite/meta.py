@@ -16,7 +16,7 @@ differentiate twice instead; it exists to check the other one. Chapter 5 of the 
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ class HypotheticalStep:
             for theta, u, lr, wd, k in zip(self.theta, self.u, self.lr, self.weight_decay, self.groups, strict=True)
         ]
 
-    def pull_back(self, vector: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    def pull_back(self, vector: Iterable[Tensor], alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """From ∂L/∂θ′ to (dL/dα, dL/dβ), each (G,): the inner products with ∂θ′/∂α_g and ∂θ′/∂β_g."""
         d_alpha, d_beta = torch.zeros_like(alpha), torch.zeros_like(beta)
         for x, theta, u, lr, wd, k in zip(
@@ -156,10 +156,9 @@ def first_order_losses(
     """
     alpha, beta = modulation.alpha.detach(), modulation.beta.detach()
     with torch.no_grad():
-        theta_prime = step.theta_prime(alpha, beta)
-        _write(step.params, theta_prime)
+        _write(step.params, step.theta_prime(alpha, beta))
 
-    def through_the_step(value: Tensor, vector: Sequence[Tensor]) -> Tensor:
+    def through_the_step(value: Tensor, vector: Iterable[Tensor]) -> Tensor:
         """``value``, with the derivatives by α and β that ∂L/∂θ′ = ``vector`` implies."""
         d_alpha, d_beta = step.pull_back(vector, alpha, beta)
         return value + (d_alpha * (modulation.alpha - alpha)).sum() + (d_beta * (modulation.beta - beta)).sum()
@@ -174,11 +173,12 @@ def first_order_losses(
         value = gradient_alignment(modulation, step.groups, step.g, leaves)
         r = torch.autograd.grad(value, leaves, retain_graph=True)
         with torch.no_grad():
-            delta = _difference_step(theta_prime, r)
-            _write(step.params, [p + delta * x for p, x in zip(theta_prime, r, strict=True)])
+            delta = _difference_step(step.params, r)
+            for p, x in zip(step.params, r, strict=True):
+                p.add_(delta * x)
+        del r  # as large as the model
         _, moved = evaluate.gradient("batch2", batch2, step.params)
-        hessian_r = [(a - b) / delta for a, b in zip(moved, g_prime, strict=True)]
-        l_grad = through_the_step(value, hessian_r)
+        l_grad = through_the_step(value, ((a - b) / delta for a, b in zip(moved, g_prime, strict=True)))
     return l_grad, l_val
 
 

@@ -26,7 +26,7 @@ from metaadamw_lite.checks import (
     check_range,
     check_seed,
 )
-from metaadamw_lite.fast import Bucket, Memory, PlainModulator, fused_adamw, torch_adamw
+from metaadamw_lite.fast import FULL, Bucket, Memory, PlainModulator, fused_adamw, in_one_buffer, torch_adamw
 from metaadamw_lite.features import FeatureConfig, group_features, sparsities, time_feature
 from metaadamw_lite.groups import (
     ModulationGroup,
@@ -219,6 +219,7 @@ class MetaAdamW(torch.optim.AdamW):
                 gating=use_feature_gating,
             )
         self.modulator.to(reference.device, torch.float64 if double else torch.float32)
+        in_one_buffer(self.modulator)
         self.huw: PriorityHUW | None = None
         if meta_objective == "combined" and huw_priorities is not None:
             self.huw = PriorityHUW(("regression",) * 3, tuple(huw_priorities))
@@ -301,10 +302,10 @@ class MetaAdamW(torch.optim.AdamW):
     def _factors(self, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
         """α and β, each (G,)."""
         f = self._group_features(buckets)
-        if self._phi_device.type == "cpu" and type(self.modulator) is Modulator:
+        if type(self.modulator) is Modulator and self._phi_device.type == "cpu" and self._phi_dtype in FULL:
             if self._plain is None or not self._plain.is_current(self.modulator):
                 self._plain = PlainModulator(self.modulator)
-            factors = None if self._plain.is_hooked() else self._plain(f.numpy())
+            factors = None if self._plain.is_hooked() else self._plain(f.cpu().numpy())
             if factors is not None:
                 alpha, beta = (torch.from_numpy(x).to(self._phi_dtype) for x in factors)
                 return alpha, beta
@@ -517,11 +518,11 @@ class MetaAdamW(torch.optim.AdamW):
         else:
             self.groups = native_groups(params, names)
         number = {p: k for k, group in enumerate(self.groups) for p in group.params}
-        buckets: dict[tuple[int, int], list[Tensor]] = {}
+        buckets: dict[tuple[int, int, torch.device, torch.dtype], list[Tensor]] = {}
         for index, ps in enumerate(params):
-            for p in ps:
-                buckets.setdefault((index, number[p]), []).append(p)
-        self._buckets = [(index, k, ps) for (index, k), ps in buckets.items()]
+            for p in ps:  # a fused kernel takes tensors of one device and type
+                buckets.setdefault((index, number[p], p.device, p.dtype), []).append(p)
+        self._buckets = [(index, k, ps) for (index, k, *_), ps in buckets.items()]
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -597,9 +598,15 @@ class MetaAdamW(torch.optim.AdamW):
         self._meta_optimizer.load_state_dict(meta["meta_optimizer_state"])
 
     def _forget(self) -> None:
-        """Drop what ``fast`` keeps from one step to the next."""
+        """Drop what ``fast`` keeps from one step to the next.
+
+        Φ is moved into its buffer here and not in the first step, since where numbers lie in memory decides how a
+        matrix product rounds, and a resumed run has to round as the first one did.
+        """
         self._plain = None
         self._memory = Memory()
+        if isinstance(getattr(self, "modulator", None), Modulator):
+            in_one_buffer(self.modulator)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What unpickling, ``deepcopy`` and ``load_state_dict`` call."""

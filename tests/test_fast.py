@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from metaadamw_lite.features import (
     tensor_statistics,
     time_feature,
 )
+from metaadamw_lite.modulator import Modulation
 
 
 class Sizes(nn.Module):
@@ -33,7 +35,21 @@ class Sizes(nn.Module):
             self.layers[k % 3].register_parameter(f"weight_{k}", nn.Parameter(torch.randn(n, dtype=dtype)))
         self.layers[0].bias = nn.Parameter(torch.randn(300, 400, dtype=dtype))
         self.layers[2].bias = nn.Parameter(torch.tensor(0.3, dtype=dtype))
+        self.layers[1].bias = nn.Parameter(torch.randn(300, 300, dtype=dtype))
+        self.square = self.layers[1].bias
         self.largest, self.second = self.layers[0].weight_6, self.layers[2].weight_5
+
+
+class Half(nn.Module):
+    """Stands in for Φ and halves every learning rate and decay."""
+
+    def __init__(self):
+        super().__init__()
+        self.output = nn.Linear(1, 1)  # its type and device are those of Φ
+
+    def forward(self, features):
+        half = torch.full((len(features),), 0.5)
+        return Modulation(half, half, half, half)
 
 
 def give_gradients(model, seed, scale=1.0):
@@ -126,6 +142,24 @@ def replace_theta(model, optimizer):
     model.largest.data = 3 * model.largest.data
 
 
+def write_theta_unseen(model, optimizer):
+    for p in model.parameters():
+        p.data.clamp_(-0.01, 0.01)  # as a WGAN does; torch does not count it
+
+
+def turn_theta(model, optimizer):
+    model.square.data = model.square.data.t()
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[model.square][name] = optimizer.state[model.square][name].t()
+
+
+def shorten_theta(model, optimizer):
+    half = model.largest.numel() // 2
+    model.largest.data, model.largest.grad = model.largest.data[:half], model.largest.grad[:half]
+    state = optimizer.state[model.largest]
+    state.update({name: state[name][:half] for name in ("exp_avg", "exp_avg_sq")})
+
+
 def write_moments(model, optimizer):
     optimizer.state[model.largest]["exp_avg"].mul_(2)
     optimizer.state[model.second]["exp_avg_sq"].mul_(2)
@@ -164,11 +198,23 @@ def double_phi(model, optimizer):
     optimizer.modulator.double()
 
 
+def assign_phi(model, optimizer):
+    state = {k: -x for k, x in optimizer.modulator.state_dict().items()}
+    optimizer.modulator.load_state_dict(state, assign=True)
+
+
+def replace_a_part_of_phi(model, optimizer):
+    optimizer.modulator.output = nn.Linear(6, 4)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         write_theta,
+        write_theta_unseen,
         replace_theta,
+        turn_theta,
+        shorten_theta,
         write_moments,
         replace_moments,
         load_state,
@@ -176,6 +222,8 @@ def double_phi(model, optimizer):
         write_phi,
         replace_phi,
         load_phi,
+        assign_phi,
+        replace_a_part_of_phi,
         double_phi,
     ],
     ids=lambda f: f.__name__,
@@ -270,6 +318,32 @@ def test_cosines_of_tiny_and_huge_gradients(scale):
     check_step(optimizer, 1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-11, 1e-6])
+def test_standardised_second_moments_of_tiny_gradients(scale):
+    model = Sizes()
+    optimizer = MetaAdamW(model.named_parameters(), fused=True, feature_version="norm_basic")
+    for step in range(2):
+        give_gradients(model, step, scale)
+        check_step(optimizer, 1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("first", "last"), [(math.inf, -math.inf), (math.nan, 1.0), (1e20, -1e20), (3e38, 3e38), (math.inf, math.inf)]
+)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_huge_and_infinite_gradients_in_several_blocks_step_as_adamw_does(fused, first, last, dtype):
+    ours, theirs = (nn.Parameter(torch.zeros(2 * BLOCK, dtype=dtype)) for _ in range(2))
+    optimizer = MetaAdamW([ours], fused=fused, alpha_range=0, beta_range=0)
+    adamw = torch.optim.AdamW([theirs], fused=fused)
+    for first_now, last_now in ((1.0, 1.0), (first, last), (1.0, 1.0)):
+        for p, o in ((ours, optimizer), (theirs, adamw)):
+            p.grad = torch.ones_like(p)
+            p.grad[0], p.grad[-1] = first_now, last_now
+            o.step()
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 @pytest.mark.parametrize("dead", [float("nan"), float("inf")])
 def test_a_group_with_nan_or_inf_leaves_the_others_alone(dead):
     model = tiny(torch.float32)
@@ -337,17 +411,58 @@ def test_hooks_on_the_module_are_called():
     assert torch.equal(seen[0].alpha, optimizer.alpha)
 
 
-def test_another_module_in_the_place_of_phi_is_asked():
-    class Half(nn.Module):
-        def forward(self, features):
-            half = torch.full((len(features),), 0.5)
-            return type("Modulation", (), {"alpha": half, "beta": half})
-
+def test_another_forward_in_the_place_of_phis():
     model = Sizes()
     optimizer = MetaAdamW(model.named_parameters(), fused=True)
-    output = optimizer.modulator.output
+    give_gradients(model, 0)
+    optimizer.step()
+    asked = optimizer.modulator.forward
+    calls = []
+    optimizer.modulator.forward = lambda features: calls.append(features) or asked(features)
+    optimizer.step()
+    assert len(calls) == 1
+
+
+def test_phi_in_low_precision_is_asked_as_a_module():
+    model = Sizes()
+    optimizer = MetaAdamW(model.named_parameters(), fused=True)
+    optimizer.modulator.bfloat16()
+    give_gradients(model, 0)
+    optimizer.step()
+    assert optimizer.alpha.dtype == torch.bfloat16
+
+
+def test_a_step_in_inference_mode():
+    model = Sizes()
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, fused=True)
+    with torch.inference_mode():
+        for step in range(2):
+            give_gradients(model, step)
+            check_step(optimizer, 1e-6)
+    assert not any(p.is_inference() for p in optimizer.modulator.parameters())
+
+
+def test_tensors_on_two_devices_are_each_moved_by_a_kernel_that_can(monkeypatch):
+    """A tensor elsewhere must not keep a disordered one on the CPU from the plain loop."""
+    fused = []
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: fused.append(args[0]))
+    monkeypatch.setattr(fast, "_statistics_on_device", lambda states: torch.zeros(len(states), 5))
+    monkeypatch.setattr(MetaAdamW, "_move_on_device", lambda self, bucket: fused.append(bucket.theta))
+    elsewhere = nn.Parameter(torch.empty(3, device="meta"))
+    turned = nn.Parameter(torch.randn(30, 20).t())
+    optimizer = MetaAdamW([turned, elsewhere], fused=True)
     optimizer.modulator = Half()
-    optimizer.modulator.output = output
+    turned.grad, elsewhere.grad = torch.randn(20, 30), torch.empty(3, device="meta")
+    before = turned.detach().clone()
+    optimizer.step()
+    assert [x is elsewhere for call in fused for x in call] == [True]
+    assert not torch.equal(turned, before)
+
+
+def test_another_module_in_the_place_of_phi_is_asked():
+    model = Sizes()
+    optimizer = MetaAdamW(model.named_parameters(), fused=True)
+    optimizer.modulator = Half()
     give_gradients(model, 0)
     optimizer.step()
     assert (optimizer.alpha == 0.5).all()
@@ -386,7 +501,7 @@ def test_what_runs_on_a_gpu_computes_the_same(weight_decay):
         for model in models:
             give_gradients(model, step)
         buckets = on_device._gather()
-        statistics = fast._statistics_on_device(buckets)
+        statistics = fast._statistics_on_device([s for b in buckets for s in zip(b.theta, b.g, b.m, b.v, strict=True)])
         torch.testing.assert_close(statistics, ours._memory.statistics(ours._gather()), rtol=1e-12, atol=1e-12)
         ours.step()
         on_device.alpha, on_device.beta = ours.alpha, ours.beta
