@@ -70,6 +70,12 @@ class Perceptron(nn.Module):
         width = round((parameters / 8) ** 0.5)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(8))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Linear layers with ReLU between them, (N, width) to (N, width)."""
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
 
 class LargeTransformer(nn.Module):
     """A language model's 101 million parameters: an embedding and eleven encoder layers of width 768."""
@@ -127,6 +133,8 @@ STEPS: Mapping[str, tuple[Callable[[], nn.Module], int, int, float]] = {
 }
 """For each row about steps: its model, layers and width of Φ, and the target on a CPU."""
 GPU_STEP_TARGET = 2.0
+MEMORY_MODELS = {"etth1": "ETTh1 model", "perceptron": "8 linear layers, 2.9 M parameters, batch of 2"}
+"""One model whose memory is activations, and one whose memory is parameters."""
 
 
 # ---------------------------------------------------------------- measuring
@@ -135,7 +143,9 @@ GPU_STEP_TARGET = 2.0
 def in_turns(
     contestants: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, least: int = 5
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after two rounds that do not count.
+    """Seconds of each contestant in each round, after two calls of each that do not count.
+
+    Every round begins with another contestant, so that none always follows the same one.
 
     Args:
         contestants: what to call, by name.
@@ -156,9 +166,11 @@ def in_turns(
         once(call)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.perf_counter() + seconds
-    while len(next(iter(times.values()))) < least or time.perf_counter() < end:
-        for name, call in contestants.items():
+    order = list(contestants.items())
+    while len(times[order[0][0]]) < least or time.perf_counter() < end:
+        for name, call in order:
             times[name].append(once(call))
+        order = order[1:] + order[:1]
     return times
 
 
@@ -271,11 +283,16 @@ class Trainer:
 
 
 def trainer(name: str, who: str, device: torch.device, reference: Path | None = None, **phi: Any) -> Trainer:
-    """A task's model at the paper's settings with "AdamW", "ours" or the "released code"."""
-    task = TASKS[name]
+    """A task's model at the paper's settings, or the "perceptron", with "AdamW", "ours" or the "released code"."""
     torch.manual_seed(0)
-    model = task_model(name).to(device)
-    batches = [tuple(x.to(device) for x in task_batch(name)) for _ in range(3)]
+    if name == "perceptron":
+        task = replace(TASKS["etth1"], settings=lambda _: replace(TASKS["etth1"].settings("paper"), metaadamw={}))
+        model: nn.Module = Perceptron(8 * 600**2).to(device)
+        batches: list[Batch] = [(torch.randn(2, 600, device=device),) * 2 for _ in range(3)]
+    else:
+        task = TASKS[name]
+        model = task_model(name).to(device)
+        batches = [tuple(x.to(device) for x in task_batch(name)) for _ in range(3)]
     optimizer: Any
     if who == "AdamW":
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True)
@@ -291,7 +308,7 @@ def trainer(name: str, who: str, device: torch.device, reference: Path | None = 
 
 
 def meta_updates(device: torch.device, reference: Path | None, seconds: float) -> list[Row]:
-    """A meta-update on the ETTh1 model over a training step there, and its peak memory."""
+    """A meta-update on the ETTh1 model over a training step there, and peak memory."""
     whos = ["ours"] if reference is None else ["ours", "released code"]
     adamw = trainer("etth1", "AdamW", device)
     calls: dict[str, Callable[[], Any]] = {"training step": adamw.train}
@@ -301,28 +318,29 @@ def meta_updates(device: torch.device, reference: Path | None, seconds: float) -
     forward = {"training step": times["training step"], "AdamW": times.pop("forward")}
     rows = compared("meta-update / training step, ETTh1 model", times, "training step", 4.5)
     rows += compared("forward / training step, ETTh1 model", forward, "training step")
-    base = peak_memory("AdamW", False, device, reference)
-    for who in whos:
-        peak = peak_memory(who, True, device, reference)
-        target = 1.25 if who == "ours" else None
-        ratio = peak / base
-        rows.append(
-            Row("peak memory, meta-update / training step, ETTh1 model", who, ratio, ratio, ratio, peak, base, target)
-        )
+    for model, target in (("etth1", 1.25), ("perceptron", None)):
+        base = peak_memory(trainer(model, "AdamW", device), meta=False)
+        for who in whos if model == "etth1" else ["ours"]:
+            peak = peak_memory(trainer(model, who, device, reference), meta=True)
+            goal = target if who == "ours" else None
+            measure = f"peak memory, meta-update / training step, {MEMORY_MODELS[model]}"
+            rows.append(Row(measure, who, peak / base, peak / base, peak / base, peak, base, goal))
     return rows
 
 
-def peak_memory(who: str, meta: bool, device: torch.device, reference: Path | None) -> float:
-    """The most bytes that tensors take during a training step on the ETTh1 model, or during a meta-update."""
-    made = trainer("etth1", who, device, reference)
+def peak_memory(made: "Trainer", meta: bool) -> float:
+    """The most bytes that tensors take during a training step, or during a meta-update."""
     call = made.meta if meta else made.train
     call()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return float(torch.cuda.max_memory_allocated(device))
+    made.optimizer.zero_grad()
     states = [x for state in made.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     standing = sum(x.numel() * x.element_size() for x in (*made.model.parameters(), *states))
+    device = next(made.model.parameters()).device
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return float(standing + torch.cuda.max_memory_allocated(device) - before)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None
@@ -345,16 +363,16 @@ def epochs(device: torch.device, seconds: float) -> list[Row]:
         calls = {"gradients": adamw.gradients, "meta-update": ours.meta}
         long = in_turns(calls, device, seconds, least=3)
         short = in_turns({"AdamW": adamw.optimizer.step, "ours": ours.optimizer.step}, device, seconds / 3)
-        gradients = statistics.median(long["gradients"])
         step, adamw_step = (statistics.median(short[who]) for who in ("ours", "AdamW"))
-        training = [g + adamw_step for g in long["gradients"]]
+        training = [gradients + adamw_step for gradients in long["gradients"]]
+        rounds = zip(long["gradients"], long["meta-update"], strict=True)
+        epoch = [gradients + step + update / every for gradients, update in rounds]
         measure = f"meta-update / training step, {TASKS[name].title}"
         rows += compared(measure, {"training": training, "ours": long["meta-update"]}, "training")
         on_cpu, on_gpu = (1.12, 1.15) if name == "imdb" else (1.02, 1.05)
         target = on_cpu if device.type == "cpu" else on_gpu
-        epoch = [gradients + step + meta / every for meta in long["meta-update"]]
-        times = {"AdamW": [gradients + adamw_step] * len(epoch), "ours": epoch}
-        rows += compared(f"whole epoch, {TASKS[name].title} (K_meta = {every})", times, "AdamW", target)
+        measure = f"whole epoch, {TASKS[name].title} (K_meta = {every})"
+        rows += compared(measure, {"AdamW": training, "ours": epoch}, "AdamW", target)
     return rows
 
 

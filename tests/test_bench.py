@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_contestants_take_turns():
     calls = []
     times = bench.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, 0, least=3)
-    assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 3, "two calls of each to warm up, then turns"
+    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab", "two calls of each to warm up, then turns that rotate"
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
 
 
@@ -53,12 +53,13 @@ def test_batches_have_the_shape_of_the_tasks(name):
         assert name == "cifar10" or mine.shape[1:] == real.shape[1:]
 
 
-def test_peak_memory_counts_what_a_training_step_holds():
-    model = bench.task_model("etth1")
-    parameters = 4 * sum(p.numel() for p in model.parameters())
-    peak = bench.peak_memory("AdamW", False, CPU, None)
-    assert peak > 5 * parameters, "parameters, gradients, two moments and activations"
-    assert bench.peak_memory("ours", True, CPU, None) > peak
+@pytest.mark.parametrize("model", bench.MEMORY_MODELS)
+def test_peak_memory_counts_what_is_held(model):
+    made = bench.trainer(model, "AdamW", CPU)
+    parameters = 4 * sum(p.numel() for p in made.model.parameters())
+    peak = bench.peak_memory(made, meta=False)
+    assert peak > 3.9 * parameters, "parameters, gradients, two moments"
+    assert bench.peak_memory(bench.trainer(model, "ours", CPU), meta=True) > peak
 
 
 def test_a_folder_without_the_released_code_is_named(tmp_path, capsys):
@@ -81,7 +82,9 @@ def test_what_the_bench_measured_is_judged_against_the_papers_range():
     claims = report.claims_table().set_index("claim")
     memory = claims.loc["Peak memory of a meta-update is 1.5 to 2 times AdamW's (ETTh1 model)"]
     peaks = {
-        row["who"]: row["ratio"] for row in report.bench_record()["rows"] if row["measure"].startswith("peak memory")
+        row["who"]: row["ratio"]
+        for row in report.bench_record()["rows"]
+        if row["measure"].startswith("peak memory") and "ETTh1" in row["measure"]
     }
     assert f"ours: {peaks['ours']:.2f} ×" in memory["ours"]
     assert ("ours: holds" in memory["verdict"]) == (1.5 <= peaks["ours"] <= 2)

@@ -117,7 +117,7 @@ class Evidence:
                 for how in ("min", "mean", "max")
             }
         ).round(3)
-        moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved", "phi_moved"]].last()
+        moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved", "phi_moved"]].max()
         names = {"alpha_moved": "α moved by", "beta_moved": "β moved by", "phi_moved": "Φ moved by"}
         return table.join(moved.map("{:.0e}".format).rename(columns=names))
 
@@ -125,7 +125,7 @@ class Evidence:
         """What the factors did, in a sentence or two (Markdown)."""
         table = self.factors()
         equal = table["α (max)"] - table["α (min)"] < 0.1
-        moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved"]].last().max()
+        moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved"]].max().max()
         return (
             f"In {equal.sum()} of {len(table)} runs all groups had the same α, to within 0.1, from beginning to end. "
             f"The mean α of a run lay between {table['α (mean)'].min():.2f} and {table['α (mean)'].max():.2f}. "
