@@ -10,6 +10,7 @@ import argparse
 import copy
 import importlib
 import json
+import random
 import statistics
 import sys
 import time
@@ -145,7 +146,7 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each round, after two calls of each that do not count.
 
-    Every round begins with another contestant, so that none always follows the same one.
+    The order is shuffled in each round, since what a contestant leaves in the caches helps or hinders the next one.
 
     Args:
         contestants: what to call, by name.
@@ -166,11 +167,11 @@ def in_turns(
         once(call)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.perf_counter() + seconds
-    order = list(contestants.items())
+    order, shuffle = list(contestants.items()), random.Random(0).shuffle
     while len(times[order[0][0]]) < least or time.perf_counter() < end:
+        shuffle(order)
         for name, call in order:
             times[name].append(once(call))
-        order = order[1:] + order[:1]
     return times
 
 
@@ -404,33 +405,36 @@ def growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Where the time of a step goes: its parts, each measured by itself in turns with the others."""
+    """Where the time of a step goes: its parts, timed inside whole steps that take turns with AdamW's."""
     rows = []
     for measure, (make, layers, width, _) in tqdm(STEPS.items(), desc="parts"):
         model = make().to(device)
         give_gradients(model)
-        optimizer = MetaAdamW(model.named_parameters(), lr=5e-4, fused=True, attn_layers=layers, attn_hidden_dim=width)
-        optimizer.step()
-        buckets = optimizer._gather()
-        features = optimizer._group_features(buckets)
-
-        def phi(optimizer: MetaAdamW = optimizer, features: Tensor = features) -> None:
-            if optimizer._plain is None:
-                optimizer.modulator(features)
-            else:
-                optimizer._plain(features.numpy())
-
-        baseline = torch.optim.AdamW(copy_with_gradients(model), lr=5e-4, fused=True)
-        calls: dict[str, Callable[[], Any]] = {
-            "AdamW": baseline.step,
-            "whole step": optimizer.step,
-            "statistics": partial(optimizer._memory.statistics, buckets),
-            "⟨g, m⟩ alone": partial(read_once, buckets),
-            "Φ": phi,
-        }
-        for part, times in in_turns(calls, device, seconds).items():
-            rows.append({"measure": measure, "part": part, "seconds": statistics.median(times)})
+        made = optimizers(model, None, attn_layers=layers, attn_hidden_dim=width)
+        ours = made["ours"]
+        assert isinstance(ours, MetaAdamW)
+        inside: dict[str, list[float]] = {"statistics": [], "factors": [], "kernel": []}
+        ours._memory.statistics = timed(ours._memory.statistics, inside["statistics"])  # type: ignore[method-assign]
+        ours._memory.fused_adamw = timed(ours._memory.fused_adamw, inside["kernel"])  # type: ignore[method-assign]
+        ours._factors = timed(ours._factors, inside["factors"])  # type: ignore[method-assign]
+        whole = in_turns({name: o.step for name, o in made.items()}, device, seconds)
+        alone = in_turns({"⟨g, m⟩ alone": partial(read_once, ours._gather())}, device, seconds / 4)
+        medians = {part: statistics.median(times) for part, times in {**inside, **whole, **alone}.items()}
+        medians["Φ"] = medians.pop("factors") - medians["statistics"]
+        rows += [{"measure": measure, "part": part, "seconds": t} for part, t in medians.items()]
     return rows
+
+
+def timed(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
+    """A function that notes how long each call took."""
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*args, **kwargs)
+        times.append(time.perf_counter() - start)
+        return result
+
+    return noting
 
 
 def read_once(buckets: Sequence[Bucket]) -> None:
@@ -438,14 +442,6 @@ def read_once(buckets: Sequence[Bucket]) -> None:
     for bucket in buckets:
         for g, m in zip(bucket.g, bucket.m, strict=True):
             torch.dot(g.view(-1), m.view(-1))
-
-
-def copy_with_gradients(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of a copy of a model, with the same gradients."""
-    twin = copy.deepcopy(model)
-    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
-        p.grad = q.grad
-    return list(twin.parameters())
 
 
 # ---------------------------------------------------------------- the command

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
 from metaadamw_lite.modulator import Modulation
@@ -121,28 +123,70 @@ class HypotheticalStep:
 
 @dataclass
 class Evaluator:
-    """Losses of a model on batches, all under the same random numbers, so that only θ makes a difference."""
+    """Losses of a model on batches, all under the same random numbers, so that only θ makes a difference.
+
+    Attributes:
+        model, loss_fn: what is evaluated. Of ``DistributedDataParallel`` it is the model inside, since its reducer
+            takes gradients from ``.grad`` only.
+        devices: whose random number generators to put back.
+        processes: those that train copies of the model, each with batches of its own: losses and gradients are means
+            over them, as if the batches had been joined. None for a single process.
+    """
 
     model: nn.Module
     loss_fn: LossFn
     devices: list[torch.device]
+    processes: "dist.ProcessGroup | None" = None
+
+    @classmethod
+    def of(cls, model: nn.Module, loss_fn: LossFn, devices: list[torch.device]) -> "Evaluator":
+        """For a model, or for the copies of a model under ``DistributedDataParallel``."""
+        if isinstance(model, DistributedDataParallel):
+            return cls(model.module, loss_fn, devices, model.process_group)
+        return cls(model, loss_fn, devices)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of a tensor over the processes."""
+        if self.processes is not None:
+            x = x.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(x, group=self.processes)
+            x /= dist.get_world_size(self.processes)
+        return x
 
     def loss(self, name: str, batch: Any) -> Tensor:
-        """The scalar loss on a batch; a ValueError that names the batch if it is not one finite number."""
+        """The scalar loss on a batch; a ValueError that names the batch if it is not one finite number.
+
+        Its value is the mean over the processes, its graph that of this process: gradients need ``mean``, too.
+        """
         torch.clear_autocast_cache()  # autocast keeps copies of the weights, which do not follow them to θ′
         with same_random_numbers(self.devices):
             loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn returned {what} on {name}; it must return a tensor with one element")
-        if not torch.isfinite(loss).all():
+        loss = loss.reshape(())
+        if self.processes is not None:
+            loss = loss + (self.mean(loss.detach()) - loss.detach())
+        if not torch.isfinite(loss):
             raise ValueError(f"the loss on {name} is {loss.item()}; a meta-update needs finite losses")
-        return loss.reshape(())
+        return loss
 
     def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """The loss on a batch, detached, and its gradient by ``params``; zeros for those that it does not contain."""
         loss = self.loss(name, batch)
-        return loss.detach(), torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        return loss.detach(), [self.mean(x) for x in gradients]
+
+    def gradient_of_used(self, loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+        """The gradient of a loss by those of ``params`` that it contains, in any of the processes."""
+        if self.processes is None and not (params and loss.requires_grad):
+            return {}
+        found = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None] * len(params)
+        if self.processes is None:
+            return {p: x for p, x in zip(params, found, strict=True) if x is not None}
+        used = self.mean(torch.tensor([x is not None for x in found], dtype=torch.float32, device=loss.device))
+        pairs = [(p, torch.zeros_like(p) if x is None else x) for p, x in zip(params, found, strict=True)]
+        return {p: self.mean(x) for (p, x), share in zip(pairs, used.tolist(), strict=True) if share}
 
 
 def first_order_losses(

@@ -383,8 +383,11 @@ class MetaAdamW(torch.optim.AdamW):
         buffers, train/eval mode and random number generators, also when ``loss_fn`` raises. The losses are taken in the
         mode (train or eval) the model is in, under the same random numbers, so dropout does not blur the differences.
 
+        Under ``DistributedDataParallel`` every process calls this with batches of its own; losses and gradients are
+        means over the processes, so Φ stays the same in all of them.
+
         Args:
-            model: the model whose parameters this optimizer holds.
+            model: the model whose parameters this optimizer holds, or its ``DistributedDataParallel``.
             batch1, batch2: training batches B₁ and B₂.
             loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor.
             val_batch: validation batch, required unless the objective is "gradient".
@@ -399,11 +402,12 @@ class MetaAdamW(torch.optim.AdamW):
         if val_batch is None and objective != "gradient":
             raise ValueError(f"val_batch is None, but meta_objective={objective!r} needs a validation batch")
         params = [p for p in self._parameters() if p.requires_grad]
-        evaluate = Evaluator(model, loss_fn, [p.device for p in params])
+        evaluate = Evaluator.of(model, loss_fn, [p.device for p in params])
+        if double_backward and evaluate.processes is not None:
+            raise ValueError("double_backward is for checking, and does not work with several processes")
         with torch.enable_grad(), as_found(model, params) as theta:
             loss1 = evaluate.loss("batch1", batch1)
-            grads = torch.autograd.grad(loss1, params, allow_unused=True) if params and loss1.requires_grad else []
-            g = {p: x for p, x in zip(params, grads, strict=False) if x is not None}
+            g = evaluate.gradient_of_used(loss1, params)
             if not g:
                 raise ValueError("the loss on batch1 contains no parameter of this optimizer; is it the right model?")
             modulation = self.modulator(self._features(g))

@@ -14,7 +14,10 @@ CPU = torch.device("cpu")
 def test_contestants_take_turns():
     calls = []
     times = bench.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, 0, least=3)
-    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab", "two calls of each to warm up, then turns that rotate"
+    assert calls[:4] == ["a", "a", "b", "b"], "two calls of each to warm up"
+    rounds = [calls[i : i + 2] for i in range(4, 10, 2)]
+    assert all(sorted(turn) == ["a", "b"] for turn in rounds)
+    assert len({tuple(turn) for turn in rounds}) == 2, "in an order that changes"
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
 
 
@@ -60,6 +63,12 @@ def test_peak_memory_counts_what_is_held(model):
     peak = bench.peak_memory(made, meta=False)
     assert peak > 3.9 * parameters, "parameters, gradients, two moments"
     assert bench.peak_memory(bench.trainer(model, "ours", CPU), meta=True) > peak
+
+
+def test_the_parts_of_a_step(monkeypatch):
+    monkeypatch.setattr(bench, "STEPS", {"small": (lambda: bench.Perceptron(1000), 2, 4, 1.0)})
+    found = {row["part"]: row["seconds"] for row in bench.parts(CPU, 0)}
+    assert set(found) == {"statistics", "kernel", "Φ", "AdamW", "ours", "⟨g, m⟩ alone"}
 
 
 def test_a_folder_without_the_released_code_is_named(tmp_path, capsys):

@@ -1,0 +1,122 @@
+"""The recipes of the page "Using it" run as they stand, and do what the page says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from metaadamw_lite import MetaAdamW
+
+PAGE = (Path(__file__).resolve().parent.parent / "book" / "using.md").read_text(encoding="utf-8")
+SECTIONS = [section.split("\n", 1) for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]]
+RECIPES = {
+    title: found[1]
+    for title, text in SECTIONS
+    if (found := re.search(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+}
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)]
+    return nn.Sequential(*layers)
+
+
+def loss_fn(model, batch):
+    x, y = batch
+    return (model(x) - y).float().square().mean()
+
+
+@pytest.fixture
+def names(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 4, generator=generator)
+    samples = list(zip(x, x.sum(dim=1, keepdim=True), strict=True))
+    batches = list(DataLoader(samples, batch_size=8))
+    return {
+        "torch": torch,
+        "model": make_model(),
+        "other_model": nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)),
+        "loader": batches,
+        "val_loader": batches[:2],
+        "loss_fn": loss_fn,
+        "K_meta": 4,
+        "device": "cpu",
+        "backend": "aot_eager",  # traces as the default does, without a C++ compiler
+        "path": str(tmp_path / "saved"),
+        "samples": samples,
+    }
+
+
+@pytest.mark.parametrize("title", RECIPES)
+def test_the_recipe_runs_and_trains(title, names, recwarn):
+    if title in ("Lightning", "Hugging Face Accelerate"):
+        names["loader"] = DataLoader(names["samples"], batch_size=8)
+    before = loss_fn(make_model(), names["val_loader"][0]).item()
+    exec(compile(RECIPES[title], f"using.md, {title}", "exec"), names)
+    optimizer = names.get("optimizer")
+    if title == "Lightning":
+        optimizer = names["trainer"].optimizers[0]
+    assert isinstance(optimizer, MetaAdamW)
+    if title not in ("Stop and go on", "Φ by itself"):
+        assert loss_fn(names["model"], names["val_loader"][0]).item() < before
+        assert (optimizer.alpha != 1).any()
+        assert optimizer._t > 1
+    if "update_attention" in RECIPES[title]:
+        assert optimizer.huw.log_var.any(), "a meta-update was made"
+
+
+def test_every_recipe_has_its_code():
+    """All but the one that needs several processes, which ``test_distributed`` runs."""
+    assert {title for title, _ in SECTIONS} - set(RECIPES) == {"Several processes"}
+
+
+def test_a_scaler_skips_steps_that_do_not_count_and_unscales_before_the_statistics(names):
+    model, (batch, *_) = names["model"], names["loader"]
+    twin = make_model()
+    optimizer, plain = (MetaAdamW(m.named_parameters(), lr=1e-3) for m in (model, twin))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for k in range(4):
+        scaler.scale(loss_fn(model, batch)).backward()
+        if k == 2:
+            model[0].weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if k != 2:
+            loss_fn(twin, batch).backward()
+            plain.step()
+            plain.zero_grad()
+    assert optimizer._t == plain._t == 3
+    torch.testing.assert_close(optimizer.alpha, plain.alpha)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_phi_carries_over_to_another_model_but_embeddings_do_not(names):
+    first = MetaAdamW(names["model"].named_parameters())
+    other = MetaAdamW(names["other_model"].named_parameters(), seed=5)
+    other.modulator.load_state_dict(first.modulator.state_dict())
+    assert len(first.groups) != len(other.groups)
+    features = torch.randn(7, 6)
+    for a, b in zip(first.modulator(features), other.modulator(features), strict=True):
+        assert torch.equal(a, b)
+    enhanced = {"feature_version": "enhanced", "attn_heads": 7}
+    first = MetaAdamW(names["model"].named_parameters(), **enhanced)
+    other = MetaAdamW(names["other_model"].named_parameters(), **enhanced)
+    with pytest.raises(RuntimeError, match="embeddings"):
+        other.modulator.load_state_dict(first.modulator.state_dict())
+
+
+def test_loading_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "was run",))
+
+    torch.save({"optimizer": Evil()}, tmp_path / "bad")
+    with pytest.raises(Exception, match=r"weights_only|Unsupported"):
+        torch.load(tmp_path / "bad", weights_only=True)
+    assert not (tmp_path / "was run").exists()
