@@ -110,3 +110,19 @@ def test_building_with_a_parameter_that_no_notebook_has_fails(capsys):
     error = capsys.readouterr().err
     assert "profil" in error
     assert "profile" in error
+
+
+def test_every_promise_names_a_test_that_exists():
+    page = (ROOT / "book" / "promises.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_the_page_of_promises_counts_the_generated_cases():
+    from test_properties import CASES
+
+    page = (ROOT / "book" / "promises.md").read_text(encoding="utf-8")
+    assert sorted(int(n) for n in re.findall(r"\| (\d+) generated \|", page)) == sorted(CASES.values())
+    assert sum(CASES.values()) >= 2000
