@@ -179,6 +179,7 @@ class Memory:
         if kept is None or kept.layout != layout(theta, m, v):
             alike = m.dtype == v.dtype == theta.dtype and in_one_order(theta, m, v)
             if not (alike and theta.dtype in FULL and theta.numel()):
+                self._kept.pop(id(theta), None)
                 return None
             kept = self._kept[id(theta)] = Kept(theta, m, v)
         return kept
@@ -214,8 +215,8 @@ class Memory:
     def _move_in_blocks(self, bucket: Bucket, i: int, lr: float, weight_decay: float) -> bool:
         """Move the i-th tensor of a bucket, if it is large and lies in order; whether that was so."""
         theta, g, m, v, step = bucket.theta[i], bucket.g[i], bucket.m[i], bucket.v[i], bucket.step[i]
-        kept = self._of(theta, m, v)
-        if kept is None or not kept.is_large or g.dtype != theta.dtype or not kept.fits(g):
+        kept = self._kept.get(id(theta))  # ``statistics`` has just checked it
+        if kept is None or not kept.is_large or g.dtype != theta.dtype:
             return False
         squares: list[Squares] = []
         for t, x, y, w in zip(kept.blocks[0], torch.split(in_memory_order(g), BLOCK), *kept.blocks[1:], strict=True):

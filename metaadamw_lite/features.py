@@ -9,6 +9,7 @@ moments and parameters.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -129,9 +130,8 @@ def group_features(
         statistics: of these tensors, shape (n, 5); for "enhanced" (n, 7), with their sparsities.
         time: the value of the time column.
     """
-    index = torch.tensor(members, dtype=torch.long, device=statistics.device)
+    index, count = _membership(tuple(members), len(groups), statistics.dtype, statistics.device)
     zeros = statistics.new_zeros(len(groups), statistics.shape[1])
-    count = zeros[:, :1].index_add(0, index, torch.ones_like(statistics[:, :1])).clamp_min(1)
     mean = zeros.index_add(0, index, statistics) / count
     columns = [mean[:, :4]]
     if config.version == "enhanced" or config.version.endswith("basic_plus"):
@@ -150,6 +150,16 @@ def group_features(
     if config.include_time_step:
         columns.append(statistics.new_full((len(groups), 1), time))
     return torch.cat(columns, dim=1)
+
+
+@lru_cache(maxsize=16)
+def _membership(
+    members: tuple[int, ...], groups: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The group number of each tensor, (n,), and how many each group has, at least 1, (G, 1)."""
+    index = torch.tensor(members, dtype=torch.long)
+    count = torch.bincount(index, minlength=groups).clamp_min(1)
+    return index.to(device), count.to(device, dtype).unsqueeze(1)
 
 
 def standardised(columns: Tensor) -> Tensor:
