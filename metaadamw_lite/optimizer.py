@@ -233,6 +233,8 @@ class MetaAdamW(torch.optim.AdamW):
 
     # ---------------------------------------------------------------- the step
 
+    # In a compiled loop a step stays as it is: it calls kernels that are fused already.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step (Algorithm 1) and return the closure's loss, if there is a closure.
@@ -367,6 +369,7 @@ class MetaAdamW(torch.optim.AdamW):
 
     # ---------------------------------------------------------------- the meta-update
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update_attention(
         self,
         model: nn.Module,

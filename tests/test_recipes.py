@@ -96,6 +96,27 @@ def test_a_scaler_skips_steps_that_do_not_count_and_unscales_before_the_statisti
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("kernel", [{}, {"fused": True}, {"foreach": True}], ids=str)
+def test_a_compiled_training_step_is_the_plain_one(names, kernel):
+    models = [make_model(), make_model()]
+    optimizers = [MetaAdamW(m.named_parameters(), lr=0.01, **kernel) for m in models]
+
+    def training_step(model, optimizer, batch):
+        loss = loss_fn(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    compiled = torch.compile(training_step, backend="aot_eager")
+    for batch in names["loader"][:4]:
+        compiled(models[0], optimizers[0], batch)
+        training_step(models[1], optimizers[1], batch)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q)
+    assert optimizers[0]._t == 4
+
+
 def test_phi_carries_over_to_another_model_but_embeddings_do_not(names):
     first = MetaAdamW(names["model"].named_parameters())
     other = MetaAdamW(names["other_model"].named_parameters(), seed=5)
