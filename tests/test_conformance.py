@@ -1,6 +1,7 @@
 """MetaAdamW behaves as torch's optimizers do: the inputs that torch tests AdamW with, and the same invariants."""
 
 import copy
+import gc
 import inspect
 import math
 
@@ -279,21 +280,18 @@ def test_a_group_added_later_is_trained_and_forms_its_own_modulation_groups(batc
 
 
 def test_twenty_thousand_steps_do_not_grow_in_memory():
-    """Counted, not timed: what the optimizer keeps between steps is the same after 100 and after 20,000 of them."""
+    """Objects are counted: as many are alive after 20,000 steps as after 1,000."""
     model = nn.Linear(3, 2)
     optimizer = MetaAdamW(model.named_parameters(), attn_layers=1, fused=True)
 
-    def kept():
-        return (
-            len(optimizer.state),
-            len(optimizer._memory._kept),
-            len(torch.utils._pytree.tree_leaves(optimizer.state_dict())),
-        )
+    def alive():
+        gc.collect()
+        return len(gc.get_objects())
 
-    for step in range(20_000):
+    for step in range(1, 20_001):
         for p in model.parameters():
             p.grad = torch.full_like(p, math.sin(step))
         optimizer.step()
-        if step == 100:
-            early = kept()
-    assert kept() == early
+        if step == 1000:
+            early = alive()
+    assert alive() - early < 100
