@@ -13,9 +13,10 @@ READY := $(VENV)/ready
 book: $(READY)  ## every notebook executed, then the HTML book at _build/html/index.html
 	$(BIN)/python book/build.py
 
+# One notebook after the other: two kernels that start at the same moment may pick the same port, and one dies.
 test: $(READY)  ## unit tests (papermill runs included), then the notebooks against their stored outputs
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests
-	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -36,14 +36,20 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     """
     known = papermill.inspect_notebook(notebook)
     output.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        notebook,
-        output,
-        parameters={k: v for k, v in parameters.items() if k in known},
-        cwd=NOTEBOOKS,
-        kernel_name="python3",
-        progress_bar=False,
-    )
+    for attempts_left in (2, 1, 0):
+        try:
+            papermill.execute_notebook(
+                notebook,
+                output,
+                parameters={k: v for k, v in parameters.items() if k in known},
+                cwd=NOTEBOOKS,
+                kernel_name="python3",
+                progress_bar=False,
+            )
+            break
+        except RuntimeError as error:  # two kernels that start at the same moment may pick the same port
+            if "Kernel died before replying" not in str(error) or not attempts_left:
+                raise
     print(f"executed {notebook.name}", flush=True)
 
 

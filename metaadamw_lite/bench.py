@@ -33,8 +33,10 @@ from metaadamw_lite.experiments.task import Batch, Task
 from metaadamw_lite.fast import Bucket
 
 FORMAT = 1
-DEPTHS = (8, 32, 128)
-"""Layers of Φ for which the meta-update is timed."""
+DEPTHS = (8, 16, 32, 64, 128)
+"""Layers of Φ for which a step and a meta-update are timed."""
+SIZES = (10**5, 10**6, 10**7, 10**8)
+"""Parameters for which a step is timed."""
 
 
 @dataclass(frozen=True)
@@ -380,7 +382,7 @@ def epochs(device: torch.device, seconds: float) -> list[Row]:
 def growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """Seconds of a step by number of parameters (Φ 8×16), and of a meta-update by depth of Φ (ETTh1 model)."""
     points = []
-    for size in tqdm((10**5, 10**6, 10**7, 10**8), desc="growth"):
+    for size in tqdm(SIZES, desc="growth"):
         perceptron = Perceptron(size).to(device)
         give_gradients(perceptron)
         parameters = sum(p.numel() for p in perceptron.parameters())
@@ -390,7 +392,7 @@ def growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
     calls = {str(depth): trainer("etth1", "ours", device, attn_layers=depth).meta for depth in DEPTHS}
     for layers, times in in_turns(calls, device, 3 * seconds).items():
         points += [{"kind": "meta-update", "who": "ours", "layers": int(layers), "seconds": t} for t in times]
-    for depth in (8, 16, 32, 64, 128):
+    for depth in DEPTHS:
         model = task_model("etth1").to(device)
         give_gradients(model)
         made = optimizers(model, None, attn_layers=depth, attn_hidden_dim=64)

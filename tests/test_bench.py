@@ -71,6 +71,21 @@ def test_the_parts_of_a_step(monkeypatch):
     assert set(found) == {"statistics", "kernel", "Φ", "AdamW", "ours", "⟨g, m⟩ alone"}
 
 
+def test_the_command_prints_the_table_and_writes_the_record(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "STEPS", {"step, small": (lambda: bench.Perceptron(1000), 2, 4, 1.0)})
+    monkeypatch.setattr(bench, "TASKS", {"etth1": TASKS["etth1"]})
+    monkeypatch.setattr(bench, "DEPTHS", (1, 2))
+    monkeypatch.setattr(bench, "SIZES", (1000, 2000))
+    path = tmp_path / "bench" / "cpu.json"
+    assert bench.main(["--seconds", "0", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads(path.read_text())
+    for row in record["rows"]:
+        assert row["measure"] in printed
+    assert {point["kind"] for point in record["growth"]} == {"step", "meta-update", "step by depth"}
+    assert {part["measure"] for part in record["parts"]} == {"step, small"}
+
+
 def test_a_folder_without_the_released_code_is_named(tmp_path, capsys):
     assert bench.main(["--reference", str(tmp_path / "nowhere"), "--seconds", "0"]) == 1
     assert "nowhere has no experiments/meta_adamw.py" in capsys.readouterr().err
