@@ -227,7 +227,8 @@ class MetaAdamW(torch.optim.AdamW):
         weights = {"params": list(self.modulator.parameters()), "weight_decay": meta_weight_decay}
         variances = {"params": list(self.huw.parameters()) if self.huw else [], "weight_decay": 0.0}
         self._meta_optimizer_name = meta_optimizer
-        self._meta_optimizer = META_OPTIMIZERS[meta_optimizer]([weights, variances], lr=meta_lr)
+        # Φ may have over a thousand small tensors.
+        self._meta_optimizer = META_OPTIMIZERS[meta_optimizer]([weights, variances], lr=meta_lr, foreach=True)
         self.alpha = torch.ones(len(self.groups), device=self._phi_device, dtype=self._phi_dtype)
         self.beta = torch.ones_like(self.alpha)
 
@@ -462,7 +463,8 @@ class MetaAdamW(torch.optim.AdamW):
         grads: Sequence[Tensor | None] = [None] * len(phi)
         if total.requires_grad:  # not so for "gen_gap" without gates: nothing in it depends on Φ
             grads = torch.autograd.grad(total, phi, allow_unused=True)
-        if not all(torch.isfinite(x).all() for x in (total, *grads) if x is not None):
+        largest = torch._foreach_norm([x for x in (total.detach(), *grads) if x is not None], math.inf)
+        if not torch.isfinite(torch.stack(largest)).all():
             raise ValueError(f"the meta-loss is {total.item()} and its gradient is not finite; Φ is left as it was")
         for p, grad in zip(phi, grads, strict=True):
             p.grad = torch.zeros_like(p) if grad is None else grad
