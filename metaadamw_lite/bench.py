@@ -380,28 +380,32 @@ def epochs(device: torch.device, seconds: float) -> list[Row]:
 
 
 def growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Seconds of a step by number of parameters (Φ 8×16), and of a meta-update by depth of Φ (ETTh1 model)."""
-    points = []
+    """Seconds of a step by number of parameters (Φ 8×16), and of a step and a meta-update by depth of Φ (ETTh1 model).
+
+    Each point is a median with its quartiles.
+    """
+    points: list[dict[str, Any]] = []
+
+    def add(kind: str, who: str, times: Sequence[float], **at: int) -> None:
+        low, median, high = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
+        points.append({"kind": kind, "who": who, **at, "seconds": median, "low": low, "high": high})
+
     for size in tqdm(SIZES, desc="growth"):
         perceptron = Perceptron(size).to(device)
         give_gradients(perceptron)
         parameters = sum(p.numel() for p in perceptron.parameters())
         made = optimizers(perceptron, None, attn_layers=8, attn_hidden_dim=16)
         for who, times in in_turns({k: o.step for k, o in made.items()}, device, seconds).items():
-            points += [{"kind": "step", "who": who, "parameters": parameters, "seconds": t} for t in times]
+            add("step", who, times, parameters=parameters)
     calls = {str(depth): trainer("etth1", "ours", device, attn_layers=depth).meta for depth in DEPTHS}
     for layers, times in in_turns(calls, device, 3 * seconds).items():
-        points += [{"kind": "meta-update", "who": "ours", "layers": int(layers), "seconds": t} for t in times]
+        add("meta-update", "ours", times, layers=int(layers))
     for depth in DEPTHS:
         model = task_model("etth1").to(device)
         give_gradients(model)
         made = optimizers(model, None, attn_layers=depth, attn_hidden_dim=64)
-        times_of = in_turns({k: o.step for k, o in made.items()}, device, seconds)
-        points += [
-            {"kind": "step by depth", "who": who, "layers": depth, "seconds": t}
-            for who, times in times_of.items()
-            for t in times
-        ]
+        for who, times in in_turns({k: o.step for k, o in made.items()}, device, seconds).items():
+            add("step by depth", who, times, layers=depth)
     return points
 
 

@@ -143,7 +143,7 @@ class Memory:
     def statistics(self, buckets: Sequence[Bucket]) -> Tensor:
         """The statistics of the buckets' n tensors, in order: (n, 5).
 
-        On the CPU in float64; where the tensors are on a GPU, there in float32, without waiting for it.
+        In float64 on the CPU; where a tensor is on a GPU, there, without waiting for it.
         """
         states = [state for b in buckets for state in zip(b.theta, b.g, b.m, b.v, strict=True)]
         self._disordered.clear()

@@ -195,7 +195,6 @@ class MetaAdamW(torch.optim.AdamW):
         self._total_steps = total_steps
         self._t = 0
         self.groups: list[ModulationGroup] = []
-        self._forget()
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
         self._step_supports_amp_scaling = False
@@ -219,7 +218,7 @@ class MetaAdamW(torch.optim.AdamW):
                 gating=use_feature_gating,
             )
         self.modulator.to(reference.device, torch.float64 if double else torch.float32)
-        in_one_buffer(self.modulator)
+        self._forget()
         self.huw: PriorityHUW | None = None
         if meta_objective == "combined" and huw_priorities is not None:
             self.huw = PriorityHUW(("regression",) * 3, tuple(huw_priorities))
@@ -614,7 +613,7 @@ class MetaAdamW(torch.optim.AdamW):
         """
         self._plain = None
         self._memory = Memory()
-        if isinstance(getattr(self, "modulator", None), Modulator):
+        if isinstance(self.modulator, Modulator):
             in_one_buffer(self.modulator)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
