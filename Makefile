@@ -15,7 +15,7 @@ book: $(READY)  ## every notebook executed, then the HTML book at _build/html/in
 
 # One notebook after the other: two kernels that start at the same moment may pick the same port, and one dies.
 test: $(READY)  ## unit tests (papermill runs included), then the notebooks against their stored outputs
-	$(BIN)/python -m pytest -n 2 --dist loadscope tests
+	$(BIN)/python -m pytest -n 2 --dist loadscope --cov metaadamw_lite tests
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
 
 check: $(READY)  ## style and types

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from metaadamw_lite.features import TensorState, inner_products, tensor_statistics
+from metaadamw_lite.features import TensorState, inner_products
 from metaadamw_lite.modulator import LARGEST_FEATURE, Modulator
 
 BLOCK = 2**18
@@ -50,11 +50,15 @@ class Bucket(NamedTuple):
     Attributes:
         settings: the parameter group.
         k: number of the modulation group.
-        theta, g, m, v, step: parameters, gradients, moments and step counts; no step counts where nothing is to move.
+        params: the parameters.
+        theta, g, m, v: this process's parts of parameters, gradients and moments: all of them, unless the parameters
+            are sharded.
+        step: step counts; none where nothing is to move.
     """
 
     settings: dict[str, Any]
     k: int
+    params: list[Tensor]
     theta: list[Tensor]
     g: list[Tensor]
     m: list[Tensor]
@@ -63,7 +67,7 @@ class Bucket(NamedTuple):
 
     def keep(self, indices: Sequence[int]) -> "Bucket":
         """The bucket with some of its tensors."""
-        columns = (self.theta, self.g, self.m, self.v, self.step)
+        columns = (self.params, self.theta, self.g, self.m, self.v, self.step)
         return Bucket(self.settings, self.k, *([column[i] for i in indices] for column in columns))
 
 
@@ -134,14 +138,14 @@ def in_memory_order(x: Tensor) -> Tensor:
 
 
 class Memory:
-    """``features.tensor_statistics`` of many tensors and torch's fused kernel, with as little reading as possible."""
+    """``features.inner_products`` of many tensors and torch's fused kernel, with as little reading as possible."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Kept] = {}
         self._disordered: set[int] = set()
 
-    def statistics(self, buckets: Sequence[Bucket]) -> Tensor:
-        """The statistics of the buckets' n tensors, in order: (n, 5).
+    def inner_products(self, buckets: Sequence[Bucket]) -> Tensor:
+        """The inner products of the buckets' n tensors, in order: (n, 5).
 
         In float64 on the CPU; where a tensor is on a GPU, there, without waiting for it.
         """
@@ -150,7 +154,7 @@ class Memory:
         if any(theta.device.type != "cpu" for theta, *_ in states):
             on_host = [state for state in states if state[0].device.type == "cpu"]
             self._disordered.update(id(state[0]) for state in on_host if not in_one_order(*state))
-            return _statistics_on_device(states)
+            return _inner_products_on_device(states)
         with np.errstate(over="ignore", invalid="ignore"):
             rows = [self._products(*state) for state in states]
         products = np.array(rows, dtype=np.float64).reshape(len(rows), 5)
@@ -159,7 +163,7 @@ class Memory:
             state = TensorState(*states[i])
             if products[i].max() > LARGE or (state.g.any() and state.m.any()) or state.v.any():
                 products[i] = inner_products(state)
-        return tensor_statistics(torch.from_numpy(products))
+        return torch.from_numpy(products)
 
     def _products(self, theta: Tensor, g: Tensor, m: Tensor, v: Tensor) -> Products:
         kept = self._of(theta, m, v)
@@ -187,8 +191,8 @@ class Memory:
     def fused_adamw(self, buckets: Sequence[Bucket], factors: Sequence[tuple[float, float]]) -> None:
         """One step of torch's fused kernel for tensors on the CPU, on large ones block by block.
 
-        What it leaves in a block is measured while it is in the cache. Tensors that ``statistics`` has just found to
-        lie in different orders, or with gaps, are left to torch's plain loop: its fused CPU kernel takes elements as
+        What it leaves in a block is measured while it is in the cache. Tensors that ``inner_products`` has just found
+        to lie in different orders, or with gaps, are left to torch's plain loop: its fused CPU kernel takes elements as
         they come in memory and gives wrong results then, without a warning (seen in torch 2.15).
 
         Args:
@@ -215,15 +219,16 @@ class Memory:
     def _move_in_blocks(self, bucket: Bucket, i: int, lr: float, weight_decay: float) -> bool:
         """Move the i-th tensor of a bucket, if it is large and lies in order; whether that was so."""
         theta, g, m, v, step = bucket.theta[i], bucket.g[i], bucket.m[i], bucket.v[i], bucket.step[i]
-        kept = self._kept.get(id(theta))  # ``statistics`` has just checked it
+        kept = self._kept.get(id(theta))  # ``inner_products`` has just checked it
         if kept is None or not kept.is_large or g.dtype != theta.dtype:
             return False
         squares: list[Squares] = []
         for t, x, y, w in zip(kept.blocks[0], torch.split(in_memory_order(g), BLOCK), *kept.blocks[1:], strict=True):
             fused_adamw(bucket._replace(theta=[t], g=[x], m=[y], v=[w], step=[step]), lr, weight_decay)
             squares.append((torch.dot(y, y).item(), torch.dot(w, w).item()))
-        mm, vv = zip(*squares, strict=True)
-        kept.carry((sum(mm), sum(vv)), m, v)
+        if bucket.params[i] is theta:  # writes to a sharded moment are not counted by its parts
+            mm, vv = zip(*squares, strict=True)
+            kept.carry((sum(mm), sum(vv)), m, v)
         return True
 
 
@@ -283,11 +288,11 @@ def _in_blocks(g: Sequence[Tensor], kept: Kept, carried: Squares | None) -> Prod
     return gg, gm, mm, sum([torch.dot(x, x).item() for x in theta]), vv
 
 
-def _statistics_on_device(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
-    """The statistics without waiting for the device, norms in float64 where it has that.
+def _inner_products_on_device(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Tensor:
+    """The inner products, (n, 5), without waiting for the device; squared norms in float64 where it has that.
 
-    The inner product is taken in the precision of the parameters, so the cosine is not to be relied on where ‖g‖ or ‖m‖
-    is below 1e-19 or above 1e19.
+    ⟨g, m⟩ is taken in the precision of the parameters, so the cosine is not to be relied on where ‖g‖ or ‖m‖ is below
+    1e-19 or above 1e19.
     """
     device = states[0][0].device
     thetas, gs, ms, vs = ([x.detach() for x in column] for column in zip(*states, strict=True))
@@ -296,11 +301,10 @@ def _statistics_on_device(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]
     def column(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([x.to(device, dtype) for x in values])
 
-    norms = [column(torch._foreach_norm(tensors, dtype=dtype)) for tensors in (gs, ms, thetas, vs)]
+    gg, mm, tt, vv = (column(torch._foreach_norm(tensors, dtype=dtype)).square() for tensors in (gs, ms, thetas, vs))
     wide = [torch.promote_types(x.dtype, torch.float32) for x in gs]
-    dots = column([torch.dot(x.to(d).flatten(), y.to(d).flatten()) for x, y, d in zip(gs, ms, wide, strict=True)])
-    cosine = (dots / (norms[0] * norms[1]).clamp_min(torch.finfo(dtype).tiny)).nan_to_num().clamp(-1, 1)
-    return torch.stack([*norms[:3], cosine, norms[3]], dim=1)
+    gm = column([torch.dot(x.to(d).flatten(), y.to(d).flatten()) for x, y, d in zip(gs, ms, wide, strict=True)])
+    return torch.stack([gg, gm, mm, tt, vv], dim=1)
 
 
 def in_one_buffer(module: nn.Module) -> Tensor:

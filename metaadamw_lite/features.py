@@ -106,16 +106,16 @@ def tensor_statistics(products: Tensor) -> Tensor:
     """
     gg, gm, mm, tt, vv = products.unbind(dim=1)
     norm_g, norm_m = gg.sqrt(), mm.sqrt()
-    cosine = gm / (norm_g * norm_m).clamp_min(torch.finfo(products.dtype).tiny)
+    cosine = (gm / (norm_g * norm_m).clamp_min(torch.finfo(products.dtype).tiny)).clamp(-1, 1)
     return torch.stack([norm_g, norm_m, tt.sqrt(), cosine, vv.sqrt()], dim=1)
 
 
-def sparsities(g: Sequence[Tensor], m: Sequence[Tensor]) -> Tensor:
-    """The share of zeros in each gradient and in each first moment, (n, 2); two columns of "enhanced"."""
-    shares = [[(x == 0).double().mean() for x in tensors] for tensors in (g, m)]
-    return (
-        torch.tensor(shares, dtype=torch.float64).T if not g else torch.stack([torch.stack(s) for s in shares], dim=1)
-    )
+def zero_counts(g: Sequence[Tensor], m: Sequence[Tensor]) -> Tensor:
+    """How many numbers of each gradient and of each first moment are zero, (n, 2); for two columns of "enhanced"."""
+    counts = [[(x == 0).sum() for x in tensors] for tensors in (g, m)]
+    if not g:
+        return torch.zeros(0, 2, dtype=torch.float64)
+    return torch.stack([torch.stack(count) for count in counts], dim=1).double()
 
 
 def group_features(
@@ -127,7 +127,7 @@ def group_features(
         config: which columns.
         groups: the G modulation groups.
         members: the group number of each of the n tensors that have a gradient.
-        statistics: of these tensors, shape (n, 5); for "enhanced" (n, 7), with their sparsities.
+        statistics: of these tensors, shape (n, 5); for "enhanced" (n, 7), with the shares of zeros in g and in m.
         time: the value of the time column.
     """
     index, count = _membership(tuple(members), len(groups), statistics.dtype, statistics.device)

@@ -28,6 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
 from metaadamw_lite.modulator import Modulation
+from metaadamw_lite.sharding import (
+    is_sharded,
+    local,
+    local_gradient,
+    processes_of,
+    refuse_flat_parameters,
+    reshard,
+    sum_over_shards,
+)
 
 OBJECTIVES = ("combined", "gradient", "loss_decrease", "gen_gap")
 
@@ -51,7 +60,11 @@ class MetaLosses(NamedTuple):
 
 
 def gradient_alignment(
-    modulation: Modulation, groups: Sequence[int], g: Sequence[Tensor], g_prime: Sequence[Tensor]
+    modulation: Modulation,
+    groups: Sequence[int],
+    g: Sequence[Tensor],
+    g_prime: Sequence[Tensor],
+    params: Sequence[Tensor] = (),
 ) -> Tensor:
     """L_grad of Eq. 10, a scalar: (1/G) Σ_g (λ₁‖g′_g‖² − λ₂ cos(g_g, g′_g)).
 
@@ -60,25 +73,21 @@ def gradient_alignment(
         groups: the group number of each tensor.
         g: gradients on B₁ at θ, one tensor each.
         g_prime: gradients on B₂ at θ′, of the same shapes.
+        params: the parameters; needed where they are sharded, and g and g_prime are this process's parts.
 
     A group's gradient is that of all its tensors laid end to end. The cosine with a zero gradient is 0, and so is its
     derivative.
     """
-    count = len(modulation.lambda1)
     like = modulation.lambda1
-    terms = []
-    for k in range(count):
-        members = [i for i, group in enumerate(groups) if group == k]
-        if not members:
-            continue
-        square = torch.stack([g_prime[i].square().sum().to(like) for i in members]).sum()
-        norm_g = torch.stack([g[i].square().sum().to(like) for i in members]).sum().sqrt()
-        dot = torch.stack([(g[i] * g_prime[i]).sum().to(like) for i in members]).sum()
-        # The clamp stands inside the root, whose slope at zero is infinite.
-        norms = norm_g * square.clamp_min(torch.finfo(like.dtype).tiny).sqrt()
-        cosine = dot / norms.clamp_min(torch.finfo(like.dtype).tiny)
-        terms.append(modulation.lambda1[k] * square - modulation.lambda2[k] * cosine)
-    return torch.stack(terms).sum() / count
+    rows = [torch.stack([(x * x).sum(), (x * y).sum(), (y * y).sum()]) for x, y in zip(g, g_prime, strict=True)]
+    sums = sum_over_shards(torch.stack([row.to(like) for row in rows]), params)
+    index = torch.tensor(groups, device=like.device)
+    square_g, dot, square = like.new_zeros(len(like), 3).index_add(0, index, sums).unbind(dim=1)
+    # The clamp stands inside the root, whose slope at zero is infinite.
+    tiny = torch.finfo(like.dtype).tiny
+    norms = square_g.sqrt() * square.clamp_min(tiny).sqrt()
+    cosine = dot / norms.clamp_min(tiny)
+    return (modulation.lambda1 * square - modulation.lambda2 * cosine).mean()
 
 
 @dataclass
@@ -86,7 +95,8 @@ class HypotheticalStep:
     """One MetaAdamW step from θ that is looked at and not kept: θ′ = θ − ηα_g(u + β_gλθ) (Algorithm 2, lines 12 to 17).
 
     Attributes:
-        params: the live parameter tensors that have a gradient on B₁.
+        params: the live parameters that have a gradient on B₁. Where they are sharded, the lists below hold this
+            process's parts.
         theta: copies of their values θ.
         g: their gradients on B₁.
         u: AdamW's direction m̂′/(√v̂′ + ε), in which m′ and v′ include g (line 14).
@@ -111,13 +121,12 @@ class HypotheticalStep:
 
     def pull_back(self, vector: Iterable[Tensor], alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """From ∂L/∂θ′ to (dL/dα, dL/dβ), each (G,): the inner products with ∂θ′/∂α_g and ∂θ′/∂β_g."""
+        rows = [torch.stack([(x * u).sum(), (x * t).sum()]) for x, u, t in zip(vector, self.u, self.theta, strict=True)]
+        along_u, along_theta = sum_over_shards(torch.stack([row.to(alpha) for row in rows]), self.params).unbind(dim=1)
         d_alpha, d_beta = torch.zeros_like(alpha), torch.zeros_like(beta)
-        for x, theta, u, lr, wd, k in zip(
-            vector, self.theta, self.u, self.lr, self.weight_decay, self.groups, strict=True
-        ):
-            along_u, along_theta = (x * u).sum().to(alpha), (x * theta).sum().to(alpha)
-            d_alpha[k] -= lr * (along_u + beta[k] * wd * along_theta)
-            d_beta[k] -= lr * alpha[k] * wd * along_theta
+        for i, (lr, wd, k) in enumerate(zip(self.lr, self.weight_decay, self.groups, strict=True)):
+            d_alpha[k] -= lr * (along_u[i] + beta[k] * wd * along_theta[i])
+            d_beta[k] -= lr * alpha[k] * wd * along_theta[i]
         return d_alpha, d_beta
 
 
@@ -129,34 +138,39 @@ class Evaluator:
         model, loss_fn: what is evaluated. Of ``DistributedDataParallel`` it is the model inside, since its reducer
             takes gradients from ``.grad`` only.
         devices: whose random number generators to put back.
-        processes: those that train copies of the model, each with batches of its own: losses and gradients are means
-            over them, as if the batches had been joined. None for a single process.
+        processes: groups of processes that train together, each with batches of its own: losses and gradients are means
+            over them, as if the batches had been joined. Empty for a single process.
+        sharded: whether each process holds only parts of the parameters.
     """
 
     model: nn.Module
     loss_fn: LossFn
     devices: list[torch.device]
-    processes: "dist.ProcessGroup | None" = None
+    processes: Sequence["dist.ProcessGroup"] = ()
+    sharded: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, loss_fn: LossFn, devices: list[torch.device]) -> "Evaluator":
-        """For a model, or for the copies of a model under ``DistributedDataParallel``."""
+    def of(cls, model: nn.Module, loss_fn: LossFn, params: Sequence[Tensor]) -> "Evaluator":
+        """For a model, for its copies under ``DistributedDataParallel``, or for a model sharded by ``fully_shard``."""
+        refuse_flat_parameters(params, model)
+        devices = [p.device for p in params]
         if isinstance(model, DistributedDataParallel):
-            return cls(model.module, loss_fn, devices, model.process_group)
-        return cls(model, loss_fn, devices)
+            return cls(model.module, loss_fn, devices, [model.process_group])
+        sharded = any(is_sharded(p) for p in params)
+        return cls(model, loss_fn, devices, processes_of(params), sharded)
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of a tensor over the processes."""
-        if self.processes is not None:
+        for group in self.processes:
             x = x.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(x, group=self.processes)
-            x /= dist.get_world_size(self.processes)
+            dist.all_reduce(x, group=group)
+            x /= dist.get_world_size(group)
         return x
 
     def loss(self, name: str, batch: Any) -> Tensor:
         """The scalar loss on a batch; a ValueError that names the batch if it is not one finite number.
 
-        Its value is the mean over the processes, its graph that of this process: gradients need ``mean``, too.
+        Its value is the mean over the processes, its graph that of this process.
         """
         torch.clear_autocast_cache()  # autocast keeps copies of the weights, which do not follow them to θ′
         with same_random_numbers(self.devices):
@@ -165,28 +179,50 @@ class Evaluator:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn returned {what} on {name}; it must return a tensor with one element")
         loss = loss.reshape(())
-        if self.processes is not None:
+        if self.processes:
             loss = loss + (self.mean(loss.detach()) - loss.detach())
         if not torch.isfinite(loss):
             raise ValueError(f"the loss on {name} is {loss.item()}; a meta-update needs finite losses")
         return loss
 
+    def value(self, name: str, batch: Any) -> Tensor:
+        """The loss on a batch, detached."""
+        loss = self.loss(name, batch).detach()
+        if self.sharded:
+            reshard(self.model)
+        return loss
+
     def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """The loss on a batch, detached, and its gradient by ``params``; zeros for those that it does not contain."""
         loss = self.loss(name, batch)
-        gradients = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-        return loss.detach(), [self.mean(x) for x in gradients]
+        pairs = zip(params, self._backward(loss, params), strict=True)
+        return loss.detach(), [self._joined(torch.zeros_like(local(p)) if x is None else x) for p, x in pairs]
 
     def gradient_of_used(self, loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """The gradient of a loss by those of ``params`` that it contains, in any of the processes."""
-        if self.processes is None and not (params and loss.requires_grad):
-            return {}
-        found = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None] * len(params)
-        if self.processes is None:
-            return {p: x for p, x in zip(params, found, strict=True) if x is not None}
-        used = self.mean(torch.tensor([x is not None for x in found], dtype=torch.float32, device=loss.device))
-        pairs = [(p, torch.zeros_like(p) if x is None else x) for p, x in zip(params, found, strict=True)]
-        return {p: self.mean(x) for (p, x), share in zip(pairs, used.tolist(), strict=True) if share}
+        found = self._backward(loss, params)
+        used = torch.tensor([x is not None for x in found], dtype=torch.float32, device=loss.device)
+        pairs = [
+            (p, torch.zeros_like(local(p)) if x is None else x)
+            for p, x, share in zip(params, found, self.mean(used).tolist(), strict=True)
+            if share
+        ]
+        return {p: self._joined(x) for p, x in pairs}
+
+    def _backward(self, loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The gradient of the loss in this process; the mean of all where the model is sharded, part by part."""
+        if not (params and loss.requires_grad):
+            return [None] * len(params)
+        if not self.sharded:
+            return torch.autograd.grad(loss, params, allow_unused=True)
+        torch.autograd.backward(loss)  # FSDP joins the gradients in hooks that only this calls
+        found = [None if p.grad is None else local_gradient(p.grad, p) for p in params]
+        for p in (*self.model.parameters(), *params):
+            p.grad = None
+        return found
+
+    def _joined(self, x: Tensor) -> Tensor:
+        return x if self.sharded else self.mean(x)
 
 
 def first_order_losses(
@@ -200,7 +236,7 @@ def first_order_losses(
     """
     alpha, beta = modulation.alpha.detach(), modulation.beta.detach()
     with torch.no_grad():
-        _write(step.params, step.theta_prime(alpha, beta))
+        _write([local(p) for p in step.params], step.theta_prime(alpha, beta))
 
     def through_the_step(value: Tensor, vector: Iterable[Tensor]) -> Tensor:
         """``value``, with the derivatives by α and β that ∂L/∂θ′ = ``vector`` implies."""
@@ -214,12 +250,12 @@ def first_order_losses(
         _, g_prime = evaluate.gradient("batch2", batch2, step.params)
         # g′ is cut off here, because its dependence on Φ is what H₂r stands for; λ₁ and λ₂ stay connected.
         leaves = [g.detach().requires_grad_() for g in g_prime]
-        value = gradient_alignment(modulation, step.groups, step.g, leaves)
+        value = gradient_alignment(modulation, step.groups, step.g, leaves, step.params)
         r = torch.autograd.grad(value, leaves, retain_graph=True)
         with torch.no_grad():
             delta = _difference_step(step.params, r)
             for p, x in zip(step.params, r, strict=True):
-                p.add_(delta * x)
+                local(p).add_(delta * x)
         del r  # as large as the model
         _, moved = evaluate.gradient("batch2", batch2, step.params)
         l_grad = through_the_step(value, ((a - b) / delta for a, b in zip(moved, g_prime, strict=True)))
@@ -260,8 +296,11 @@ def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
     """δ of a forward difference: √(machine ε)·(1 + ‖θ‖)/‖r‖ balances rounding against curvature."""
     precision = max(torch.finfo(p.dtype).eps for p in at)
-    norm_at = torch.stack([torch.linalg.vector_norm(p).double().cpu() for p in at]).norm().item()
-    norm_r = torch.stack([torch.linalg.vector_norm(x).double().cpu() for x in direction]).norm().item()
+    pairs = [
+        (torch.linalg.vector_norm(local(p)), torch.linalg.vector_norm(x)) for p, x in zip(at, direction, strict=True)
+    ]
+    norms = torch.stack([torch.stack(pair).double().cpu() for pair in pairs])
+    norm_at, norm_r = sum_over_shards(norms.square(), at).sum(dim=0).sqrt().tolist()
     return float(precision**0.5 * (1 + norm_at) / max(norm_r, 1e-30))
 
 
@@ -295,9 +334,10 @@ def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[list[Tensor
     Inside the block every ``.grad`` is None, so that nothing can be added to the gradients of the caller.
 
     Yields:
-        Copies of the values of ``params``.
+        Copies of the values of ``params``; where they are sharded, of this process's parts.
     """
-    theta = [p.detach().clone() for p in params]
+    parts = [local(p) for p in params]
+    theta = [part.detach().clone() for part in parts]
     grads = {p: p.grad for p in (*model.parameters(), *params)}
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -315,8 +355,9 @@ def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[list[Tensor
             p.grad = grad
         for module, training in modes:
             module.training = training
+        reshard(model)
         with torch.no_grad():
-            _write(params, theta)
+            _write(parts, theta)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 if value is not None:

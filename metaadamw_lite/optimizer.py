@@ -27,7 +27,7 @@ from metaadamw_lite.checks import (
     check_seed,
 )
 from metaadamw_lite.fast import FULL, Bucket, Memory, PlainModulator, fused_adamw, in_one_buffer, torch_adamw
-from metaadamw_lite.features import FeatureConfig, group_features, sparsities, time_feature
+from metaadamw_lite.features import FeatureConfig, group_features, tensor_statistics, time_feature, zero_counts
 from metaadamw_lite.groups import (
     ModulationGroup,
     Place,
@@ -49,6 +49,7 @@ from metaadamw_lite.meta import (
     first_order_losses,
 )
 from metaadamw_lite.modulator import Modulator
+from metaadamw_lite.sharding import is_sharded, local, local_gradient, refuse_flat_parameters, sum_over_shards
 
 GROUP_STRATEGIES = ("fine_grained", "original")
 META_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
@@ -73,6 +74,7 @@ _OWN_ATTRIBUTES = (
     "_meta_optimizer_name",
     "_meta_optimizer",
     "_buckets",
+    "_sharded",
 )
 
 
@@ -201,6 +203,7 @@ class MetaAdamW(torch.optim.AdamW):
         reference = next(self._parameters(), None)
         if reference is None:
             raise ValueError("the parameter groups are all empty; at least one parameter is needed")
+        refuse_flat_parameters(self._parameters(), found)
         self._regroup()
 
         double = all(p.dtype == torch.float64 for p in self._parameters())
@@ -282,17 +285,20 @@ class MetaAdamW(torch.optim.AdamW):
         """
         buckets = []
         for index, k, params in self._buckets:
-            bucket = Bucket(self.param_groups[index], k, [], [], [], [], [])
+            used: list[Tensor] = []
+            bucket = Bucket(self.param_groups[index], k, used, [] if self._sharded else used, [], [], [], [])
             for p in params:
                 grad = p.grad if gradients is None else gradients.get(p)
                 if grad is not None:
-                    bucket.theta.append(p)
-                    bucket.g.append(grad)
-            if bucket.theta:
+                    bucket.params.append(p)
+                    bucket.g.append(local_gradient(grad, p) if self._sharded else grad)
+            if bucket.params:
                 buckets.append(bucket)
         _refuse_sparse(buckets)
         for bucket in buckets:
-            for p in bucket.theta:
+            if self._sharded:
+                bucket.theta.extend(local(p) for p in bucket.params)
+            for p in bucket.params:
                 if gradients is None:
                     state = self._state_of(p, fused=bool(bucket.settings["fused"]))
                     bucket.step.append(state["step"])
@@ -351,21 +357,31 @@ class MetaAdamW(torch.optim.AdamW):
         return self._group_features(self._gather(gradients)).to(self._phi_device, self._phi_dtype)
 
     def _group_features(self, buckets: Sequence[Bucket]) -> Tensor:
-        members = [bucket.k for bucket in buckets for _ in bucket.theta]
-        measured = self._memory.statistics(buckets)
-        if self._feature_config.version == "enhanced":
-            zeros = sparsities([x for b in buckets for x in b.g], [x for b in buckets for x in b.m])
-            measured = torch.cat([measured, zeros.to(measured)], dim=1)
+        params = [p for bucket in buckets for p in bucket.params]
+        members = [bucket.k for bucket in buckets for _ in bucket.params]
+        sums = self._memory.inner_products(buckets)
+        enhanced = self._feature_config.version == "enhanced"
+        if enhanced:
+            zeros = zero_counts([x for b in buckets for x in b.g], [x for b in buckets for x in b.m])
+            sums = torch.cat([sums, zeros.to(sums)], dim=1)
+        if self._sharded:
+            sums = sum_over_shards(sums, params)
+        measured = tensor_statistics(sums[:, :5])
+        if enhanced:
+            sizes = sums.new_tensor([p.numel() for p in params]).unsqueeze(1)
+            measured = torch.cat([measured, sums[:, 5:] / sizes], dim=1)
         time = time_feature(self._t, self._total_steps)
         return group_features(self._feature_config, self.groups, members, measured, time)
 
     def _moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """m and v of a parameter; zeros (that take no memory) before its first step."""
+        """This process's part of m and v of a parameter; zeros (that take no memory) before its first step."""
         state = self.state.get(p)
         if not state:
-            zero = p.new_zeros(()).expand_as(p)
+            part = local(p)
+            zero = part.new_zeros(()).expand_as(part)
             return zero, zero
-        return state["exp_avg"], state["exp_avg_sq"]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        return (local(m), local(v)) if self._sharded else (m, v)
 
     # ---------------------------------------------------------------- the meta-update
 
@@ -386,8 +402,9 @@ class MetaAdamW(torch.optim.AdamW):
         buffers, train/eval mode and random number generators, also when ``loss_fn`` raises. The losses are taken in the
         mode (train or eval) the model is in, under the same random numbers, so dropout does not blur the differences.
 
-        Under ``DistributedDataParallel`` every process calls this with batches of its own; losses and gradients are
-        means over the processes, so Φ stays the same in all of them.
+        Under ``DistributedDataParallel`` and ``fully_shard`` every process calls this with batches of its own; losses
+        and gradients are means over the processes, so Φ stays the same in all of them. Under ``fully_shard`` call it
+        where a step has just been made, not while gradients are being accumulated.
 
         Args:
             model: the model whose parameters this optimizer holds, or its ``DistributedDataParallel``.
@@ -405,8 +422,8 @@ class MetaAdamW(torch.optim.AdamW):
         if val_batch is None and objective != "gradient":
             raise ValueError(f"val_batch is None, but meta_objective={objective!r} needs a validation batch")
         params = [p for p in self._parameters() if p.requires_grad]
-        evaluate = Evaluator.of(model, loss_fn, [p.device for p in params])
-        if double_backward and evaluate.processes is not None:
+        evaluate = Evaluator.of(model, loss_fn, params)
+        if double_backward and evaluate.processes:
             raise ValueError("double_backward is for checking, and does not work with several processes")
         with torch.enable_grad(), as_found(model, params) as theta:
             loss1 = evaluate.loss("batch1", batch1)
@@ -418,7 +435,7 @@ class MetaAdamW(torch.optim.AdamW):
             l_loss = l_gap = None
             if objective != "gradient":
                 # Not under no_grad: some modules take another path there, and the difference would show it.
-                val_at_theta = evaluate.loss("val_batch", val_batch).detach()
+                val_at_theta = evaluate.value("val_batch", val_batch)
             if objective in ("gen_gap", "combined"):
                 l_gap = (loss1.detach() - val_at_theta).abs()  # Eq. 12 contains no θ′, so it cannot move Φ
             route = double_backward_losses if double_backward else first_order_losses
@@ -526,6 +543,7 @@ class MetaAdamW(torch.optim.AdamW):
         else:
             self.groups = native_groups(params, names)
         number = {p: k for k, group in enumerate(self.groups) for p in group.params}
+        self._sharded = any(is_sharded(p) for p in self._parameters())
         buckets: dict[tuple[int, int, torch.device, torch.dtype], list[Tensor]] = {}
         for index, ps in enumerate(params):
             for p in ps:  # a fused kernel takes tensors of one device and type
@@ -572,6 +590,9 @@ class MetaAdamW(torch.optim.AdamW):
         meta = state_dict.get("meta")
         if meta is None:
             raise ValueError("the state has no entry 'meta': it was not saved by MetaAdamW")
+        if isinstance(meta.get("meta_optimizer"), dict):  # the first revisions did not save the name beside the state
+            mine_is = self._meta_optimizer_name
+            meta = {**meta, "meta_optimizer": mine_is, "meta_optimizer_state": meta["meta_optimizer"]}
         expected = self.state_dict()["meta"].keys()
         if lacking := sorted(expected - meta.keys()):
             raise ValueError(f"the state's entry 'meta' lacks {', '.join(lacking)}")
@@ -631,7 +652,7 @@ class MetaAdamW(torch.optim.AdamW):
 
 def _refuse_sparse(buckets: Sequence[Bucket]) -> None:
     for bucket in buckets:
-        for p, grad in zip(bucket.theta, bucket.g, strict=True):
+        for p, grad in zip(bucket.params, bucket.g, strict=True):
             if grad.is_sparse:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient; MetaAdamW, like AdamW, needs dense "

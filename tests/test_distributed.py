@@ -1,4 +1,4 @@
-"""More than one process: each rank keeps the same Φ, and two ranks do what one does on the joined batch."""
+"""More than one process: two do what one does on the joined batches, however the model is spread over them."""
 
 import json
 import subprocess
@@ -6,20 +6,91 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from conftest import cross_entropy, tiny, train
+
+from metaadamw_lite import MetaAdamW
 
 HERE = Path(__file__).resolve().parent
+WAYS = ("ddp", "fsdp", "tp")
+VERSIONS = ("basic", "enhanced", "norm_basic_plus", "foreach", "gen_gap", "loss_decrease")
+has_gloo = dist.is_available() and dist.is_gloo_available()
+needs_gloo = pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
-def test_two_processes_are_one_on_the_joined_batch():
+def two_processes(ways, device):
+    """What two processes found: ``two_processes.py`` says what that is."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(HERE / "two_processes.py")], capture_output=True, text=True, timeout=300)
+    command += [str(HERE / "two_processes.py"), ",".join(ways), device]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found["trained"] > 0.1
-    assert found["parameters"] < 1e-9
-    assert found["phi"] < 1e-6, "the Hessian-vector product is a difference of two gradients"
-    assert found["totals"] < 1e-6
-    assert found["ranks"] == 0.0, "bit for bit the same on every rank"
-    assert "the loss on batch1 is nan" in found["refused"], "on every rank, although one batch alone is bad"
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found():
+    return two_processes(WAYS, "cpu")
+
+
+@needs_gloo
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_are_one_on_the_joined_batch(found, way, version):
+    run = found[f"{way} {version}"]
+    assert run["trained"] > 0.1
+    assert run["parameters"] < 1e-8
+    assert run["alpha"] < 1e-7, "of the last step"
+    assert run["phi"] < 1e-6, "the Hessian-vector product is a difference of two gradients"
+    assert run["totals"] < 1e-6
+    assert run["ranks"] == 0.0, "bit for bit the same on every rank"
+
+
+@needs_gloo
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bad_batch_of_one_process_is_refused_by_all(found, way):
+    run = found[f"{way} basic"]
+    assert "the loss on batch1 is nan" in run["refused"]
+    assert run["moved by the refused"] == 0.0
+
+
+@needs_gloo
+@pytest.mark.parametrize("way", WAYS)
+def test_several_processes_resume_with_the_same_bits(found, way):
+    assert found[f"{way} basic"]["resumed"] == 0.0
+
+
+@needs_gloo
+@pytest.mark.parametrize("version", VERSIONS)
+def test_statistics_of_shards_are_added_up_in_one_message(found, version):
+    assert found[f"fsdp {version}"]["messages of a step"] == 1
+    assert found[f"ddp {version}"]["messages of a step"] == 0
+
+
+@needs_gloo
+def test_the_first_fsdp_is_refused(found):
+    assert "fully_shard" in found["refusals"]["constructor"]
+    assert "fully_shard" in found["refusals"]["update"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one_on_the_joined_batch():
+    runs = two_processes(("ddp", "fsdp"), "cuda")
+    del runs["refusals"]
+    assert max(run["parameters"] for run in runs.values()) < 1e-8
+    assert max(run["ranks"] for run in runs.values()) == 0.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_gpu_does_what_the_cpu_does(batches, fused):
+    runs = []
+    for device in ("cpu", "cuda"):
+        model = tiny(torch.float64, dropout=0.0).to(device)
+        optimizer = MetaAdamW(model.named_parameters(), lr=0.01, meta_lr=0.1, fused=fused)
+        data = [tuple(x.to(device) for x in batch) for batch in batches]
+        train(model, optimizer, data[:3])
+        optimizer.update_attention(model, data[3], data[4], cross_entropy, data[5])
+        train(model, optimizer, data[6:9])
+        runs.append([x.detach().cpu() for x in (*model.parameters(), *optimizer.modulator.parameters())])
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-7)

@@ -16,7 +16,6 @@ from metaadamw_lite.features import (
     TensorState,
     group_features,
     inner_products,
-    sparsities,
     tensor_statistics,
     time_feature,
 )
@@ -71,7 +70,8 @@ def readable_features(optimizer):
     statistics = tensor_statistics(torch.tensor([inner_products(s) for s in states], dtype=torch.float64))
     config = optimizer._feature_config
     if config.version == "enhanced":
-        statistics = torch.cat([statistics, sparsities([s.g for s in states], [s.m for s in states])], dim=1)
+        zeros = [[float((x == 0).double().mean()) for x in (s.g, s.m)] for s in states]
+        statistics = torch.cat([statistics, torch.tensor(zeros, dtype=torch.float64)], dim=1)
     time = time_feature(optimizer._t, optimizer._total_steps)
     return group_features(config, optimizer.groups, members, statistics, time)
 
@@ -446,7 +446,7 @@ def test_tensors_on_two_devices_are_each_moved_by_a_kernel_that_can(monkeypatch)
     """A tensor elsewhere must not keep a disordered one on the CPU from the plain loop."""
     fused = []
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: fused.append(args[0]))
-    monkeypatch.setattr(fast, "_statistics_on_device", lambda states: torch.zeros(len(states), 5))
+    monkeypatch.setattr(fast, "_inner_products_on_device", lambda states: torch.zeros(len(states), 5))
     monkeypatch.setattr(MetaAdamW, "_move_on_device", lambda self, bucket: fused.append(bucket.theta))
     elsewhere = nn.Parameter(torch.empty(3, device="meta"))
     turned = nn.Parameter(torch.randn(30, 20).t())
@@ -501,8 +501,9 @@ def test_what_runs_on_a_gpu_computes_the_same(weight_decay):
         for model in models:
             give_gradients(model, step)
         buckets = on_device._gather()
-        statistics = fast._statistics_on_device([s for b in buckets for s in zip(b.theta, b.g, b.m, b.v, strict=True)])
-        torch.testing.assert_close(statistics, ours._memory.statistics(ours._gather()), rtol=1e-12, atol=1e-12)
+        states = [state for b in buckets for state in zip(b.theta, b.g, b.m, b.v, strict=True)]
+        expected = ours._memory.inner_products(ours._gather())
+        torch.testing.assert_close(fast._inner_products_on_device(states), expected, rtol=1e-12, atol=1e-12)
         ours.step()
         on_device.alpha, on_device.beta = ours.alpha, ours.beta
         with torch.no_grad():

@@ -47,14 +47,14 @@ def names(tmp_path):
         "device": "cpu",
         "backend": "aot_eager",  # traces as the default does, without a C++ compiler
         "path": str(tmp_path / "saved"),
-        "samples": samples,
+        "dataset": samples,
     }
 
 
 @pytest.mark.parametrize("title", RECIPES)
 def test_the_recipe_runs_and_trains(title, names, recwarn):
     if title in ("Lightning", "Hugging Face Accelerate"):
-        names["loader"] = DataLoader(names["samples"], batch_size=8)
+        names["loader"] = DataLoader(names["dataset"], batch_size=8)
     before = loss_fn(make_model(), names["val_loader"][0]).item()
     exec(compile(RECIPES[title], f"using.md, {title}", "exec"), names)
     optimizer = names.get("optimizer")

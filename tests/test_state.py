@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +105,17 @@ def test_a_state_with_a_part_missing_is_refused_by_name(batches, part):
 def test_a_state_of_adamw_is_refused():
     with pytest.raises(ValueError, match="not saved by MetaAdamW"):
         MetaAdamW(tiny().named_parameters()).load_state_dict(torch.optim.AdamW(tiny().parameters()).state_dict())
+
+
+def test_a_state_saved_by_the_first_version_goes_on(batches):
+    """``saved_at_e8c6e7d.pt`` was written by that revision, with what its own code did next under "afterwards"."""
+    saved = torch.load(Path(__file__).with_name("saved_at_e8c6e7d.pt"), weights_only=True)
+    model = tiny(seed=7)
+    model.load_state_dict(saved["model"])
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, meta_lr=0.1, use_feature_gating=True, attn_layers=1)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(model, optimizer, batches[6:9])
+    losses = optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    then = {"head": model.head.weight, "alpha": optimizer.alpha, "beta": optimizer.beta, "losses": torch.tensor(losses)}
+    # Since then sums are taken in another order, and the step is computed by other kernels.
+    torch.testing.assert_close(then, saved["afterwards"], rtol=1e-6, atol=1e-9, check_dtype=False)
