@@ -114,7 +114,7 @@ def _type_by_class(name: str, model: nn.Module) -> str | None:
     """
     path = name.split(".")[:-1]
     while True:
-        module = _submodule(model, path)
+        module = model.get_submodule(".".join(path))
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             return "embedding"
         if isinstance(module, _NORMS):
@@ -129,14 +129,6 @@ def _type_by_class(name: str, model: nn.Module) -> str | None:
             if pattern.search(type(module).__name__):
                 return type_
         path = path[:-1]
-
-
-def _submodule(model: nn.Module, path: Sequence[str]) -> nn.Module | None:
-    """The submodule at a path, or None where the names do not belong to the model."""
-    try:
-        return model.get_submodule(".".join(path))
-    except AttributeError:
-        return None
 
 
 def _type_by_name(name: str, shapes: Mapping[str, Sequence[int]], by_shape: bool) -> str:

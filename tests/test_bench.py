@@ -71,6 +71,7 @@ def test_the_parts_of_a_step(monkeypatch):
     assert set(found) == {"statistics", "kernel", "Φ", "AdamW", "ours", "⟨g, m⟩ alone"}
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_the_record(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "STEPS", {"step, small": (lambda: bench.Perceptron(1000), 2, 4, 1.0)})
     monkeypatch.setattr(bench, "TASKS", {"etth1": TASKS["etth1"]})

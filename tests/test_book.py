@@ -90,6 +90,7 @@ def test_papermill_with_an_unknown_parameter_fails(tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["paper", "clean"])
 def test_papermill_with_parameters_reaches_the_run(tmp_path, protocol):
     path = tmp_path / "out.ipynb"

@@ -279,6 +279,7 @@ def test_a_group_added_later_is_trained_and_forms_its_own_modulation_groups(batc
     assert sum(len(g.params) for g in optimizer.groups) == len(list(model.parameters()))
 
 
+@pytest.mark.slow
 def test_twenty_thousand_steps_do_not_grow_in_memory():
     """Objects are counted: as many are alive after 20,000 steps as after 1,000."""
     model = nn.Linear(3, 2)

@@ -151,6 +151,7 @@ def smoke(tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", study_runs("smoke", Path()), ids=str)
 def test_every_run_of_every_task_leaves_a_whole_record(smoke, key):
     record = read_record(key.path(smoke))
@@ -219,6 +220,7 @@ def test_a_run_with_a_record_is_done(smoke):
     assert missing(study_runs("smoke", smoke), smoke) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_result(smoke, tmp_path):
     key = RunKey("etth1", "metaadamw", "clean", "smoke", 0)
     arguments = ["run", "etth1", "--optimizer", "metaadamw", "--protocol", "clean", "--profile", "smoke"]
@@ -413,6 +415,7 @@ def killed_at_random(command, seconds, rng):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_records(smoke, tmp_path):
     command = [*COMMAND, "sweep", "smoke", "--task", "imdb", "--jobs", "2", "--results", tmp_path]
     rng = random.Random(0)
@@ -433,6 +436,7 @@ def assert_same_results(ours, theirs, task):
             assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_share_the_work(smoke, tmp_path):
     command = [*COMMAND, "sweep", "smoke", "--task", "imdb", "--jobs", "2", "--results", tmp_path]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -442,6 +446,7 @@ def test_two_sweeps_at_once_share_the_work(smoke, tmp_path):
     assert_same_results(tmp_path, smoke, "imdb")
 
 
+@pytest.mark.slow
 def test_a_sweep_through_dask_gives_the_same_records(smoke, tmp_path):
     from dask.distributed import LocalCluster
 

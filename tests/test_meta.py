@@ -423,10 +423,35 @@ def test_a_gradient_that_is_not_finite_leaves_phi(batches):
     assert torch.equal(phi_vector(optimizer), phi)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_of_phi_that_is_not_finite_is_refused(batches, bad):
+    model, optimizer = trained(batches)
+    before, state = everything(model, optimizer), copy.deepcopy(optimizer.state_dict()["meta"])
+    hook = optimizer.modulator.output.bias.register_hook(lambda grad: grad * bad)
+    with pytest.raises(ValueError, match="its gradient is not finite"):
+        optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    assert_same(everything(model, optimizer), before)
+    assert_same(optimizer.state_dict()["meta"], state)
+    hook.remove()
+    assert math.isfinite(optimizer.update_attention(model, *batches[3:5], cross_entropy, batches[5]).total)
+
+
+def test_a_meta_loss_that_is_not_finite_is_refused(batches):
+    model, optimizer = trained(batches)
+    with torch.no_grad():
+        optimizer.huw.log_var.fill_(-2000.0)  # e²⁰⁰⁰
+    state = copy.deepcopy(optimizer.state_dict()["meta"])
+    with pytest.raises(ValueError, match=r"the meta-loss is (nan|-?inf)"):
+        optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+    assert_same(optimizer.state_dict()["meta"], state)
+
+
 def test_a_model_that_is_not_the_optimizers(batches):
     _, optimizer = trained(batches)
     with pytest.raises(ValueError, match="contains no parameter of this optimizer"):
         optimizer.update_attention(tiny(), batches[3], batches[4], cross_entropy, batches[5])
+    with pytest.raises(ValueError, match="contains no parameter of this optimizer"):
+        optimizer.update_attention(tiny(), batches[3], batches[4], lambda m, b: torch.tensor(1.0), batches[5])
 
 
 def test_a_loss_that_is_no_scalar(batches):

@@ -8,6 +8,7 @@ import io
 import math
 
 import numpy as np
+import pytest
 import torch
 from conftest import assert_same
 from hypothesis import HealthCheck, given, settings
@@ -92,6 +93,7 @@ def give(module, seed, scale, missing=0, special=None):
             p.grad = None
 
 
+@pytest.mark.slow
 @property_with("identity")
 @given(
     module=modules(),
@@ -117,6 +119,7 @@ def test_without_ranges_it_is_adamw(module, kernel, adamw, groups, named, steps)
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@pytest.mark.slow
 @property_with("bounds")
 @given(
     module=modules(),
@@ -226,6 +229,7 @@ def test_a_meta_update_leaves_everything_as_found(model, phi, meta, kernel, step
     assert_same(everything(), before)
 
 
+@pytest.mark.slow
 @property_with("resume")
 @given(
     model=small_models,

@@ -102,6 +102,14 @@ def test_a_state_with_a_part_missing_is_refused_by_name(batches, part):
     assert_same(optimizer.state_dict(), before)
 
 
+def test_a_state_of_a_later_version_is_refused(batches):
+    optimizer = MetaAdamW(tiny().named_parameters(), **SETTINGS)
+    state = optimizer.state_dict()
+    state["meta"] = {**state["meta"], "version": 99}
+    with pytest.raises(ValueError, match="version 99; this code reads 1"):
+        optimizer.load_state_dict(state)
+
+
 def test_a_state_of_adamw_is_refused():
     with pytest.raises(ValueError, match="not saved by MetaAdamW"):
         MetaAdamW(tiny().named_parameters()).load_state_dict(torch.optim.AdamW(tiny().parameters()).state_dict())

@@ -895,6 +895,7 @@ def test_real_multi30k(real):
     assert len(english[0] & english[1]) <= 5, "only such as differ in rare words alone"
 
 
+@pytest.mark.slow
 def test_real_imdb(real):
     data = real("imdb", "paper")
     assert steps(data, "imdb") == 391
@@ -904,6 +905,7 @@ def test_real_imdb(real):
         assert (words.max() < 25_000, lengths.min() >= 1, lengths.max()) == (True, True, 256)
 
 
+@pytest.mark.slow
 def test_real_cifar10(real):
     data = real("cifar10", "paper")
     assert steps(data, "cifar10") == 391

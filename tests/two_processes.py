@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -138,13 +138,25 @@ def compare(how: str, version: str) -> dict[str, object]:
     return found
 
 
+def partial_gradient() -> float:
+    """How far the gradient of a shard is from the right one where autograd leaves sums that are still to be made."""
+    mesh = init_device_mesh(DEVICE, (2,))
+    ones = torch.ones(3, 2, device=DEVICE)
+    param = distribute_tensor(ones, mesh, [Shard(0)])
+    grad = DTensor.from_local(ones * (dist.get_rank() + 1), mesh, [Partial()])
+    return float((sharding.local_gradient(grad, param) - 3).abs().max())
+
+
 def refusals() -> dict[str, str]:
-    """What is said of a model under the first FSDP."""
+    """What is said of a model under the first FSDP, and of differentiating twice over processes."""
     device = torch.device(DEVICE, dist.get_rank() if DEVICE == "cuda" else None)
     flat = FullyShardedDataParallel(build("ddp"), device_id=device, use_orig_params=True)
     found = {}
     batch = torch.ones(2, 5, dtype=torch.float64, device=DEVICE)
+    model = build("ddp")
+    optimizer, ddp = MetaAdamW(model.named_parameters()), spread(model, "ddp")
     attempts = {
+        "double": lambda: optimizer.update_attention(ddp, batch, batch, loss_fn, batch, double_backward=True),
         "constructor": lambda: MetaAdamW(flat.named_parameters()),
         "update": lambda: MetaAdamW(list(flat.parameters())).update_attention(flat, batch, batch, loss_fn, batch),
     }
@@ -163,7 +175,7 @@ def main() -> None:
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     torch.set_num_threads(1)
     found = {f"{how} {version}": compare(how, version) for how in HOWS.split(",") for version in SETTINGS}
-    found["refusals"] = refusals()
+    found["refusals"], found["partial gradient"] = refusals(), partial_gradient()
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
