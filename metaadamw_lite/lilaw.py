@@ -1,0 +1,206 @@
+"""LiLAW: three scalars weigh every training sample by how hard it is (arXiv 2509.20786).
+
+For a sample with probabilities s = softmax(logits) and observed, maybe wrong, label ỹ:
+
+    W_α = σ(α·s[ỹ] − max s)              large where the label is believed ("easy")
+    W_δ = exp(−(δ·s[ỹ] − max s)²/2)      large in between ("moderate")
+    W_β = σ(−(β·s[ỹ] − max s))           large where another class is believed ("hard")
+    W   = W_α + W_δ + W_β                training loss = mean of W·ℓ
+
+After each training batch α, δ and β take one step of gradient descent on the weighted loss of a validation batch, which
+may be as noisy as the training data. The model's parameters θ are constants there: one forward pass without gradients.
+
+What the formulas imply, before any experiment: ∂W_α/∂α ≥ 0 and ∂W_β/∂β ≤ 0 whatever the sample, and ℓ ≥ 0, so the
+validation loss falls fastest where the weights shrink. Apart from weight decay, α can only fall and β only rise.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metaadamw_lite.checks import check_not_negative
+
+SampleLoss = Callable[[Tensor, Tensor], Tensor]
+"""From logits (N, C) and labels (N,) to losses (N,): ``partial(F.cross_entropy, reduction="none")``, for example."""
+
+
+class Weights(NamedTuple):
+    """The three parts of the weights of N samples, each (N,)."""
+
+    easy: Tensor
+    moderate: Tensor
+    hard: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """W, in (0, 3)."""
+        return self.easy + self.moderate + self.hard
+
+
+class LiLAW(nn.Module):
+    """Weights for the samples of any classifier of two or more classes.
+
+    >>> lilaw = LiLAW(warmup_steps=len(loader))
+    >>> for (x, y), val_batch in zip(loader, val_batches):
+    ...     lilaw.loss(model(x), y, loss_fn).backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     lilaw.meta_step(model, val_batch, loss_fn)
+
+    Args:
+        alpha, delta, beta: where the three scalars start.
+        lr, weight_decay: of their gradient descent.
+        warmup_steps: so many calls of ``meta_step`` only count; until then ``loss`` is the plain mean. The paper warms
+            up for one epoch. What the loss is meanwhile, our sources do not say; plain, because probabilities say
+            nothing about samples before the model has learned anything.
+
+    Attributes:
+        alpha, delta, beta: scalars, in the precision that is the default when it is made.
+        steps: how often ``meta_step`` was called.
+
+    Raises:
+        ValueError: for arguments that are not finite, or negative steps, rates or decay.
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        alpha: float = 10.0,
+        delta: float = 6.0,
+        beta: float = 2.0,
+        lr: float = 0.005,
+        weight_decay: float = 1e-4,
+        *,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        check_not_negative(alpha=alpha, delta=delta, beta=beta, lr=lr, weight_decay=weight_decay)
+        check_not_negative(warmup_steps=warmup_steps)
+        self.alpha, self.delta, self.beta = (nn.Parameter(torch.tensor(float(x))) for x in (alpha, delta, beta))
+        self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the three scalars still rest and samples have equal weights."""
+        return int(self.steps) < self.warmup_steps
+
+    def parts(self, logits: Tensor, targets: Tensor) -> Weights:
+        """The three weights of every sample, differentiable in α, δ and β, not in the logits.
+
+        Args:
+            logits: (N, C), C ≥ 2; a binary classifier has two.
+            targets: observed labels (N,), integers from 0 to C − 1.
+
+        Raises:
+            ValueError: for other shapes or types (regression, several labels a sample), labels out of range, or logits
+                that are not finite.
+        """
+        check_batch(logits, targets)
+        s = logits.detach().to(torch.promote_types(logits.dtype, self.alpha.dtype)).softmax(dim=1)
+        given, largest = s.gather(1, targets[:, None]).squeeze(1), s.amax(dim=1)
+        alpha, delta, beta = (x.to(s.device) for x in (self.alpha, self.delta, self.beta))
+        return Weights(
+            easy=(alpha * given - largest).sigmoid(),
+            moderate=(-(delta * given - largest).square() / 2).exp(),
+            hard=(largest - beta * given).sigmoid(),
+        )
+
+    def weights(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """W of every sample, (N,), in (0, 3); arguments and errors as for ``parts``."""
+        return self.parts(logits, targets).total
+
+    def loss(self, logits: Tensor, targets: Tensor, loss_fn: SampleLoss) -> Tensor:
+        """What the model descends: the mean of W·ℓ, with W as a constant; the plain mean of ℓ during the warm-up.
+
+        Raises:
+            ValueError: as ``parts`` does, and if ``loss_fn`` does not return one loss for each sample.
+        """
+        losses = _losses(logits, targets, loss_fn)
+        if self.warming_up:
+            return losses.mean()
+        return (self.weights(logits, targets).detach().to(losses.dtype) * losses).mean()
+
+    def meta_step(self, model: nn.Module, val_batch: Sequence[Any], loss_fn: SampleLoss) -> float:
+        """One step of α, δ and β down the weighted loss on a validation batch; returns that loss before the step.
+
+        The model is evaluated in eval mode and without gradients; it, its modes and its buffers stay as they are.
+
+        Args:
+            model: from inputs to logits.
+            val_batch: the model's inputs, and the labels last.
+            loss_fn: as for ``loss``.
+
+        Raises:
+            ValueError: as ``loss`` does, or if the gradient is not finite. Nothing is changed then.
+        """
+        *inputs, targets = val_batch
+        with torch.no_grad(), evaluating(model):
+            logits = model(*inputs)
+            losses = _losses(logits, targets, loss_fn)
+        with torch.enable_grad():
+            value = (self.weights(logits, targets) * losses).mean()
+        scalars = (self.alpha, self.delta, self.beta)
+        gradient = torch.stack([x.to(value.device) for x in torch.autograd.grad(value, scalars)])
+        if not torch.isfinite(gradient).all():
+            raise ValueError(f"the weighted validation loss is {value.item()} and its gradient is not finite")
+        if not self.warming_up:
+            with torch.no_grad():
+                for x, slope in zip(scalars, gradient, strict=True):
+                    x.sub_(self.lr * (slope.to(x) + self.weight_decay * x))
+        self.steps += 1
+        return value.item()
+
+    def extra_repr(self) -> str:
+        """The three scalars, for printing."""
+        return ", ".join(f"{name}={getattr(self, name).item():.4g}" for name in ("alpha", "delta", "beta"))
+
+
+def check_batch(logits: Tensor, targets: Tensor) -> None:
+    """A ValueError that says what is wrong, unless logits are finite (N, C) and targets (N,) class numbers."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets are {targets.dtype}; LiLAW needs class numbers (no regression, no several labels)")
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)}; (N, C) with at least two classes is needed (two logits for a "
+            "binary classifier)"
+        )
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}; (N,) is needed")
+    if not len(targets):
+        raise ValueError("the batch is empty; at least one sample is needed")
+    low, high = targets.aminmax()
+    if low < 0 or high >= logits.shape[1]:
+        bad = low if low < 0 else high
+        raise ValueError(f"a target is {bad.item()}; allowed are 0 to {logits.shape[1] - 1}, the classes of the logits")
+    finite = torch.isfinite(logits).all(dim=1)
+    if not finite.all():
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"logits of sample {rows[0]} are not finite ({len(rows)} of {len(finite)} samples)")
+
+
+def _losses(logits: Tensor, targets: Tensor, loss_fn: SampleLoss) -> Tensor:
+    check_batch(logits, targets)
+    losses = loss_fn(logits, targets)
+    if losses.shape != targets.shape:
+        raise ValueError(
+            f"loss_fn returned shape {tuple(losses.shape)}; one loss for each of {len(targets)} samples is needed "
+            "(reduction='none')"
+        )
+    return losses
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block with the model in eval mode; every module gets its own mode back, whatever the block does."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
