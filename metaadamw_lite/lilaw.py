@@ -90,7 +90,7 @@ class LiLAW(nn.Module):
         return int(self.steps) < self.warmup_steps
 
     def parts(self, logits: Tensor, targets: Tensor) -> Weights:
-        """The three weights of every sample, differentiable in α, δ and β, not in the logits.
+        """The three weights of every sample, differentiable in α, δ and β and in the logits.
 
         Args:
             logits: (N, C), C ≥ 2; a binary classifier has two.
@@ -101,21 +101,16 @@ class LiLAW(nn.Module):
                 that are not finite.
         """
         check_batch(logits, targets)
-        s = logits.detach().to(torch.promote_types(logits.dtype, self.alpha.dtype)).softmax(dim=1)
-        given, largest = s.gather(1, targets[:, None]).squeeze(1), s.amax(dim=1)
-        alpha, delta, beta = (x.to(s.device) for x in (self.alpha, self.delta, self.beta))
-        return Weights(
-            easy=(alpha * given - largest).sigmoid(),
-            moderate=(-(delta * given - largest).square() / 2).exp(),
-            hard=(largest - beta * given).sigmoid(),
-        )
+        return _parts(logits, targets, self.alpha, self.delta, self.beta)
 
     def weights(self, logits: Tensor, targets: Tensor) -> Tensor:
         """W of every sample, (N,), in (0, 3); arguments and errors as for ``parts``."""
         return self.parts(logits, targets).total
 
     def loss(self, logits: Tensor, targets: Tensor, loss_fn: SampleLoss) -> Tensor:
-        """What the model descends: the mean of W·ℓ, with W as a constant; the plain mean of ℓ during the warm-up.
+        """What the model descends: the mean of W·ℓ for fixed α, δ and β; the plain mean of ℓ during the warm-up.
+
+        Its gradient by θ includes that of W, which is a function of the logits.
 
         Raises:
             ValueError: as ``parts`` does, and if ``loss_fn`` does not return one loss for each sample.
@@ -123,7 +118,8 @@ class LiLAW(nn.Module):
         losses = _losses(logits, targets, loss_fn)
         if self.warming_up:
             return losses.mean()
-        return (self.weights(logits, targets).detach().to(losses.dtype) * losses).mean()
+        weights = _parts(logits, targets, self.alpha.detach(), self.delta.detach(), self.beta.detach()).total
+        return (weights.to(losses.dtype) * losses).mean()
 
     def meta_step(self, model: nn.Module, val_batch: Sequence[Any], loss_fn: SampleLoss) -> float:
         """One step of α, δ and β down the weighted loss on a validation batch; returns that loss before the step.
@@ -158,6 +154,17 @@ class LiLAW(nn.Module):
     def extra_repr(self) -> str:
         """The three scalars, for printing."""
         return ", ".join(f"{name}={getattr(self, name).item():.4g}" for name in ("alpha", "delta", "beta"))
+
+
+def _parts(logits: Tensor, targets: Tensor, alpha: Tensor, delta: Tensor, beta: Tensor) -> Weights:
+    s = logits.to(torch.promote_types(logits.dtype, alpha.dtype)).softmax(dim=1)
+    given, largest = s.gather(1, targets[:, None]).squeeze(1), s.amax(dim=1)
+    alpha, delta, beta = (x.to(s.device) for x in (alpha, delta, beta))
+    return Weights(
+        easy=(alpha * given - largest).sigmoid(),
+        moderate=(-(delta * given - largest).square() / 2).exp(),
+        hard=(largest - beta * given).sigmoid(),
+    )
 
 
 def check_batch(logits: Tensor, targets: Tensor) -> None:

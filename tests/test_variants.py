@@ -29,6 +29,7 @@ from metaadamw_lite.experiments.variants import (
     OTHER_ATTENTION,
     UNEQUAL_PRIORITIES,
     VARIANTS,
+    WEIGHTED,
     at_learning_rate,
     changed,
     differs,
@@ -245,7 +246,7 @@ def test_learning_rate_variants(lr):
 def test_names_of_the_variants():
     assert at_learning_rate(5e-4) == "adamw"
     assert {"adamw-lr0.000125", "adamw-lr0.00025", "adamw-lr0.001", "adamw-lr0.008"} < set(VARIANTS)
-    assert len(set(VARIANTS)) == len(VARIANTS) == len(ARMS) + len(ABLATIONS) + len(LEARNING_RATES) - 1
+    assert len(set(VARIANTS)) == len(VARIANTS) == len(ARMS) + len(ABLATIONS) + len(LEARNING_RATES) - 1 + len(WEIGHTED)
     assert 5e-4 in LEARNING_RATES
     assert list(LEARNING_RATES) == sorted(LEARNING_RATES)
 

@@ -4,6 +4,7 @@
 * ``etth1``, ``wikitext2``, ``multi30k``, ``cifar10``, ``imdb``
                 the tasks, one file each: data, model, loss, metric, configuration
 * ``text``      what the text tasks share
+* ``noisy``     CIFAR-10 and IMDB with wrong labels; ``noise`` makes them wrong, ``mislabels`` finds them again
 * ``datasets``  where data files come from, how they are checked and kept
 * ``training``  one run, from the seed to the record
 * ``records``   what a run leaves behind
@@ -21,7 +22,11 @@ from metaadamw_lite.experiments.cifar10 import CIFAR10
 from metaadamw_lite.experiments.etth1 import ETTH1
 from metaadamw_lite.experiments.imdb import IMDB
 from metaadamw_lite.experiments.multi30k import MULTI30K
+from metaadamw_lite.experiments.noisy import NOISY
 from metaadamw_lite.experiments.task import Task
 from metaadamw_lite.experiments.wikitext2 import WIKITEXT2
 
+__all__ = ["NOISY", "TASKS"]
+
 TASKS: dict[str, Task] = {task.name: task for task in (ETTH1, WIKITEXT2, MULTI30K, CIFAR10, IMDB)}
+"""The five tasks of the paper on MetaAdamW."""

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.datasets import DataError
 from metaadamw_lite.experiments.records import RESULTS, RunKey
 from metaadamw_lite.experiments.studies import STUDIES, status, status_lines, sweep
@@ -21,19 +21,21 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     one = commands.add_parser("run", help="one training run; writes one record")
-    one.add_argument("task", choices=list(TASKS))
+    one.add_argument("task", choices=[*TASKS, *NOISY], metavar="TASK", help=", ".join([*TASKS, *NOISY]))
     one.add_argument("--optimizer", required=True, choices=VARIANTS, metavar="NAME", help=", ".join(VARIANTS))
     one.add_argument("--seed", type=int, default=0)
     one.add_argument(
         "--profile", choices=PROFILES, default="lite", help="smoke: seconds, synthetic data (default: lite)"
     )
-    one.add_argument("--protocol", choices=PROTOCOLS, default="paper")
+    one.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="tasks with wrong labels have clean only")
     one.add_argument("--data", choices=SOURCES, default="real", help="synthetic: a stand-in of the same shape")
 
     many = commands.add_parser("sweep", help="all runs of a study that have no record yet")
     studies = "; ".join(f"{name}: {what}" for name, what in STUDIES.items())
     many.add_argument("study", help=f"{studies}. With /paper or /lite for one profile")
-    many.add_argument("--task", action="append", choices=list(TASKS), help="only this task (may be repeated)")
+    many.add_argument(
+        "--task", action="append", choices=[*TASKS, *NOISY], metavar="TASK", help="only this task (may be repeated)"
+    )
     many.add_argument(
         "--jobs", type=int, help="runs at a time (default: one for each core, or as many as fit on the GPU)"
     )
@@ -68,13 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.command == "sweep":
             if args.jobs is not None and args.jobs < 1:
                 raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
-            tasks = args.task or list(TASKS)
-            failed = sweep(args.study, args.results, tasks, args.jobs, args.scheduler, args.device)
+            failed = sweep(args.study, args.results, args.task, args.jobs, args.scheduler, args.device)
             return 1 if failed else 0
         elif args.study:
             print("\n".join(status_lines(args.study, args.results)))
         else:
-            print(status(args.results))
+            print(status(args.results), status(args.results, wrong_labels=True), sep="\n\n")
     except (ValueError, DataError, RunInProgressError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from torchvision.models import resnet18
 
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments.datasets import Table, data_folder, prepared, read_table
+from metaadamw_lite.experiments.noise import human_labels, symmetric
 from metaadamw_lite.experiments.task import (
     PROFILES,
     PROTOCOLS,
@@ -27,6 +28,7 @@ from metaadamw_lite.experiments.task import (
     Settings,
     Task,
     accuracy,
+    classification_score,
     part_of,
 )
 
@@ -82,7 +84,8 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     tenth of the training part validates, and the official test part is the test part.
 
     Returns:
-        Batches (image, class): images of shape (N, 3, 32, 32), uint8; classes of shape (N,), 0 to 9.
+        Batches (image, class): images of shape (N, 3, 32, 32), uint8; classes of shape (N,), 0 to 9. If the settings
+        ask for the labels of people (CIFAR-10N), those of the training part are these; ``truth`` has the true ones.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -93,15 +96,25 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
             pixels(synthetic_images(settings.data.get("images", 2_000), settings.data.get("size", 32), s))
             for s in (1, 2)
         )
-    parts: list[Batch] = [tuple(torch.from_numpy(x) for x in part) for part in (train, test)]
+    images, truth = train
+    human = settings.data.get("noise", {}).get("labels")
+    observed = truth if human is None else human_labels(human) if source == "real" else stand_in_for_people(truth)
+    parts: list[Batch] = [tuple(torch.from_numpy(x) for x in part) for part in ((images, observed, truth), test)]
     if protocol == "clean":
-        held_out = len(parts[0][0]) // 10
+        held_out = len(images) // 10
         parts = [tuple(x[:-held_out] for x in parts[0]), tuple(x[-held_out:] for x in parts[0]), parts[1]]
     samples = [
         part_of(part, settings.data.get(name)) for name, part in zip(("train", "val", "test"), parts, strict=False)
     ]
+    (x, y, true), val = samples[0], samples[1][:2]
     test_part = samples[2] if protocol == "clean" else None
-    return Data(samples[0], samples[1], test_part, "CIFAR-10" if source == "real" else "synthetic")
+    name = "CIFAR-10" if source == "real" else "synthetic"
+    return Data((x, y), val, test_part, name, truth=None if human is None else true)
+
+
+def stand_in_for_people(labels: Any) -> Any:
+    """Labels of which 40 % are wrong, where made-up images have no people who have looked at them."""
+    return symmetric(labels, 10, 0.4, seed=0).labels
 
 
 def pixels_of_the_tables(train: bool) -> tuple[Any, Any]:
@@ -161,11 +174,16 @@ def build(settings: Settings, data: Data) -> nn.Module:
 # ---------------------------------------------------------------- loss and metric
 
 
+def inputs_and_labels(batch: Batch) -> tuple[Batch, Tensor]:
+    """What the model takes, and the classes (N,)."""
+    images, labels = batch
+    return (images,), labels
+
+
 def score(model: nn.Module, batch: Batch) -> Score:
     """Mean cross-entropy in nats, and how many classes are right; the metric is the share of right ones."""
-    images, labels = batch
-    scores = model(images)
-    return Score(F.cross_entropy(scores, labels), len(labels), (scores.argmax(dim=1) == labels).sum())
+    inputs, labels = inputs_and_labels(batch)
+    return classification_score(model(*inputs), labels)
 
 
 # ---------------------------------------------------------------- configuration
@@ -207,5 +225,6 @@ CIFAR10 = Task(
     build=build,
     score=score,
     metric_of=accuracy,
+    inputs_and_labels=inputs_and_labels,
     augment=augment,
 )

@@ -89,6 +89,18 @@ def fetch(file: DataFile) -> Path:
     return path
 
 
+def file_from(name: str, source: str, download: Callable[[Path], None]) -> Path:
+    """The path of a file in the data folder, made by ``download`` first if it is not there.
+
+    Raises:
+        DataError: if it can be had neither way.
+    """
+    path = data_folder() / name
+    if not path.exists():
+        _download(path, name, source, download)
+    return path
+
+
 def read_table(table: Table) -> pd.DataFrame:
     """The rows of a checked table, downloaded first if it is not there.
 

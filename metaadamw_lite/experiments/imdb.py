@@ -25,6 +25,7 @@ from metaadamw_lite.experiments.task import (
     Settings,
     Task,
     accuracy,
+    classification_score,
     part_of,
 )
 from metaadamw_lite.experiments.text import PAD, encode, made_up_sentences, padded, vocabulary
@@ -172,11 +173,16 @@ def build(settings: Settings, data: Data) -> nn.Module:
 # ---------------------------------------------------------------- loss and metric
 
 
+def inputs_and_labels(batch: Batch) -> tuple[Batch, Tensor]:
+    """What the model takes, and the labels (N,)."""
+    words, labels, lengths = batch
+    return (words.long(), lengths), labels
+
+
 def score(model: nn.Module, batch: Batch) -> Score:
     """Mean cross-entropy in nats, and how many labels are right; the metric is the share of right ones."""
-    words, labels, lengths = batch
-    scores = model(words.long(), lengths)
-    return Score(F.cross_entropy(scores, labels), len(labels), (scores.argmax(dim=1) == labels).sum())
+    inputs, labels = inputs_and_labels(batch)
+    return classification_score(model(*inputs), labels)
 
 
 # ---------------------------------------------------------------- configuration
@@ -218,4 +224,5 @@ IMDB = Task(
     build=build,
     score=score,
     metric_of=accuracy,
+    inputs_and_labels=inputs_and_labels,
 )

@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 from metaadamw_lite.checks import check_choice
-from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.records import RunKey, read_record
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import RunInProgressError, run
-from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, at_learning_rate, differs
+from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, WEIGHTED, at_learning_rate, differs
 
 SEEDS = range(5)
 SEARCH_SEEDS = range(100, 102)
@@ -26,20 +26,26 @@ STUDIES = {
     "main": "Table 2, Table 5 and figures 1 to 5: every task, arm and protocol",
     "baseline": "AdamW with a learning rate that was searched for",
     "ablation": "Table 3: every row that differs from MetaAdamW, under the paper's protocol",
+    "lilaw": "AdamW with and without LiLAW on wrong labels, and LiLAW's own settings",
+    "together": "AdamW and MetaAdamW, each with and without LiLAW, on wrong labels",
     "smoke": "everything once, in seconds, on synthetic data",
 }
+ON_WRONG_LABELS = ("lilaw", "together")
+WRONG_LABEL_SEEDS = range(3)
+SENSITIVITY_TASK = "cifar10-symmetric40"
+TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
 GPU_RUN_BYTES = 6 * 2**30
 """Memory of a GPU that a run may need; so many of them share it."""
 
 
-def study_runs(study: str, results: Path, tasks: Sequence[str] = tuple(TASKS)) -> list[RunKey]:
+def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) -> list[RunKey]:
     """The runs of a study, in the order in which they are wanted: whole comparisons first, seed by seed.
 
     Args:
         study: the name of one of ``STUDIES``, all but "smoke" with "/paper" or "/lite" for one profile only.
         results: folder of the records: the second half of ``baseline``, the runs with the best learning rate, is known
             only when its search is done.
-        tasks: only these.
+        tasks: only these; None for all.
 
     Raises:
         ValueError: for an unknown study, profile or task.
@@ -47,8 +53,10 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] = tuple(TASKS)) -
     name, _, profile = study.partition("/")
     allowed = [s for n in STUDIES for s in ([n] if n == "smoke" else [n, f"{n}/paper", f"{n}/lite"])]
     check_choice("study", study, allowed)
+    allowed = [*NOISY] if name in ON_WRONG_LABELS else [*TASKS, *NOISY] if name == "smoke" else [*TASKS]
+    tasks = allowed if tasks is None else tasks
     for task in tasks:
-        check_choice("task", task, tuple(TASKS))
+        check_choice("task", task, allowed)
     profiles = ["smoke"] if name == "smoke" else [profile] if profile else ["paper", "lite"]
     return [key for p in profiles for key in _RUNS[name](p, tasks, results)]
 
@@ -100,13 +108,36 @@ def _ablation(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
                     yield RunKey(task, variant, "paper", profile, seed)
 
 
+def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    for seed in WRONG_LABEL_SEEDS:
+        for task in tasks:
+            yield from (RunKey(task, arm, "clean", profile, seed) for arm in ("adamw", "adamw-lilaw"))
+    if SENSITIVITY_TASK in tasks:
+        variants = [v for v in WEIGHTED if v not in TOGETHER]
+        yield from (RunKey(SENSITIVITY_TASK, v, "clean", profile, seed) for seed in WRONG_LABEL_SEEDS for v in variants)
+
+
+def _together(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    if SENSITIVITY_TASK in tasks:
+        yield from (RunKey(SENSITIVITY_TASK, arm, "clean", profile, seed) for seed in SEEDS for arm in TOGETHER)
+
+
 def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
-    runs = [*_main(profile, tasks, results), *_ablation(profile, tasks, results)]
-    runs += [RunKey(task, at_learning_rate(lr), "paper", profile, 0) for task in tasks for lr in LEARNING_RATES]
+    of_the_paper, wrong = ([t for t in tasks if t in group] for group in (TASKS, NOISY))
+    runs = [*_main(profile, of_the_paper, results), *_ablation(profile, of_the_paper, results)]
+    runs += [RunKey(task, at_learning_rate(lr), "paper", profile, 0) for task in of_the_paper for lr in LEARNING_RATES]
+    runs += [*_lilaw(profile, wrong, results), *_together(profile, wrong, results)]
     yield from dict.fromkeys(key for key in runs if key.seed == 0)
 
 
-_RUNS = {"main": _main, "baseline": _baseline, "ablation": _ablation, "smoke": _smoke}
+_RUNS = {
+    "main": _main,
+    "baseline": _baseline,
+    "ablation": _ablation,
+    "lilaw": _lilaw,
+    "together": _together,
+    "smoke": _smoke,
+}
 
 
 def missing(runs: Sequence[RunKey], results: Path) -> list[RunKey]:
@@ -125,7 +156,7 @@ def _done(key: RunKey, results: Path) -> bool:
 def sweep(
     study: str,
     results: Path,
-    tasks: Sequence[str] = tuple(TASKS),
+    tasks: Sequence[str] | None = None,
     jobs: int | None = None,
     scheduler: str | None = None,
     device: str = "cpu",
@@ -209,15 +240,24 @@ def _workers(scheduler: str | None, jobs: int | None) -> Iterator[int]:
             yield jobs or -1
 
 
-def status(results: Path) -> pd.DataFrame:
-    """How many runs of each study have a record: a row for each study and profile, a column for each task."""
+def status(results: Path, wrong_labels: bool = False) -> pd.DataFrame:
+    """How many runs of each study have a record.
+
+    Args:
+        results: folder of the records.
+        wrong_labels: the studies on wrong labels, a row for each task and a column for each study and profile, instead
+            of the others, the other way round.
+    """
     rows = {}
     for name in STUDIES:
-        for profile in () if name == "smoke" else ("paper", "lite"):
+        if name == "smoke" or (name in ON_WRONG_LABELS) != wrong_labels:
+            continue
+        for profile in ("paper", "lite"):
             study = f"{name}/{profile}"
-            keys = {task: study_runs(study, results, [task]) for task in TASKS}
+            keys = {task: study_runs(study, results, [task]) for task in (NOISY if wrong_labels else TASKS)}
             rows[study] = {t: f"{len(k) - len(missing(k, results))}/{len(k)}" for t, k in keys.items()}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.T if wrong_labels else table
 
 
 def status_lines(study: str, results: Path) -> Iterator[str]:

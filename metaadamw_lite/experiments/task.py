@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PROFILES = ("smoke", "lite", "paper")
@@ -31,7 +32,8 @@ class Settings:
             released code, whose reading this is, the value 1 means that meta-updates begin in the first epoch.
         metaadamw: further arguments of ``MetaAdamW`` (Table 4).
         model: the model's sizes.
-        data: how much of the data is used; empty for all.
+        data: how much of the data is used (empty for all), and under "noise" how its labels are made wrong.
+        lilaw: arguments of ``LiLAW``; None for samples of equal weight.
     """
 
     epochs: int
@@ -48,6 +50,7 @@ class Settings:
     metaadamw: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    lilaw: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Data:
         sizes: arguments of the model that the data decide, such as the size of the vocabulary.
         words: the target vocabulary in the order of its numbers, where the task translates.
         references: the test part's target sentences, where the task translates.
+        truth: the true labels of the training part, where those in ``train`` are partly wrong.
     """
 
     train: Batch
@@ -71,6 +75,7 @@ class Data:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     words: Sequence[str] = ()
     references: Sequence[str] = ()
+    truth: Tensor | None = None
 
     def to(self, device: torch.device) -> "Data":
         """The same samples on a device."""
@@ -79,7 +84,8 @@ class Data:
             return tuple(x.to(device) for x in part)
 
         test = None if self.test is None else moved(self.test)
-        return Data(moved(self.train), moved(self.val), test, self.source, self.sizes, self.words, self.references)
+        truth = None if self.truth is None else self.truth.to(device)
+        return replace(self, train=moved(self.train), val=moved(self.val), test=test, truth=truth)
 
 
 class Score(NamedTuple):
@@ -117,6 +123,8 @@ class Task:
         build: from settings and data to a model; initial weights follow torch's global generator.
         score: how a model does on a batch; its loss is what training minimises.
         metric_of: from mean loss and share of correct predictions to the metric.
+        inputs_and_labels: from a batch to what the model takes and the labels (N,), where the model returns logits
+            (N, C); None where there are no classes.
         augment: random changes to a training batch, drawn from the generator; None for none.
         translate: from a trained model and the data to further figures about the test part ("bleu"), or None.
     """
@@ -130,12 +138,18 @@ class Task:
     build: Callable[[Settings, Data], nn.Module]
     score: Callable[[nn.Module, Batch], Score]
     metric_of: Callable[[float, float], float]
+    inputs_and_labels: Callable[[Batch], tuple[Batch, Tensor]] | None = None
     augment: Callable[[Batch, torch.Generator], Batch] | None = None
     translate: Callable[[nn.Module, Data], dict[str, float]] | None = None
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The scalar that training minimises."""
         return self.score(model, batch).loss
+
+
+def classification_score(logits: Tensor, labels: Tensor) -> Score:
+    """Mean cross-entropy in nats, and how many labels (N,) have the largest of their logits (N, C)."""
+    return Score(F.cross_entropy(logits, labels), len(labels), (logits.argmax(dim=1) == labels).sum())
 
 
 # What ``Task.metric_of`` may be: functions of the mean loss and the share of correct predictions.

@@ -13,19 +13,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from metaadamw_lite import MetaAdamW
+from metaadamw_lite import LiLAW, MetaAdamW
 from metaadamw_lite.checks import check_choice
-from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.datasets import DataError
+from metaadamw_lite.experiments.mislabels import SampleHistory, detection
+from metaadamw_lite.experiments.noise import corrupted
 from metaadamw_lite.experiments.records import (
     RESULTS,
     RunKey,
@@ -36,11 +40,12 @@ from metaadamw_lite.experiments.records import (
     write_atomically,
     write_record,
 )
-from metaadamw_lite.experiments.task import Batch, Measured, Settings, Task
+from metaadamw_lite.experiments.task import Batch, Measured, Score, Settings, Task
 from metaadamw_lite.experiments.variants import changed
 
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
+_EACH = partial(F.cross_entropy, reduction="none")
 _MACHINE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError), DataError)
 
 
@@ -74,9 +79,11 @@ def run(
         ValueError: for an unknown task or variant.
         RunInProgressError: if another process is at this run.
     """
-    check_choice("task", key.task, tuple(TASKS))
-    task = TASKS[key.task]
+    check_choice("task", key.task, (*TASKS, *NOISY))
+    task = TASKS.get(key.task) or NOISY[key.task]
     settings = changed(settings or task.settings(key.profile), key.variant)
+    if settings.lilaw is not None and task.inputs_and_labels is None:
+        raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
     path = key.path(results)
     if path.exists():
         return read_record(path)
@@ -176,6 +183,8 @@ class _Run:
         self.task, self.key, self.settings, self.device = task, key, settings, device
         self.checkpoint = key.path(results, ".ckpt")
         data = task.load(key.protocol, settings, key.source)
+        if "noise" in settings.data:
+            data = corrupted(data, settings.data["noise"], key.seed)
         self.data = data.to(device)
         torch.manual_seed(derived_seed(key.seed, 0, "weights"))
         self.model = task.build(settings, data).to(device)
@@ -184,9 +193,17 @@ class _Run:
             key.variant, self.model, settings, settings.epochs * self.steps_per_epoch, key.seed
         )
         self.phi_at_start = copy.deepcopy(self.optimizer.modulator) if isinstance(self.optimizer, MetaAdamW) else None
+        self.lilaw: LiLAW | None = None
+        if settings.lilaw is not None:  # which warms up for one epoch
+            self.lilaw = LiLAW(**settings.lilaw, warmup_steps=self.steps_per_epoch).to(device)
+        self.samples: SampleHistory | None = None
+        if self.data.truth is not None:
+            labels, truth = self.data.train[1], self.data.truth
+            right = float((labels == truth).double().mean())
+            self.samples = SampleHistory(labels, int(max(labels.max(), truth.max())) + 1, right)
         self.best_weights: dict[str, Tensor] = {}
         self.meta_updates = 0
-        self.history: dict[str, list[dict[str, Any]]] = {"epochs": [], "meta_updates": [], "trace": []}
+        self.history: dict[str, list[dict[str, Any]]] = {"epochs": [], "meta_updates": [], "trace": [], "lilaw": []}
 
     def make(self, progress: bool) -> dict[str, Any]:
         """Train until the last epoch, an early stop or a loss that is not finite; return the record."""
@@ -234,11 +251,14 @@ class _Run:
         terms = torch.zeros_like(summed)
         look_every = max(1, self.steps_per_epoch // LOOKS_PER_EPOCH)
         for t, batch in enumerate(batches, start=(epoch - 1) * self.steps_per_epoch + 1):
-            score = self.task.score(self.model, batch)
+            score = self._training_score(self.model, batch)
             self.optimizer.zero_grad()
             score.loss.backward()  # type: ignore[no-untyped-call]
             with in_step.running():
                 self.optimizer.step()
+            if self.lilaw is not None:
+                with in_meta.running():
+                    self._weigh(t, self.lilaw, looking=t % look_every == 0)
             summed += score.loss.detach().double() * score.terms
             terms += score.terms
 
@@ -276,6 +296,7 @@ class _Run:
                 "step_seconds": round(in_step.seconds(), 3),
                 "meta_seconds": round(in_meta.seconds(), 3),
             }
+            | ({} if self.samples is None or not math.isfinite(train_loss) else self._look_at_samples(self.samples))
         )
 
     def _training_batches(self, epoch: int, purpose: str) -> Iterator[Batch]:
@@ -297,6 +318,48 @@ class _Run:
             figures["α"] = f"{self.optimizer.alpha.min():.2f}–{self.optimizer.alpha.max():.2f}"
         return figures
 
+    # ------------------------------------------------------------ weights of samples, and labels that are wrong
+
+    def _training_score(self, model: nn.Module, batch: Batch) -> Score:
+        """What is descended; with LiLAW the weighted loss."""
+        if self.lilaw is None:
+            return self.task.score(model, batch)
+        inputs, labels = self._split(batch)
+        return Score(self.lilaw.loss(model(*inputs), labels, _EACH), len(labels))
+
+    def _split(self, batch: Batch) -> tuple[Batch, Tensor]:
+        assert self.task.inputs_and_labels is not None  # ``changed`` has seen to that
+        return self.task.inputs_and_labels(batch)
+
+    def _weigh(self, t: int, lilaw: LiLAW, looking: bool) -> None:
+        """A step of α, δ and β on the next validation batch."""
+        numbers = torch.split(torch.arange(len(self.data.val[0]), device=self.device), self.settings.batch_size)
+        inputs, labels = self._split(pick(self.data.val, numbers[t % len(numbers)]))
+        lilaw.meta_step(self.model, (*inputs, labels), _EACH)
+        if looking:
+            scalars = {name: round(getattr(lilaw, name).item(), 5) for name in ("alpha", "delta", "beta")}
+            self.history["lilaw"].append({"step": t, **scalars})
+
+    @torch.no_grad()
+    def _look_at_samples(self, samples: SampleHistory) -> dict[str, float | None]:
+        """What the model makes of the training labels, right and wrong; None where there are no such samples."""
+        self.model.eval()
+        parts = torch.split(torch.arange(len(self.data.train[0]), device=self.device), EVALUATION_BATCH)
+        logits = torch.cat([self.model(*self._split(pick(self.data.train, part))[0]) for part in parts])
+        samples.add(logits, self.lilaw)
+        (_, observed), truth, said = self._split(self.data.train), self.data.truth, logits.argmax(dim=1)
+        assert truth is not None
+        wrong = observed != truth
+
+        def share(hit: Tensor) -> float | None:
+            return round(float(hit.double().mean()), 5) if len(hit) else None
+
+        return {
+            "memorised": share((said == observed)[wrong]),
+            "recovered": share((said == truth)[wrong]),
+            "right_learned": share((said == truth)[~wrong]),
+        }
+
     # ------------------------------------------------------------ meta-updates
 
     def _meta_batches(self, epoch: int) -> Iterator[tuple[Batch, Batch]]:
@@ -313,13 +376,16 @@ class _Run:
         batch1, batch2 = next(batches)
         entry: dict[str, Any] = {"step": t}
         try:
-            losses = optimizer.update_attention(self.model, batch1, batch2, self.task.loss, self._val_batch())
+            losses = optimizer.update_attention(self.model, batch1, batch2, self._training_loss, self._val_batch())
             entry |= losses._asdict()
         except ValueError as error:  # a loss that is not finite: it belongs in the record
             entry["error"] = str(error)
         self.meta_updates += 1
         entry |= self._movement(optimizer)
         self.history["meta_updates"].append(entry)
+
+    def _training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._training_score(model, batch).loss
 
     def _movement(self, optimizer: MetaAdamW) -> dict[str, Any]:
         """How far Φ is from its random start: in weights (relative norm), in log σ², and in the factors it gives."""
@@ -355,6 +421,8 @@ class _Run:
                 "best_weights": self.best_weights,
                 "meta_updates": self.meta_updates,
                 "history": self.history,
+                "lilaw": None if self.lilaw is None else self.lilaw.state_dict(),
+                "samples": None if self.samples is None else self.samples.state_dict(),
             },
             buffer,
         )
@@ -371,6 +439,10 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.best_weights, self.meta_updates = state["best_weights"], state["meta_updates"]
         self.history = state["history"]
+        if self.lilaw is not None:
+            self.lilaw.load_state_dict(state["lilaw"])
+        if self.samples is not None:
+            self.samples.load_state_dict(state["samples"])
 
     def _record(self, status: str) -> dict[str, Any]:
         epochs = self.history["epochs"]
@@ -394,7 +466,13 @@ class _Run:
             "peak_memory_mib": peak_memory_mib(self.device),
             "environment": environment(self.device),
         }
+        if self.samples is not None:
+            record |= self._found_wrong(self.samples)
+        if self.lilaw is not None:
+            record["lilaw"] = self.history["lilaw"]
         if self.data.test is not None and finite:
+            if self.samples is not None:  # memorised labels show in the last epoch, not in the one that validates best
+                record["last"] = measure(self.task, self.model, self.data.test)._asdict()
             self.model.load_state_dict(self.best_weights)
             test = measure(self.task, self.model, self.data.test)
             epoch = min(finite, key=lambda e: e["val_loss"])["epoch"]
@@ -408,6 +486,16 @@ class _Run:
             record["meta_updates"] = self.history["meta_updates"]
             record["trace"] = self.history["trace"]
         return record
+
+    def _found_wrong(self, samples: SampleHistory) -> dict[str, Any]:
+        """How many labels are wrong, and how well each method finds them."""
+        assert self.data.truth is not None
+        wrong = (self.data.train[1] != self.data.truth).cpu().numpy()
+        found: dict[str, Any] = {"wrong_labels": int(wrong.sum()), "detection": None}
+        if wrong.any() and not wrong.all() and samples.epochs:
+            scores = detection(samples.suspicion(self.lilaw is not None), wrong)
+            found["detection"] = {name: {k: round(x, 5) for k, x in s.items()} for name, s in scores.items()}
+        return found
 
 
 def _plain(x: Any) -> Any:

@@ -1,4 +1,5 @@
-"""The named variants of an experiment: the three arms, one for each cell of Table 3, and AdamW at other learning rates.
+"""The named variants of an experiment: the three arms, one for each cell of Table 3, AdamW at other learning rates, and
+arms with LiLAW.
 
 Each is a change to the settings of a task (Tables 1 and 4). A variant of the ablation changes exactly one factor; where
 a task has the variant's value anyway, it *is* ``metaadamw`` there, and there is no such run.
@@ -108,8 +109,33 @@ def at_learning_rate(lr: float) -> str:
     return "adamw" if lr == Settings.lr else f"adamw-lr{lr:g}"
 
 
+LILAW = {"alpha": 10.0, "delta": 6.0, "beta": 2.0, "lr": 0.005, "weight_decay": 1e-4}
+"""The settings of LiLAW's paper."""
+
+
+def _lilaw(lr: float = LILAW["lr"], batch_size: int | None = None) -> Change:
+    return lambda s: replace(s, lilaw={**LILAW, "lr": lr}, batch_size=batch_size or s.batch_size)
+
+
+def _batch(size: int) -> Change:
+    return lambda settings: replace(settings, batch_size=size)
+
+
+WEIGHTED: dict[str, Change] = {
+    "adamw-lilaw": _lilaw(),
+    "metaadamw-lilaw": _lilaw(),
+    "adamw-lilaw-lr0.0005": _lilaw(lr=0.0005),
+    "adamw-lilaw-lr0.05": _lilaw(lr=0.05),
+    "adamw-lilaw-lr0.5": _lilaw(lr=0.5),
+    "adamw-batch16": _batch(16),
+    "adamw-lilaw-batch16": _lilaw(batch_size=16),
+    "adamw-batch256": _batch(256),
+    "adamw-lilaw-batch256": _lilaw(batch_size=256),
+}
+"""The arms with LiLAW, and its sensitivity to its learning rate and to the batch size."""
+
 _TUNED = {at_learning_rate(lr): lr for lr in LEARNING_RATES if lr != Settings.lr}
-VARIANTS = (*ARMS, *ABLATIONS, *_TUNED)
+VARIANTS = (*ARMS, *ABLATIONS, *_TUNED, *WEIGHTED)
 
 
 def learning_rate(variant: str) -> float:
@@ -126,6 +152,8 @@ def changed(settings: Settings, variant: str) -> Settings:
     check_choice("optimizer", variant, VARIANTS)
     if variant in _TUNED:
         return replace(settings, lr=_TUNED[variant])
+    if variant in WEIGHTED:
+        return WEIGHTED[variant](settings)
     if variant in ABLATIONS:
         if not differs(settings, variant):
             raise ValueError(f"optimizer is {variant!r}, which is what 'metaadamw' is on this task (Table 4); use that")

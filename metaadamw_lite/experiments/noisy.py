@@ -1,0 +1,128 @@
+"""CIFAR-10 and IMDB with labels that are partly wrong: the tasks of the chapters on LiLAW.
+
+Each is a task of the paper with other settings, always under the ``clean`` protocol: training and validation labels are
+wrong alike, the official test part is right and looked at after training. The seed of a run also draws which labels are
+wrong, so repeated runs vary in that, too. Nothing stops a run early, since memorising comes late.
+
+On a CPU (``lite``) the model for images is a small convolutional network that can learn 2,000 images by heart in about
+thirty epochs, wrong labels included; the ``paper`` profile has ResNet-18 and all of CIFAR-10.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaadamw_lite.checks import check_choice, check_count
+from metaadamw_lite.experiments import cifar10, imdb
+from metaadamw_lite.experiments.noise import CIFAR10_PAIRS
+from metaadamw_lite.experiments.task import Data, Settings, Task
+
+EPOCHS = {
+    "cifar10": {"paper": 60, "lite": 40, "smoke": 2},
+    "imdb": {"paper": 15, "lite": 15, "smoke": 2},
+}
+LITE_LEARNING_RATE = 2e-3
+"""The small network at the paper's 5e-4 has learned hardly anything by heart after forty epochs."""
+
+
+class SmallConvNet(nn.Module):
+    """Three stages of two 3 × 3 convolutions with batch norm; each stage halves the image; a linear layer at the end.
+
+    Args:
+        widths: channels of each stage.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        for before, width in zip((3, *widths), widths, strict=False):
+            layers: list[nn.Module] = []
+            for channels in (before, width):
+                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            self.stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
+        self.head = nn.Linear(widths[-1], 10)
+        for name, values in (("mean", cifar10.MEAN), ("std", cifar10.STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (N, 10) from images (N, 3, H, W) of bytes."""
+        x = ((images / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            x = stage(x)
+        scores: Tensor = self.head(x.mean(dim=(2, 3)))
+        return scores
+
+
+def _build(settings: Settings, data: Data) -> nn.Module:
+    if "widths" in settings.model:
+        return SmallConvNet(tuple(settings.model["widths"])).to(memory_format=torch.channels_last)
+    return cifar10.build(settings, data)
+
+
+def noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task:
+    """A task with wrong labels.
+
+    Args:
+        task: CIFAR-10 or IMDB.
+        name: what the kind is called in the task's name, ``TASK-NAME PERCENT``.
+        noise: as ``noise.corrupted`` takes it, without the rate.
+        percent: the rate, in percent.
+
+    Raises:
+        ValueError: for percent that are not from 0 to 100.
+    """
+    if percent:
+        check_count(percent=percent)
+    if not 0 <= percent <= 100:
+        raise ValueError(f"percent is {percent}; it must be from 0 to 100")
+
+    def settings(profile: str) -> Settings:
+        base = task.settings(profile)
+        data = dict(base.data) | {"noise": {**noise, "rate": percent / 100}}
+        epochs = EPOCHS[task.name][profile]
+        changed = replace(base, epochs=epochs, patience=epochs, data=data)
+        if task is not cifar10.CIFAR10 or profile == "paper":
+            return changed
+        sizes = {"widths": (16, 32, 64)} if profile == "lite" else {"widths": (4, 4)}
+        if profile == "lite":
+            count = 4_000 if "imbalance" in noise else 2_000  # of which about half are left
+            data |= {"train": count, "val": count // 4, "test": 2_000}
+            changed = replace(changed, batch_size=64, meta_every=16, lr=LITE_LEARNING_RATE)
+        return replace(changed, model=sizes, data=data)
+
+    def load(protocol: str, settings: Settings, source: str) -> Data:
+        check_choice("protocol (of a task with wrong labels)", protocol, ("clean",))
+        return task.load(protocol, settings, source)
+
+    is_small = task is cifar10.CIFAR10
+    return replace(
+        task,
+        name=f"{task.name}-{name}{percent}",
+        title=f"{task.title}, {name} {percent} %",
+        settings=settings,
+        load=load,
+        build=_build if is_small else task.build,
+        augment=None if is_small else task.augment,  # which would keep a small network from learning by heart
+    )
+
+
+_PAIRS = {"kind": "asymmetric", "pairs": tuple(CIFAR10_PAIRS.items())}
+NOISY: dict[str, Task] = {
+    task.name: task
+    for task in (
+        *(noisy(cifar10.CIFAR10, "symmetric", {"kind": "symmetric"}, percent) for percent in (0, 20, 40, 50)),
+        noisy(cifar10.CIFAR10, "asymmetric", _PAIRS, 40),
+        noisy(cifar10.CIFAR10, "instance", {"kind": "instance"}, 40),
+        noisy(cifar10.CIFAR10, "human", {"kind": "human", "labels": "worse_label"}, 40),
+        noisy(cifar10.CIFAR10, "longtail", {"kind": "symmetric", "imbalance": 10.0}, 40),
+        noisy(imdb.IMDB, "symmetric", {"kind": "symmetric"}, 40),
+        noisy(imdb.IMDB, "asymmetric", {"kind": "asymmetric", "pairs": ((1, 0),)}, 40),
+    )
+}
+"""Asymmetric noise makes 40 % of each class that has a partner wrong, so about 20 % of all labels."""
