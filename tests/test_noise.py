@@ -1,0 +1,300 @@
+"""Labels made wrong: exact shares, the right list, nothing but the seed decides; and finding them again."""
+
+import io
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from metaadamw_lite import LiLAW
+from metaadamw_lite.experiments import NOISY, cifar10, noise
+from metaadamw_lite.experiments.datasets import DataError
+from metaadamw_lite.experiments.mislabels import SampleHistory, area_under_roc, average_precision, detection
+from metaadamw_lite.experiments.noise import (
+    CIFAR10_PAIRS,
+    asymmetric,
+    corrupted,
+    human_labels,
+    imbalanced,
+    instance_dependent,
+    symmetric,
+)
+from metaadamw_lite.experiments.noisy import noisy
+from metaadamw_lite.experiments.records import RunKey
+from metaadamw_lite.experiments.studies import SENSITIVITY_TASK, TOGETHER, WRONG_LABEL_SEEDS, study_runs
+from metaadamw_lite.experiments.task import Data
+from metaadamw_lite.experiments.training import run
+
+LABELS = np.random.default_rng(0).integers(0, 10, 1_000)
+INPUTS = np.random.default_rng(1).integers(0, 256, (1_000, 3, 4, 4)).astype(np.uint8)
+
+INJECTORS = {
+    "symmetric": lambda labels, rate, seed: symmetric(labels, 10, rate, seed),
+    "asymmetric": lambda labels, rate, seed: asymmetric(labels, CIFAR10_PAIRS, 10, rate, seed),
+    "instance": lambda labels, rate, seed: instance_dependent(labels, INPUTS, 10, rate, seed),
+}
+
+
+@pytest.mark.parametrize("kind", INJECTORS)
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.2, 0.4, 1.0])
+def test_the_list_is_what_changed_and_the_share_is_exact(kind, rate):
+    before = LABELS.copy()
+    labels, wrong = INJECTORS[kind](LABELS, rate, 3)
+    assert np.array_equal(LABELS, before), "the caller's labels are left alone"
+    assert np.array_equal(np.flatnonzero(labels != LABELS), wrong)
+    assert labels.min() >= 0
+    assert labels.max() <= 9
+    if kind == "asymmetric":
+        for source in CIFAR10_PAIRS:
+            members = np.flatnonzero(source == LABELS)
+            assert np.isin(members, wrong).sum() == round(rate * len(members))
+    else:
+        assert len(wrong) == round(rate * len(LABELS))
+
+
+@pytest.mark.parametrize("kind", INJECTORS)
+def test_the_seed_and_nothing_else_decides(kind):
+    first, again, other = (INJECTORS[kind](LABELS, 0.4, seed) for seed in (3, 3, 4))
+    assert np.array_equal(first.labels, again.labels)
+    assert not np.array_equal(first.labels, other.labels)
+
+
+def test_symmetric_noise_has_no_favourite():
+    many = np.random.default_rng(0).integers(0, 10, 50_000)
+    labels, wrong = symmetric(many, 10, 0.5, 0)
+    shift = (labels[wrong] - many[wrong]) % 10
+    assert np.abs(np.bincount(shift, minlength=10)[1:] / len(wrong) - 1 / 9).max() < 0.01
+
+
+def test_asymmetric_noise_goes_to_the_partner():
+    labels, wrong = asymmetric(LABELS, CIFAR10_PAIRS, 10, 0.4, 0)
+    assert {(int(a), int(b)) for a, b in zip(LABELS[wrong], labels[wrong], strict=True)} == set(CIFAR10_PAIRS.items())
+
+
+def test_instance_dependent_noise_depends_on_the_instance():
+    """Copies of one image of one class prefer some wrong classes, and other images of it prefer others."""
+    same = np.zeros(4_000, dtype=np.int64)
+    pictures = np.random.default_rng(5).integers(0, 256, (2, 3, 16, 16))
+    inputs = np.concatenate([np.repeat(pictures[:1], 2_000, axis=0), np.repeat(pictures[1:], 2_000, axis=0)])
+    labels, _ = instance_dependent(same, inputs, 10, 1.0, 0)
+    one, other = (np.bincount(part, minlength=10) / 2_000 for part in (labels[:2_000], labels[2_000:]))
+    assert np.abs(one - other).max() > 0.1
+    assert one[0] == other[0] == 0
+
+
+@pytest.mark.parametrize("kind", INJECTORS)
+@pytest.mark.parametrize(
+    ("labels", "rate", "seed", "message"),
+    [
+        (LABELS, -0.1, 0, "rate is -0.1"),
+        (LABELS, 1.1, 0, "rate is 1.1"),
+        (LABELS, math.nan, 0, "rate is nan"),
+        (LABELS, 0.5, -1, "seed is -1"),
+        (LABELS + 5, 0.5, 0, "a label is 14"),
+        (LABELS - 1, 0.5, 0, "a label is -1"),
+    ],
+)
+def test_bad_arguments_are_quoted(kind, labels, rate, seed, message):
+    with pytest.raises(ValueError, match=message):
+        INJECTORS[kind](labels, rate, seed)
+
+
+def test_bad_pairs_and_inputs():
+    with pytest.raises(ValueError, match="pair 3 → 3"):
+        asymmetric(LABELS, {3: 3}, 10, 0.4, 0)
+    with pytest.raises(ValueError, match="pair 3 → 10"):
+        asymmetric(LABELS, {3: 10}, 10, 0.4, 0)
+    with pytest.raises(ValueError, match="999 inputs for 1000 labels"):
+        instance_dependent(LABELS, INPUTS[1:], 10, 0.4, 0)
+    with pytest.raises(ValueError, match="classes is 1"):
+        symmetric(np.zeros(3, dtype=np.int64), 1, 0.4, 0)
+    with pytest.raises(ValueError, match="percent is 101"):
+        noisy(cifar10.CIFAR10, "symmetric", {"kind": "symmetric"}, 101)
+
+
+def parts(count=400):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    return Data((images, labels), (images[:100], labels[:100]), (images, labels), "synthetic")
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "instance"])
+def test_training_and_validation_are_wrong_alike_and_the_test_part_is_right(kind):
+    data = parts()
+    noisy_data = corrupted(data, {"kind": kind, "rate": 0.25}, 1)
+    assert int((noisy_data.train[1] != data.train[1]).sum()) == 100
+    assert int((noisy_data.val[1] != data.val[1]).sum()) == 25
+    assert torch.equal(noisy_data.truth, data.train[1])
+    assert torch.equal(noisy_data.test[1], data.test[1])
+    assert torch.equal(noisy_data.train[0], data.train[0])
+    with pytest.raises(ValueError, match="noise is 'fog'"):
+        corrupted(data, {"kind": "fog"}, 0)
+
+
+def test_a_long_tail():
+    labels = torch.arange(10).repeat_interleave(100)
+    data = Data((labels, labels), (labels, labels), (labels, labels), "synthetic")
+    thinned = imbalanced(data, 10.0)
+    counts = torch.bincount(thinned.train[1])
+    assert counts.tolist() == [round(100 * 10 ** (-c / 9)) for c in range(10)]
+    assert len(thinned.test[1]) == 1_000
+    with pytest.raises(ValueError, match=r"ratio is 0\.5"):
+        imbalanced(data, 0.5)
+
+
+def human_file(folder, **changes):
+    rng = np.random.default_rng(0)
+    clean = rng.integers(0, 10, 50_000)
+    tables = {name: np.where(rng.random(50_000) < 0.4, (clean + 1) % 10, clean) for name in noise.HUMAN_LABELS}
+    tables |= {"clean_label": clean} | changes
+    (folder / "cifar10n").mkdir(parents=True, exist_ok=True)
+    np.savez(folder / noise.HUMAN_FILE, **tables)
+    return tables
+
+
+def test_labels_of_people(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAADAMW_DATA", str(tmp_path))
+    tables = human_file(tmp_path)
+    assert np.array_equal(human_labels("worse_label"), tables["worse_label"])
+    with pytest.raises(ValueError, match="human labels is 'best_label'"):
+        human_labels("best_label")
+    human_file(tmp_path, worse_label=tables["clean_label"])
+    with pytest.raises(DataError, match="40 % are wrong"):
+        human_labels("worse_label")
+    (tmp_path / noise.HUMAN_FILE).write_bytes(b"not a file of arrays")
+    with pytest.raises(DataError, match="is not the labels of CIFAR-10N"):
+        human_labels("worse_label")
+
+
+def test_labels_of_people_are_downloaded_without_running_their_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAADAMW_DATA", str(tmp_path / "here"))
+    tables = human_file(tmp_path)
+    published = io.BytesIO()
+    torch.save(tables, published)
+    monkeypatch.setattr(noise.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(published.getvalue()))
+    assert np.array_equal(human_labels("worse_label"), tables["worse_label"])
+
+    (tmp_path / "here" / noise.HUMAN_FILE).unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was run"), "w"))
+
+    published = io.BytesIO()
+    torch.save(tables | {"more": Evil()}, published)
+    with pytest.raises(Exception, match="eights"):
+        human_labels("worse_label")
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_areas_are_those_of_scikit_learn(ties):
+    rng = np.random.default_rng(0)
+    wrong = rng.random(300) < 0.3
+    scores = rng.normal(size=300) + wrong
+    scores = scores.round(0) if ties else scores
+    assert area_under_roc(scores, wrong) == pytest.approx(roc_auc_score(wrong, scores), abs=1e-12)
+    assert average_precision(scores, wrong) == pytest.approx(average_precision_score(wrong, scores), abs=1e-12)
+
+
+def test_every_method_finds_labels_that_a_model_contradicts_and_chance_finds_nothing():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 5, (400,), generator=generator)
+    observed = truth.clone()
+    observed[:120] = (truth[:120] + 1) % 5
+    history, lilaw = SampleHistory(observed, 5, share=0.7), LiLAW()
+    for epoch in range(6):
+        noise_ = torch.randn(400, 5, generator=generator)
+        history.add(noise_ + (1 + epoch) * torch.nn.functional.one_hot(truth, 5), lilaw)
+    wrong = (observed != truth).numpy()
+    found = detection(history.suspicion(weighted=True), wrong)
+    assert {"loss, mean", "LiLAW, easy weight", "LiLAW, how often hard", "confident learning"} < set(found)
+    for name, scores in found.items():
+        if name == "entropy, mean":  # says how sure the model is, not of what
+            continue
+        assert scores["auroc"] > 0.9, name
+        assert scores["auprc"] > 0.8, name
+    shuffled = wrong[torch.randperm(400, generator=generator).numpy()]
+    assert all(abs(s["auroc"] - 0.5) < 0.12 for s in detection(history.suspicion(weighted=True), shuffled).values())
+
+
+def test_forgetting_events_are_counted():
+    """Right, wrong, right, wrong: forgotten twice; always right: never; never right: worse than any."""
+    labels = torch.zeros(3, dtype=torch.long)
+    history = SampleHistory(labels, 2, share=0.5)
+    for epoch in range(4):
+        first = [1.0, -1.0] if epoch % 2 == 0 else [-1.0, 1.0]
+        history.add(torch.tensor([first, [1.0, -1.0], [-1.0, 1.0]]), None)
+    assert history.suspicion(weighted=False)["forgetting events"].tolist() == [2.0, 0.0, 4.0]
+
+
+def test_a_run_says_what_was_learned_by_heart_and_how_well_it_is_found(tmp_path):
+    keys = {variant: RunKey("cifar10-symmetric40", variant, "clean", "smoke", 0) for variant in TOGETHER}
+    records = {variant: run(key, tmp_path, progress=False) for variant, key in keys.items()}
+    for variant, record in records.items():
+        assert record["status"] == "finished"
+        assert record["wrong_labels"] == round(0.4 * record["samples"]["train"])
+        assert 0 <= record["epochs"][-1]["memorised"] <= 1
+        assert 0 <= record["last"]["metric"] <= 1
+        assert ("lilaw" in record) == variant.endswith("lilaw")
+        assert ("LiLAW, easy weight" in record["detection"]) == variant.endswith("lilaw")
+        assert ("groups" in record) == variant.startswith("meta")
+    plain, weighted = records["adamw"]["epochs"], records["adamw-lilaw"]["epochs"]
+    assert plain[0]["val_loss"] == weighted[0]["val_loss"], "the first epoch is the warm-up"
+    assert plain[1]["val_loss"] != weighted[1]["val_loss"]
+    assert records["adamw-lilaw"]["lilaw"][-1]["alpha"] < 10
+
+
+def test_the_seed_of_a_run_draws_the_wrong_labels():
+    task = NOISY["cifar10-symmetric40"]
+    settings = task.settings("smoke")
+    data = task.load("clean", settings, "synthetic")
+    observed = [corrupted(data, settings.data["noise"], seed).train[1] for seed in (0, 0, 1)]
+    assert torch.equal(observed[0], observed[1])
+    assert not torch.equal(observed[0], observed[2])
+
+
+def test_people_and_true_labels_stay_together_in_every_part():
+    task = NOISY["cifar10-human40"]
+    data = task.load("clean", task.settings("smoke"), "synthetic")
+    whole = cifar10.pixels(cifar10.synthetic_images(60, 8, 1))
+    known = {image.tobytes(): label for image, label in zip(*whole, strict=True)}
+    assert [known[x.numpy().tobytes()] for x in data.train[0]] == data.truth.tolist()
+    share = float((data.train[1] != data.truth).double().mean())
+    assert 0.2 < share < 0.6
+
+
+def test_tasks_with_wrong_labels_have_one_protocol():
+    task = NOISY["imdb-symmetric40"]
+    with pytest.raises(ValueError, match="'paper'; allowed are clean"):
+        task.load("paper", task.settings("smoke"), "synthetic")
+
+
+def test_lilaw_needs_classes(tmp_path):
+    with pytest.raises(ValueError, match="etth1 has no classes"):
+        run(RunKey("etth1", "adamw-lilaw", "clean", "smoke", 0), tmp_path, progress=False)
+
+
+def test_the_studies_are_paired_by_seed(tmp_path):
+    runs = study_runs("lilaw/lite", tmp_path)
+    for task in NOISY:
+        seeds = {v: {k.seed for k in runs if k.task == task and k.variant == v} for v in ("adamw", "adamw-lilaw")}
+        assert seeds["adamw"] == seeds["adamw-lilaw"] == set(WRONG_LABEL_SEEDS)
+    assert all(k.protocol == "clean" for k in runs)
+    together = study_runs("together/lite", tmp_path)
+    assert {k.task for k in together} == {SENSITIVITY_TASK}
+    assert len(together) == 5 * len(TOGETHER)
+    with pytest.raises(ValueError, match="task is 'etth1'"):
+        study_runs("lilaw/lite", tmp_path, ["etth1"])
+
+
+def test_the_paper_profile_is_resnet_18_on_all_of_cifar10():
+    settings = NOISY["cifar10-symmetric40"].settings("paper")
+    assert settings.model == cifar10.settings("paper").model
+    assert set(settings.data) == {"noise"}
+    assert settings.patience == settings.epochs, "memorising comes late"
+    assert replace(settings, data={}).batch_size == 128
