@@ -9,8 +9,9 @@ Read the files in this order; each is one section of the paper (arXiv 2605.04055
 5. ``huw``        priority-injected uncertainty weighting (Eq. 13)
 6. ``meta``       how Φ is trained (section 3.5, Algorithm 2)
 
-``fast`` and ``sharding`` are the same numbers with less work and on several processes; ``bench`` measures the cost. One
-relative stands beside it and knows nothing of it: ``lilaw`` (weights for samples, arXiv 2509.20786).
+``fast`` and ``sharding`` are the same numbers with less work and on several processes; ``bench`` measures the cost. Two
+relatives stand beside it and know nothing of it: ``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an
+adapter with an expert for noise, arXiv 2505.23868).
 
 PyTorch and NumPy are the only dependencies of these files. The experiments live in ``metaadamw_lite.experiments``.
 """
@@ -19,6 +20,7 @@ from metaadamw_lite.features import FeatureConfig
 from metaadamw_lite.groups import ModulationGroup, fine_grained_groups
 from metaadamw_lite.huw import PriorityHUW
 from metaadamw_lite.lilaw import LiLAW
+from metaadamw_lite.lope import LoPE, LoPELinear
 from metaadamw_lite.meta import MetaLosses
 from metaadamw_lite.modulator import Modulation, Modulator
 from metaadamw_lite.optimizer import MetaAdamW
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 __all__ = [
     "FeatureConfig",
     "LiLAW",
+    "LoPE",
+    "LoPELinear",
     "MetaAdamW",
     "MetaLosses",
     "Modulation",

@@ -11,12 +11,25 @@ from matplotlib.lines import Line2D
 
 from metaadamw_lite.experiments.report import ENOUGH_SEEDS
 
-COLOURS = dict(zip(("adamw", "metaadamw", "metaadamw-frozen"), sns.color_palette("colorblind", 3), strict=True))
+_ARMS = ("adamw", "metaadamw", "metaadamw-frozen", "adamw-lilaw", "metaadamw-lilaw")
+COLOURS = dict(zip(_ARMS, sns.color_palette("colorblind", len(_ARMS)), strict=True))
 """Colour-blind-safe, and told apart by their dashes in print."""
-DASHES = {"adamw": "", "metaadamw": (4, 1.5), "metaadamw-frozen": (1, 1)}
+DASHES = {
+    "adamw": "",
+    "metaadamw": (4, 1.5),
+    "metaadamw-frozen": (1, 1),
+    "adamw-lilaw": (6, 1, 1, 1),
+    "metaadamw-lilaw": (3, 1, 1, 1, 1, 1),
+}
 LINEAR_TO = 10
 """Percent up to which improvements are drawn on a linear scale."""
-LABELS = {"adamw": "AdamW", "metaadamw": "MetaAdamW", "metaadamw-frozen": "MetaAdamW, Φ untrained"}
+LABELS = {
+    "adamw": "AdamW",
+    "metaadamw": "MetaAdamW",
+    "metaadamw-frozen": "MetaAdamW, Φ untrained",
+    "adamw-lilaw": "AdamW + LiLAW",
+    "metaadamw-lilaw": "MetaAdamW + LiLAW",
+}
 
 
 def use_style() -> None:

@@ -121,7 +121,7 @@ def factors_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A relative improvement over a baseline, paired by seed, in percent (positive: better).
+    """An improvement over a baseline, paired by seed (positive: better): relative and in percent, unless it says other.
 
     Attributes:
         mean: over the seeds.
@@ -137,11 +137,12 @@ class PairedDifference:
     p: float
     seeds: int
     p_wilcoxon: float = float("nan")
+    unit: str = "%"
 
     def __str__(self) -> str:
         if not self.seeds:
             return "no pairs yet"
-        return f"{self.mean:+.1f} % {self.interval}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        return f"{self.mean:+.1f} {self.unit} {self.interval}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
 
     @property
     def interval(self) -> str:
@@ -154,22 +155,27 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
 
     Each pair's difference is taken relative to its baseline run, as in the paper's Table 2.
     """
-    percent = _improvements(arm, baseline, lower_is_better).to_numpy()
+    return paired_difference(_improvements(arm, baseline, lower_is_better), "%")
+
+
+def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDifference:
+    """The mean of some differences, one for each seed, with its interval and tests."""
+    values = differences.dropna().to_numpy()
     low = high = p = p_wilcoxon = float("nan")
-    if len(percent) >= 3 and np.ptp(percent) == 0:  # no test is defined without any spread
-        low = high = float(percent[0])
+    if len(values) >= 3 and np.ptp(values) == 0:  # no test is defined without any spread
+        low = high = float(values[0])
         p = 0.0 if low else 1.0
-    elif len(percent) >= 2:
-        p = float(stats.ttest_1samp(percent, 0).pvalue)
-    if len(percent) >= 2 and percent.any():
-        p_wilcoxon = float(stats.wilcoxon(percent).pvalue)
-    if len(percent) >= 3 and np.ptp(percent) > 0:
+    elif len(values) >= 2:
+        p = float(stats.ttest_1samp(values, 0).pvalue)
+    if len(values) >= 2 and values.any():
+        p_wilcoxon = float(stats.wilcoxon(values).pvalue)
+    if len(values) >= 3 and np.ptp(values) > 0:
         interval = stats.bootstrap(
-            (percent,), np.mean, confidence_level=CONFIDENCE, rng=np.random.default_rng(0)
+            (values,), np.mean, confidence_level=CONFIDENCE, rng=np.random.default_rng(0)
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
-    mean = float(percent.mean()) if len(percent) else float("nan")
-    return PairedDifference(mean, low, high, p, len(percent), p_wilcoxon)
+    mean = float(values.mean()) if len(values) else float("nan")
+    return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit)
 
 
 def _improvements(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> "pd.Series[float]":

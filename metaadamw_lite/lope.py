@@ -1,0 +1,368 @@
+"""LoPE: an adapter with an expert for noise, which is trained on noise and left out afterwards (arXiv 2505.23868).
+
+An asymmetric LoRA adds to a frozen linear map W one down-projection A and several up-projections B_i, its experts,
+weighed by a router ω(x) = softmax(Rx):
+
+    y = Wx + scale · Σ_i ω_i(x) B_i A x,
+
+and one of the experts, B_D, is there to be poisoned:
+
+* Stage I, on noisy data (HyNoIse): only A and B_D train. Noise goes where it can be found again.
+* Stage II, on the original data: B_D is frozen but takes part; A, the clean B_i and the router train.
+* Afterwards B_D is masked. Its weight is shared out by likeness (DyCompEnSate): with θ_i = cos(B_iAx, B_DAx), ω_i
+  becomes ω_i(1 + θ_i), divided by the sum of these, so that the weights still sum to one.
+
+All B start at zero, so the adapted model starts as the base model; the router starts at random, or the clean experts
+would stay copies of one another.
+"""
+
+import random
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaadamw_lite.checks import check_choice, check_count, check_not_negative, check_seed
+
+
+class LoPELinear(nn.Module):
+    """A linear layer with a LoPE adapter beside it.
+
+    Args:
+        base: the layer; it is kept as it is and frozen.
+        rank: r, rows of A.
+        experts: N, the clean experts.
+        scale: factor on the adapter's output (LoRA's α/r).
+        poisoning: with the poisoning expert; without it this is a plain asymmetric LoRA, and with one expert a LoRA.
+        seed: of A and the router; the global random number generators are not touched.
+
+    Attributes:
+        A: (r, d_in).
+        B: the clean experts, (N, d_out, r).
+        B_D: the poisoning expert, (d_out, r), or None.
+        router: R, (N + 1, d_in) with the poisoning expert last, or (N, d_in).
+        mask: None while the poisoning expert takes part; "plain" or "compensated" once it is masked.
+
+    Raises:
+        ValueError: for a layer that is not linear, a rank or number of experts below one, or a bad scale or seed.
+    """
+
+    B_D: nn.Parameter | None
+    mask: str | None
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 4,
+        experts: int = 3,
+        scale: float = 2.0,
+        poisoning: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise ValueError(f"base is a {type(base).__name__}; it must be an nn.Linear")
+        check_count(rank=rank, experts=experts)
+        check_not_negative(scale=scale)
+        check_choice("poisoning", poisoning, (True, False))
+        check_seed(seed)
+        self.base, self.scale, self.mask = base.requires_grad_(False), scale, None
+        like = base.weight
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(rows: int) -> nn.Parameter:
+            """As ``nn.Linear`` starts: uniform within 1/√d_in."""
+            bound = like.shape[1] ** -0.5
+            values = torch.empty(rows, like.shape[1]).uniform_(-bound, bound, generator=generator)
+            return nn.Parameter(values.to(like))
+
+        self.A = uniform(rank)
+        self.B = nn.Parameter(like.new_zeros(experts, like.shape[0], rank))
+        self.B_D = nn.Parameter(like.new_zeros(like.shape[0], rank)) if poisoning else None
+        self.router = uniform(experts + poisoning)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., d_out)."""
+        h = F.linear(x, self.A)
+        weights = F.linear(x, self.router).softmax(dim=-1)
+        outputs = torch.einsum("...r,nor->...no", h, self.B)
+        if self.B_D is None:
+            mixed = torch.einsum("...n,...no->...o", weights, outputs)
+        else:
+            clean, poisoned = weights[..., :-1], F.linear(h, self.B_D)
+            if self.mask == "compensated":
+                clean = compensated(clean, outputs, poisoned)
+            mixed = torch.einsum("...n,...no->...o", clean, outputs)
+            if self.mask is None:
+                mixed = mixed + weights[..., -1:] * poisoned
+        result: Tensor = self.base(x) + self.scale * mixed
+        return result
+
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name; the base layer's are not among them."""
+        return {name: p for name, p in self._parameters.items() if p is not None}
+
+    def is_mergeable(self) -> bool:
+        """Whether the adapter is one linear map: its weights sum to one, and the experts they mix are the same."""
+        sums_to_one = self.B_D is None or self.mask == "compensated"
+        return sums_to_one and bool((self.B[:1] == self.B).all())
+
+    def extra_repr(self) -> str:
+        """The sizes, for printing."""
+        count, poison = len(self.B), "" if self.B_D is None else " and a poisoning one"
+        return f"rank={len(self.A)}, {count} clean expert{'s' if count > 1 else ''}{poison}, mask={self.mask}"
+
+
+def compensated(weights: Tensor, outputs: Tensor, poisoned: Tensor) -> Tensor:
+    """DyCompEnSate: the weights of the clean experts once the poisoning one is masked.
+
+    Args:
+        weights: the router's, of the clean experts, (..., N).
+        outputs: of the clean experts, (..., N, d).
+        poisoned: of the poisoning expert, (..., d).
+
+    Returns:
+        (..., N), summing to one as all experts' weights did before. An expert that is the opposite of the poisoning one
+        gets nothing; if all are, the router's weights stay, apart from the sum.
+    """
+    likeness = F.cosine_similarity(outputs, poisoned.unsqueeze(-2), dim=-1)
+    raised = weights * (1 + likeness).clamp_min(0)
+    raised = torch.where(raised.sum(dim=-1, keepdim=True) > 0, raised, weights)
+    return raised / raised.sum(dim=-1, keepdim=True)
+
+
+class LoPE:
+    """The LoPE adapters of a model.
+
+    >>> lope = LoPE.wrap(model, ["q_proj", "v_proj"])
+    >>> lope.stage(1)  # then train on noisy data
+    >>> lope.stage(2)  # then train on the original data
+    >>> lope.mask_poisoning_expert()
+
+    Attributes:
+        model: the model; its target layers are ``LoPELinear`` now, and everything but the adapters is frozen.
+        layers: the adapted layers by name.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, LoPELinear]) -> None:
+        self.model, self.layers = model, dict(layers)
+
+    @classmethod
+    def wrap(
+        cls,
+        model: nn.Module,
+        target_modules: Sequence[str],
+        rank: int = 4,
+        experts: int = 3,
+        scale: float = 2.0,
+        poisoning: bool = True,
+        seed: int = 0,
+    ) -> "LoPE":
+        """Put adapters beside some linear layers of a model, in place, and freeze the rest.
+
+        Args:
+            model: any module.
+            target_modules: names of layers, or their last parts: "q_proj" means every layer of that name.
+            rank, experts, scale, poisoning, seed: as for ``LoPELinear``; each layer has a seed of its own.
+
+        Raises:
+            ValueError: if a name matches nothing, or something that is not an ``nn.Linear`` (one that is wrapped
+                already, for example), and as ``LoPELinear`` does. Nothing is changed then.
+        """
+        if isinstance(target_modules, str):
+            raise ValueError(f"target_modules is {target_modules!r}; a sequence of names is needed")
+        check_seed(seed)
+        named = dict(model.named_modules())
+        found: dict[str, nn.Module] = {}
+        for target in target_modules:
+            matches = {n: m for n, m in named.items() if n == target or n.endswith(f".{target}")}
+            if not matches:
+                linear = sorted({n.rpartition(".")[2] for n, m in named.items() if isinstance(m, nn.Linear)})
+                raise ValueError(f"target_modules has {target!r}, which matches no layer; linear ones are {linear}")
+            found |= matches
+        if not found:
+            raise ValueError("target_modules is empty; at least one name is needed")
+        found = {name: module for name, module in named.items() if name in found}  # in the model's order
+        frozen = {p: p.requires_grad for p in model.parameters()}
+        try:
+            layers = {
+                name: LoPELinear(module, rank, experts, scale, poisoning, seed + k)  # type: ignore[arg-type]
+                for k, (name, module) in enumerate(found.items())
+            }
+        except ValueError:
+            for p, wanted in frozen.items():
+                p.requires_grad_(wanted)
+            raise
+        model.requires_grad_(False)
+        for name, layer in layers.items():
+            _put(model, name, layer)
+        lope = cls(model, layers)
+        if poisoning:
+            lope.stage(1)
+        return lope
+
+    def stage(self, number: int) -> None:
+        """Choose what trains: 1, A and the poisoning expert; 2, A, the clean experts and the router.
+
+        What is frozen loses its ``.grad``, so that no optimizer moves it.
+
+        Raises:
+            ValueError: for another number, or adapters without a poisoning expert, which have no stages.
+        """
+        check_choice("stage", number, (1, 2))
+        self._check_poisoning()
+        trains = {1: ("A", "B_D"), 2: ("A", "B", "router")}[number]
+        for layer in self.layers.values():
+            layer.mask = None
+            for name, p in layer.adapter().items():
+                p.requires_grad_(name in trains)
+                if name not in trains:
+                    p.grad = None
+
+    def mask_poisoning_expert(self, compensate: bool = True) -> None:
+        """Leave the poisoning expert out, for inference; ``stage`` puts it back.
+
+        Args:
+            compensate: by DyCompEnSate; else the clean experts keep their weights, which then sum to less than one.
+
+        Raises:
+            ValueError: for adapters without a poisoning expert.
+        """
+        self._check_poisoning()
+        for layer in self.layers.values():
+            layer.mask = "compensated" if compensate else "plain"
+
+    def merge(self) -> nn.Module:
+        """Fold the adapters into the base layers, where that is exact, and return the model.
+
+        It is exact for one clean expert whose weight is always one: without a poisoning expert, or with it masked and
+        compensated. Several different experts are mixed by the input, which no single matrix does.
+
+        Raises:
+            ValueError: where it is not exact. Nothing is changed then.
+        """
+        for name, layer in self.layers.items():
+            if not layer.is_mergeable():
+                why = (
+                    "the poisoning expert takes part, or is masked without compensation"
+                    if layer.B_D is not None and layer.mask != "compensated"
+                    else f"the router mixes {len(layer.B)} different experts by the input"
+                )
+                raise ValueError(f"{name} cannot be merged: {why}")
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                layer.base.weight += layer.scale * layer.B[0] @ layer.A
+                _put(self.model, name, layer.base)
+        self.layers = {}
+        return self.model
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all adapters, frozen ones included."""
+        for layer in self.layers.values():
+            yield from layer.adapter().values()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The adapters alone, for ``torch.save`` or safetensors. Whether the expert is masked is not part of it."""
+        return {
+            f"{name}.{part}": p.detach() for name, layer in self.layers.items() for part, p in layer.adapter().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if names or shapes differ. Nothing is changed then.
+        """
+        mine = self.state_dict()
+        shapes, theirs = ({k: tuple(x.shape) for k, x in s.items()} for s in (mine, state))
+        if shapes != theirs:
+            differing = sorted(k for k in shapes.keys() | theirs.keys() if shapes.get(k) != theirs.get(k))
+            raise ValueError(f"the state is of other adapters; differing: {', '.join(differing)}")
+        with torch.no_grad():
+            for name, x in mine.items():
+                x.copy_(state[name])
+
+    def _check_poisoning(self) -> None:
+        if any(layer.B_D is None for layer in self.layers.values()):
+            raise ValueError("the adapters have no poisoning expert; wrap with poisoning=True")
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+# ---------------------------------------------------------------- HyNoIse
+
+
+class NoisyWords(NamedTuple):
+    """Words with discrete noise, and which of them have which kind: numbers in increasing order."""
+
+    words: list[str]
+    shuffled: list[int]
+    inserted: list[int]
+    deleted: list[int]
+
+
+def discrete_noise(words: Sequence[str], share: float = 0.05, seed: int = 0) -> NoisyWords:
+    """The discrete part of HyNoIse: a share of the words, in equal thirds, is shuffled, lengthened or shortened.
+
+    Shuffled words change places among themselves; others get a random letter at a random place, or lose a letter. Of n
+    words exactly the nearest whole number to share · n is chosen. What cannot be done (one word cannot change places, a
+    word of one letter cannot lose it) becomes an insertion.
+
+    Raises:
+        ValueError: for a share outside [0, 1] or a bad seed.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; it must be in [0, 1]")
+    check_seed(seed)
+    rng = random.Random(seed)
+    chosen = rng.sample(range(len(words)), round(share * len(words)))
+    third, rest = divmod(len(chosen), 3)
+    ends = [third + (rest > 0), 2 * third + (rest > 0) + (rest > 1)]
+    # Those that are to lose a letter come last, and long words can lose one.
+    chosen.sort(key=lambda i: len(words[i]) > 1)
+    deleted = [i for i in chosen[ends[1] :] if len(words[i]) > 1]
+    others = [i for i in chosen if i not in set(deleted)]
+    rng.shuffle(others)
+    shuffled = others[: ends[0]] if ends[0] > 1 else []
+    inserted = others[len(shuffled) :]
+
+    noisy = list(words)
+    for i, j in zip(shuffled, shuffled[1:] + shuffled[:1], strict=True):
+        noisy[i] = words[j]
+    for i in inserted:
+        place = rng.randint(0, len(words[i]))
+        noisy[i] = words[i][:place] + rng.choice(string.ascii_lowercase) + words[i][place:]
+    for i in deleted:
+        place = rng.randrange(len(words[i]))
+        noisy[i] = words[i][:place] + words[i][place + 1 :]
+    return NoisyWords(noisy, sorted(shuffled), sorted(inserted), sorted(deleted))
+
+
+def continuous_noise(
+    embeddings: Tensor, valid: Tensor, scale: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """The continuous part of HyNoIse: embeddings + scale · U(−1, 1) at valid tokens.
+
+    Args:
+        embeddings: (..., T, d).
+        valid: which tokens are no padding, (..., T), boolean.
+        scale: largest noise.
+        generator: of torch's random numbers, on the CPU; None for the global one.
+
+    Raises:
+        ValueError: if shapes do not fit, ``valid`` is not boolean or the scale is negative.
+    """
+    check_not_negative(scale=scale)
+    if valid.dtype != torch.bool or valid.shape != embeddings.shape[:-1]:
+        raise ValueError(
+            f"valid is {valid.dtype} of shape {tuple(valid.shape)}; booleans of shape {tuple(embeddings.shape[:-1])} "
+            "are needed"
+        )
+    noise = 2 * torch.rand(embeddings.shape, generator=generator).to(embeddings) - 1
+    return embeddings + scale * noise * valid.unsqueeze(-1)
