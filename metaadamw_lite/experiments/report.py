@@ -160,7 +160,7 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
 
 def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDifference:
     """The mean of some differences, one for each seed, with its interval and tests."""
-    values = differences.dropna().to_numpy()
+    values = differences.dropna().to_numpy() + 0.0  # which makes 0 of −0
     low = high = p = p_wilcoxon = float("nan")
     if len(values) >= 3 and np.ptp(values) == 0:  # no test is defined without any spread
         low = high = float(values[0])
