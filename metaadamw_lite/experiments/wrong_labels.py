@@ -251,25 +251,28 @@ def _name_arms(ax: Any, figure: Figure) -> None:
 
 
 def claims_table() -> pd.DataFrame:
-    """One row for each claim in ``data/paper/claims_lilaw.csv``, judged as the claims on MetaAdamW are.
+    """One row for each claim in ``data/paper/claims_relatives.csv``, judged as the claims on MetaAdamW are.
 
     * accuracy: test accuracy with LiLAW against without, in points, on the task.
     * detection: AUROC of LiLAW's easy weight against the best other method of the same run, on the task.
     * scale: needs models or data that are not at hand; not tested.
+    * pending: no study yet.
     """
-    claims = pd.read_csv(report.repository() / "data" / "paper" / "claims_lilaw.csv", dtype=str)
+    claims = pd.read_csv(report.repository() / "data" / "paper" / "claims_relatives.csv", dtype=str)
     rows = []
     for _, claim in claims.iterrows():
-        ours, says = "–", "not tested: " + str(claim["why"]) if claim["kind"] == "scale" else "not yet tested"
-        if claim["kind"] != "scale":
+        ours, says = "–", "not yet tested"
+        if claim["kind"] == "scale":
+            says = f"not tested: {claim['why']}"
+        elif claim["kind"] != "pending":
             records = [r for r in report.recorded(claim["task"]) if r["run"]["profile"] == "lite"]
             d = _claimed(str(claim["kind"]), records)
             if d is not None and not np.isnan(d.low):
-                ours, says = f"{d} (lite runs)", f"{report.verdict(d)} (lite runs)"
-        rows.append((claim["claim"], claim["number"], ours, says, claim["evidence"]))
-    table = pd.DataFrame(rows, columns=["claim", "paper", "ours", "verdict", "evidence"])
-    links = [f"[chapter {int(page.split('_')[0])}]({page}.ipynb)" for page in table["evidence"]]
-    return table.assign(evidence=links)
+                ours, says = f"{d} ({noise_name(claim['task'])}; lite runs)", f"{report.verdict(d)} (lite runs)"
+        page = claim["evidence"]
+        link = "–" if pd.isna(page) else f"[chapter {int(page.split('_')[0])}]({page}.ipynb)"
+        rows.append((claim["method"], claim["claim"], claim["number"], ours, says, link))
+    return pd.DataFrame(rows, columns=["method", "claim", "paper", "ours", "verdict", "evidence"])
 
 
 def _claimed(kind: str, records: Records) -> PairedDifference | None:
