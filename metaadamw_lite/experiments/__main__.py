@@ -6,11 +6,15 @@ from pathlib import Path
 
 from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.datasets import DataError
+from metaadamw_lite.experiments.lope_study import ARMS, NOISE
 from metaadamw_lite.experiments.records import RESULTS, RunKey
 from metaadamw_lite.experiments.studies import STUDIES, status, status_lines, sweep
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
 from metaadamw_lite.experiments.training import RunInProgressError, run
 from metaadamw_lite.experiments.variants import VARIANTS
+
+NAMES = (*VARIANTS, *ARMS)
+"""Of variants, and of arms of an adaptation."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     one = commands.add_parser("run", help="one training run; writes one record")
-    one.add_argument("task", choices=[*TASKS, *NOISY], metavar="TASK", help=", ".join([*TASKS, *NOISY]))
-    one.add_argument("--optimizer", required=True, choices=VARIANTS, metavar="NAME", help=", ".join(VARIANTS))
+    one.add_argument("task", choices=[*TASKS, *NOISY, *NOISE], metavar="TASK", help=", ".join([*TASKS, *NOISY, *NOISE]))
+    one.add_argument("--optimizer", required=True, choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     one.add_argument("--seed", type=int, default=0)
     one.add_argument(
         "--profile", choices=PROFILES, default="lite", help="smoke: seconds, synthetic data (default: lite)"
@@ -34,7 +38,11 @@ def parser() -> argparse.ArgumentParser:
     studies = "; ".join(f"{name}: {what}" for name, what in STUDIES.items())
     many.add_argument("study", help=f"{studies}. With /paper or /lite for one profile")
     many.add_argument(
-        "--task", action="append", choices=[*TASKS, *NOISY], metavar="TASK", help="only this task (may be repeated)"
+        "--task",
+        action="append",
+        choices=[*TASKS, *NOISY, *NOISE],
+        metavar="TASK",
+        help="only this task (may be repeated)",
     )
     many.add_argument(
         "--jobs", type=int, help="runs at a time (default: one for each core, or as many as fit on the GPU)"
@@ -75,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.study:
             print("\n".join(status_lines(args.study, args.results)))
         else:
-            print(status(args.results), status(args.results, wrong_labels=True), sep="\n\n")
+            tables = [status(args.results), status(args.results, relatives=True)]
+            print("\n\n".join(table.to_string() for table in tables))
     except (ValueError, DataError, RunInProgressError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaadamw_lite.checks import check_choice, check_count
+from metaadamw_lite.checks import check_count
 from metaadamw_lite.experiments import cifar10, imdb
 from metaadamw_lite.experiments.noise import CIFAR10_PAIRS
 from metaadamw_lite.experiments.task import Data, Settings, Task
@@ -96,17 +96,12 @@ def noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task
             changed = replace(changed, batch_size=64, meta_every=16, lr=LITE_LEARNING_RATE)
         return replace(changed, model=sizes, data=data)
 
-    def load(protocol: str, settings: Settings, source: str) -> Data:
-        check_choice("protocol (of a task with wrong labels)", protocol, ("clean",))
-        return task.load(protocol, settings, source)
-
     is_small = task is cifar10.CIFAR10
     return replace(
         task,
         name=f"{task.name}-{name}{percent}",
         title=f"{task.title}, {name} {percent} %",
         settings=settings,
-        load=load,
         build=_build if is_small else task.build,
         augment=None if is_small else task.augment,  # which would keep a small network from learning by heart
     )

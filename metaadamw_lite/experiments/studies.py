@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import NOISY, TASKS
+from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
+from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import RunKey, read_record
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import RunInProgressError, run
@@ -28,9 +30,11 @@ STUDIES = {
     "ablation": "Table 3: every row that differs from MetaAdamW, under the paper's protocol",
     "lilaw": "AdamW with and without LiLAW on wrong labels, and LiLAW's own settings",
     "together": "AdamW and MetaAdamW, each with and without LiLAW, on wrong labels",
+    "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
     "smoke": "everything once, in seconds, on synthetic data",
 }
 ON_WRONG_LABELS = ("lilaw", "together")
+STUDIES_OF_RELATIVES = (*ON_WRONG_LABELS, "lope")
 WRONG_LABEL_SEEDS = range(3)
 SENSITIVITY_TASK = "cifar10-symmetric40"
 TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
@@ -53,7 +57,9 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
     name, _, profile = study.partition("/")
     allowed = [s for n in STUDIES for s in ([n] if n == "smoke" else [n, f"{n}/paper", f"{n}/lite"])]
     check_choice("study", study, allowed)
-    allowed = [*NOISY] if name in ON_WRONG_LABELS else [*TASKS, *NOISY] if name == "smoke" else [*TASKS]
+    allowed = {"smoke": [*TASKS, *NOISY, *NOISE], "lope": [*NOISE]}.get(name) or [
+        *(NOISY if name in ON_WRONG_LABELS else TASKS)
+    ]
     tasks = allowed if tasks is None else tasks
     for task in tasks:
         check_choice("task", task, allowed)
@@ -122,11 +128,18 @@ def _together(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
         yield from (RunKey(SENSITIVITY_TASK, arm, "clean", profile, seed) for seed in SEEDS for arm in TOGETHER)
 
 
+def _lope(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    for seed in WRONG_LABEL_SEEDS:
+        for task in tasks:
+            yield from (RunKey(task, arm, "clean", profile, seed) for arm in LOPE_ARMS)
+
+
 def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
     of_the_paper, wrong = ([t for t in tasks if t in group] for group in (TASKS, NOISY))
     runs = [*_main(profile, of_the_paper, results), *_ablation(profile, of_the_paper, results)]
     runs += [RunKey(task, at_learning_rate(lr), "paper", profile, 0) for task in of_the_paper for lr in LEARNING_RATES]
     runs += [*_lilaw(profile, wrong, results), *_together(profile, wrong, results)]
+    runs += _lope(profile, [t for t in tasks if t in NOISE], results)
     yield from dict.fromkeys(key for key in runs if key.seed == 0)
 
 
@@ -136,6 +149,7 @@ _RUNS = {
     "ablation": _ablation,
     "lilaw": _lilaw,
     "together": _together,
+    "lope": _lope,
     "smoke": _smoke,
 }
 
@@ -240,24 +254,25 @@ def _workers(scheduler: str | None, jobs: int | None) -> Iterator[int]:
             yield jobs or -1
 
 
-def status(results: Path, wrong_labels: bool = False) -> pd.DataFrame:
+def status(results: Path, relatives: bool = False) -> pd.DataFrame:
     """How many runs of each study have a record.
 
     Args:
         results: folder of the records.
-        wrong_labels: the studies on wrong labels, a row for each task and a column for each study and profile, instead
+        relatives: the studies of LiLAW and LoPE, a row for each task and a column for each study and profile, instead
             of the others, the other way round.
     """
     rows = {}
     for name in STUDIES:
-        if name == "smoke" or (name in ON_WRONG_LABELS) != wrong_labels:
+        if name == "smoke" or (name in STUDIES_OF_RELATIVES) != relatives:
             continue
+        tasks = [*NOISE] if name == "lope" else [*NOISY] if relatives else [*TASKS]
         for profile in ("paper", "lite"):
             study = f"{name}/{profile}"
-            keys = {task: study_runs(study, results, [task]) for task in (NOISY if wrong_labels else TASKS)}
+            keys = {task: study_runs(study, results, [task]) for task in tasks}
             rows[study] = {t: f"{len(k) - len(missing(k, results))}/{len(k)}" for t, k in keys.items()}
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.T if wrong_labels else table
+    return table.T.fillna("–") if relatives else table
 
 
 def status_lines(study: str, results: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ import copy
 import io
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from metaadamw_lite import LiLAW, MetaAdamW
 from metaadamw_lite.checks import check_choice
-from metaadamw_lite.experiments import NOISY, TASKS
+from metaadamw_lite.experiments import NOISY, TASKS, lope_study
 from metaadamw_lite.experiments.datasets import DataError
 from metaadamw_lite.experiments.mislabels import SampleHistory, detection
 from metaadamw_lite.experiments.noise import corrupted
@@ -76,14 +76,27 @@ def run(
         raised an error that is not the machine's fault).
 
     Raises:
-        ValueError: for an unknown task or variant.
+        ValueError: for an unknown task or variant, or one that the task or its protocol does not go with.
         RunInProgressError: if another process is at this run.
     """
-    check_choice("task", key.task, (*TASKS, *NOISY))
+    check_choice("task", key.task, (*TASKS, *NOISY, *lope_study.NOISE))
+    if key.task in lope_study.NOISE:  # which have training of their own
+        lope_study.check(key)
+        how = lope_study.settings(key.profile)
+        return _recorded(key, results, wait, lambda: lope_study.make(key, how, torch.device(device), progress))
     task = TASKS.get(key.task) or NOISY[key.task]
+    if key.task in NOISY:
+        check_choice("protocol (of a task with wrong labels)", key.protocol, ("clean",))
     settings = changed(settings or task.settings(key.profile), key.variant)
     if settings.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
+    return _recorded(
+        key, results, wait, lambda: _Run(task, key, settings, results, torch.device(device)).make(progress)
+    )
+
+
+def _recorded(key: RunKey, results: Path, wait: bool, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The record of a run, which is made first if there is none."""
     path = key.path(results)
     if path.exists():
         return read_record(path)
@@ -94,8 +107,7 @@ def run(
             for leftover in path.parent.glob(f"{key.stem}.*.part"):  # of a process that was killed while it wrote
                 leftover.unlink()
             if not path.exists():  # it may have been finished while we came here
-                going = _Run(task, key, settings, results, torch.device(device))
-                write_record(going.make(progress), key, results)
+                write_record(make(), key, results)
                 key.path(results, ".ckpt").unlink(missing_ok=True)
     except Timeout:
         raise RunInProgressError(f"{key} is being made by another process (lock {lock.lock_file})") from None
