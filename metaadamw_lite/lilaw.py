@@ -27,6 +27,10 @@ SampleLoss = Callable[[Tensor, Tensor], Tensor]
 """From logits (N, C) and labels (N,) to losses (N,): ``partial(F.cross_entropy, reduction="none")``, for example."""
 
 
+class NotFiniteError(ValueError):
+    """Logits, or a gradient by the three scalars, that are not finite."""
+
+
 class Weights(NamedTuple):
     """The three parts of the weights of N samples, each (N,)."""
 
@@ -143,7 +147,7 @@ class LiLAW(nn.Module):
         scalars = (self.alpha, self.delta, self.beta)
         gradient = torch.stack([x.to(value.device) for x in torch.autograd.grad(value, scalars)])
         if not torch.isfinite(gradient).all():
-            raise ValueError(f"the weighted validation loss is {value.item()} and its gradient is not finite")
+            raise NotFiniteError(f"the weighted validation loss is {value.item()} and its gradient is not finite")
         if not self.warming_up:
             with torch.no_grad():
                 for x, slope in zip(scalars, gradient, strict=True):
@@ -187,7 +191,7 @@ def check_batch(logits: Tensor, targets: Tensor) -> None:
     finite = torch.isfinite(logits).all(dim=1)
     if not finite.all():
         rows = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"logits of sample {rows[0]} are not finite ({len(rows)} of {len(finite)} samples)")
+        raise NotFiniteError(f"logits of sample {rows[0]} are not finite ({len(rows)} of {len(finite)} samples)")
 
 
 def _losses(logits: Tensor, targets: Tensor, loss_fn: SampleLoss) -> Tensor:

@@ -21,6 +21,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,14 +88,15 @@ class LoPELinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
         h = F.linear(x, self.A)
-        weights = F.linear(x, self.router).softmax(dim=-1)
+        scores = F.linear(x, self.router)
+        weights = scores.softmax(dim=-1)
         outputs = torch.einsum("...r,nor->...no", h, self.B)
         if self.B_D is None:
             mixed = torch.einsum("...n,...no->...o", weights, outputs)
         else:
             clean, poisoned = weights[..., :-1], F.linear(h, self.B_D)
             if self.mask == "compensated":
-                clean = compensated(clean, outputs, poisoned)
+                clean = compensated(scores[..., :-1], outputs, poisoned)
             mixed = torch.einsum("...n,...no->...o", clean, outputs)
             if self.mask is None:
                 mixed = mixed + weights[..., -1:] * poisoned
@@ -116,22 +118,23 @@ class LoPELinear(nn.Module):
         return f"rank={len(self.A)}, {count} clean expert{'s' if count > 1 else ''}{poison}, mask={self.mask}"
 
 
-def compensated(weights: Tensor, outputs: Tensor, poisoned: Tensor) -> Tensor:
+def compensated(scores: Tensor, outputs: Tensor, poisoned: Tensor) -> Tensor:
     """DyCompEnSate: the weights of the clean experts once the poisoning one is masked.
 
     Args:
-        weights: the router's, of the clean experts, (..., N).
+        scores: the router's, of the clean experts, before the softmax, (..., N).
         outputs: of the clean experts, (..., N, d).
         poisoned: of the poisoning expert, (..., d).
 
     Returns:
-        (..., N), summing to one as all experts' weights did before. An expert that is the opposite of the poisoning one
-        gets nothing; if all are, the router's weights stay, apart from the sum.
+        ω_i(1 + θ_i) divided by their sum, (..., N): they sum to one, as all experts' weights did before. An expert that
+        is the opposite of the poisoning one (θ within 1e-6 of −1) gets nothing; if all are, θ is left out.
     """
-    likeness = F.cosine_similarity(outputs, poisoned.unsqueeze(-2), dim=-1)
-    raised = weights * (1 + likeness).clamp_min(0)
-    raised = torch.where(raised.sum(dim=-1, keepdim=True) > 0, raised, weights)
-    return raised / raised.sum(dim=-1, keepdim=True)
+    raised = 1 + F.cosine_similarity(outputs, poisoned.unsqueeze(-2), dim=-1)
+    raised = torch.where(raised > 1e-6, raised, 0)
+    raised = torch.where((raised > 0).any(dim=-1, keepdim=True), raised, 1)
+    # As a softmax, since the weights themselves may all have underflowed where the poisoning expert had them all.
+    return (scores + raised.log()).softmax(dim=-1)
 
 
 class LoPE:
@@ -170,12 +173,13 @@ class LoPE:
 
         Raises:
             ValueError: if a name matches nothing, or something that is not an ``nn.Linear`` (one that is wrapped
-                already, for example), and as ``LoPELinear`` does. Nothing is changed then.
+                already, for example) or whose weight torch's own attention and encoder layers read directly, and as
+                ``LoPELinear`` does. Nothing is changed then.
         """
         if isinstance(target_modules, str):
             raise ValueError(f"target_modules is {target_modules!r}; a sequence of names is needed")
         check_seed(seed)
-        named = dict(model.named_modules())
+        named = dict(model.named_modules(remove_duplicate=False))
         found: dict[str, nn.Module] = {}
         for target in target_modules:
             matches = {n: m for n, m in named.items() if n == target or n.endswith(f".{target}")}
@@ -186,19 +190,29 @@ class LoPE:
         if not found:
             raise ValueError("target_modules is empty; at least one name is needed")
         found = {name: module for name, module in named.items() if name in found}  # in the model's order
+        for name in found:
+            parent = named[name.rpartition(".")[0]]
+            if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+                raise ValueError(
+                    f"{name} is part of a {type(parent).__name__}, which reads the weight and would pass an adapter by"
+                )
         frozen = {p: p.requires_grad for p in model.parameters()}
         try:
-            layers = {
-                name: LoPELinear(module, rank, experts, scale, poisoning, seed + k)  # type: ignore[arg-type]
-                for k, (name, module) in enumerate(found.items())
-            }
+            adapted: dict[nn.Module, LoPELinear] = {}
+            for module in found.values():  # one may have several names
+                if module not in adapted:
+                    own = int(np.random.SeedSequence([seed, len(adapted)]).generate_state(1)[0])
+                    adapted[module] = LoPELinear(module, rank, experts, scale, poisoning, own)  # type: ignore[arg-type]
         except ValueError:
             for p, wanted in frozen.items():
                 p.requires_grad_(wanted)
             raise
         model.requires_grad_(False)
-        for name, layer in layers.items():
-            _put(model, name, layer)
+        layers: dict[str, LoPELinear] = {}
+        for name, module in found.items():
+            _put(model, name, adapted[module])
+            if adapted[module] not in layers.values():
+                layers[name] = adapted[module]
         lope = cls(model, layers)
         if poisoning:
             lope.stage(1)
@@ -239,7 +253,8 @@ class LoPE:
         """Fold the adapters into the base layers, where that is exact, and return the model.
 
         It is exact for one clean expert whose weight is always one: without a poisoning expert, or with it masked and
-        compensated. Several different experts are mixed by the input, which no single matrix does.
+        compensated. Several different experts are mixed by the input, which no single matrix does. A layer gets a new
+        weight; a module that shared the old one keeps that.
 
         Raises:
             ValueError: where it is not exact. Nothing is changed then.
@@ -253,9 +268,12 @@ class LoPE:
                 )
                 raise ValueError(f"{name} cannot be merged: {why}")
         with torch.no_grad():
-            for name, layer in self.layers.items():
-                layer.base.weight += layer.scale * layer.B[0] @ layer.A
-                _put(self.model, name, layer.base)
+            for layer in self.layers.values():
+                merged = layer.base.weight + layer.scale * layer.B[0] @ layer.A
+                layer.base.weight = nn.Parameter(merged, requires_grad=False)
+            for name, module in dict(self.model.named_modules(remove_duplicate=False)).items():
+                if isinstance(module, LoPELinear) and module in self.layers.values():
+                    _put(self.model, name, module.base)
         self.layers = {}
         return self.model
 
@@ -310,9 +328,9 @@ class NoisyWords(NamedTuple):
 def discrete_noise(words: Sequence[str], share: float = 0.05, seed: int = 0) -> NoisyWords:
     """The discrete part of HyNoIse: a share of the words, in equal thirds, is shuffled, lengthened or shortened.
 
-    Shuffled words change places among themselves; others get a random letter at a random place, or lose a letter. Of n
-    words exactly the nearest whole number to share · n is chosen. What cannot be done (one word cannot change places, a
-    word of one letter cannot lose it) becomes an insertion.
+    Shuffled words change places among themselves (one that meets its like looks unchanged); others get a random letter
+    at a random place, or lose a letter. Of n words exactly the nearest whole number to share · n is chosen. What cannot
+    be done (one word cannot change places, a word of one letter cannot lose it) becomes an insertion.
 
     Raises:
         ValueError: for a share outside [0, 1] or a bad seed.

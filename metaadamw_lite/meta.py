@@ -16,6 +16,7 @@ differentiate twice instead; it exists to check the other one. Chapter 5 of the 
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from metaadamw_lite.sharding import (
     local_gradient,
     processes_of,
     refuse_flat_parameters,
+    refuse_mixtures,
     reshard,
     sum_over_shards,
 )
@@ -153,10 +155,17 @@ class Evaluator:
     def of(cls, model: nn.Module, loss_fn: LossFn, params: Sequence[Tensor]) -> "Evaluator":
         """For a model, for its copies under ``DistributedDataParallel``, or for a model sharded by ``fully_shard``."""
         refuse_flat_parameters(params, model)
+        refuse_mixtures(params, model)
         devices = [p.device for p in params]
         if isinstance(model, DistributedDataParallel):
             return cls(model.module, loss_fn, devices, [model.process_group])
         sharded = any(is_sharded(p) for p in params)
+        if not sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                "several processes train, but this model is neither a DistributedDataParallel nor sharded: each of "
+                "them trains a Φ of its own. Pass the wrapped model",
+                stacklevel=3,
+            )
         return cls(model, loss_fn, devices, processes_of(params), sharded)
 
     def mean(self, x: Tensor) -> Tensor:
@@ -219,6 +228,7 @@ class Evaluator:
         found = [None if p.grad is None else local_gradient(p.grad, p) for p in params]
         for p in (*self.model.parameters(), *params):
             p.grad = None
+        reshard(self.model)  # which ``set_reshard_after_backward(False)`` leaves out
         return found
 
     def _joined(self, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 AdamW treats every number by itself, so each process moves the part that it holds. Only sums over a whole tensor ask for
 the other parts: its statistics, the inner products of a meta-update, and the length of a difference. Each process sums
-over its own part, and ``sum_over_shards`` adds up, for all tensors in one message.
+over its own part, and ``sum_over_shards`` adds up, for all tensors in one message (one for each dimension of the mesh
+that they are split over).
 """
 
 import sys
@@ -49,7 +50,7 @@ def sum_over_shards(rows: Tensor, params: Sequence[Any]) -> Tensor:
     for i, p in enumerate(params):
         if is_sharded(p):
             for dim, placement in enumerate(p.placements):
-                if placement.is_shard():
+                if not placement.is_replicate():  # FSDP2 over tensor parallelism has a kind of shard of its own
                     split.setdefault((p.device_mesh, dim), []).append(i)
     if not split:
         return rows
@@ -94,3 +95,20 @@ def refuse_flat_parameters(params: Iterable[Tensor], model: nn.Module | None) ->
             "the model is a FullyShardedDataParallel, whose parameters are cut without regard to their bounds; "
             "shard it by torch.distributed.fsdp.fully_shard instead"
         )
+
+
+def refuse_mixtures(params: Iterable[Tensor], model: nn.Module) -> None:
+    """A ValueError for parameters whose gradients nobody would average over the processes.
+
+    These are whole parameters beside those of ``fully_shard`` (its ``ignored_params``, or modules that it was not
+    applied to), and ``DTensor``s inside ``DistributedDataParallel``.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = {is_sharded(p) for p in params}
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        if True in kinds:
+            raise ValueError(
+                "DistributedDataParallel holds sharded parameters; use fully_shard over a mesh of two dimensions"
+            )
+    elif fsdp is not None and kinds == {True, False} and any(isinstance(m, fsdp.FSDPModule) for m in model.modules()):
+        raise ValueError("some parameters are whole beside those of fully_shard; apply fully_shard to the whole model")

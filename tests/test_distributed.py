@@ -14,7 +14,7 @@ from metaadamw_lite import MetaAdamW
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
-WAYS = ("ddp", "fsdp", "tp")
+WAYS = ("ddp", "fsdp", "fsdp kept", "tp")
 VERSIONS = ("basic", "enhanced", "norm_basic_plus", "foreach", "gen_gap", "loss_decrease")
 has_gloo = dist.is_available() and dist.is_gloo_available()
 needs_gloo = pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")
@@ -77,6 +77,26 @@ def test_the_first_fsdp_is_refused(found):
 @needs_gloo
 def test_differentiating_twice_is_refused_with_several_processes(found):
     assert "several processes" in found["refusals"]["double"]
+
+
+@needs_gloo
+def test_whole_parameters_beside_sharded_ones_are_refused(found):
+    assert "apply fully_shard to the whole model" in found["refusals"]["mixture"]
+
+
+@needs_gloo
+def test_whoever_passes_the_bare_model_is_warned(found):
+    assert "Pass the wrapped model" in found["warning"]
+
+
+@needs_gloo
+def test_shards_of_shards_are_added_up_over_both_dimensions():
+    """FSDP2 over tensor parallelism; one process stands for four, and what it would send is looked at."""
+    script = HERE / "four_pretended.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    messages = json.loads(done.stdout.strip().splitlines()[-1])
+    assert messages == {"0.weight": 2, "0.bias": 2, "1.weight": 2, "1.bias": 1}
 
 
 @needs_gloo

@@ -95,16 +95,25 @@ def test_a_layer_is_its_formula(mask):
 
 def test_compensation_keeps_the_scale():
     generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(50, 3, generator=generator)
+    scores = torch.randn(50, 3, generator=generator)
     outputs, poisoned = torch.randn(50, 3, 7, generator=generator), torch.randn(50, 7, generator=generator)
-    assert (compensated(weights, outputs, poisoned).sum(dim=-1) - 1).abs().max() < 1e-6
+    assert (compensated(scores, outputs, poisoned).sum(dim=-1) - 1).abs().max() < 1e-6
     one = poisoned[0]
-    alike = compensated(torch.tensor([0.2, 0.2]), torch.stack([one, -one]), one)
+    alike = compensated(torch.zeros(2), torch.stack([one, -one]), one)
     torch.testing.assert_close(alike, torch.tensor([1.0, 0.0]), atol=1e-6, rtol=0)
-    opposites = compensated(torch.tensor([0.1, 0.3]), torch.stack([-one, -one]), one)
-    assert opposites.sum().item() == pytest.approx(1.0, abs=1e-6)
-    nothing = compensated(torch.tensor([0.1, 0.3]), torch.zeros(2, 7), torch.zeros(7))
-    torch.testing.assert_close(nothing, torch.tensor([0.25, 0.75]))
+    quarter = torch.tensor([0.25, 0.75])
+    for p in poisoned:
+        torch.testing.assert_close(compensated(quarter.log(), torch.stack([-p, -3 * p]), p), quarter)
+    torch.testing.assert_close(compensated(quarter.log(), torch.zeros(2, 7), torch.zeros(7)), quarter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_poisoning_expert_may_have_had_all_the_weight(dtype):
+    layer = filled(LoPELinear(nn.Linear(4, 3), rank=2, experts=3)).to(dtype)
+    with torch.no_grad():
+        layer.router[-1] = 1000 * torch.ones(4)
+    layer.mask = "compensated"
+    assert torch.isfinite(layer(torch.ones(2, 4, dtype=dtype))).all()
 
 
 @pytest.mark.parametrize("poisoning", [True, False])
@@ -192,6 +201,36 @@ def test_one_expert_merges_exactly(poisoning):
     assert set(model.state_dict()) == set(net().state_dict())
 
 
+def test_merging_leaves_what_shared_the_weight_alone():
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)}).double()
+    model["head"].weight = model["embedding"].weight
+    lope = LoPE.wrap(model, ["head"], experts=1, poisoning=False)
+    with torch.no_grad():
+        lope.layers["head"].B.normal_()
+    words = torch.arange(5)
+    expected = model["head"](model["embedding"](words))
+    lope.merge()
+    torch.testing.assert_close(model["head"](model["embedding"](words)), expected)
+
+
+def test_a_layer_under_two_names_has_one_adapter_in_both_places():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q": shared}), "b": nn.ModuleDict({"q": shared})})
+    lope = LoPE.wrap(model, ["q"], experts=1, poisoning=False)
+    assert model["a"]["q"] is model["b"]["q"]
+    assert list(lope.layers) == ["a.q"]
+    lope.merge()
+    assert model["a"]["q"] is model["b"]["q"] is shared
+
+
+@pytest.mark.parametrize("target", ["linear1", "out_proj"])
+def test_layers_that_torch_reads_directly_are_refused(target):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(ValueError, match=r"reads the weight and would pass an adapter by"):
+        LoPE.wrap(model, [target])
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_several_experts_do_not_merge_and_nothing_is_changed():
     model = net()
     lope = LoPE.wrap(model, ["q"], experts=2, poisoning=False)
@@ -277,6 +316,7 @@ def test_the_seed_alone_decides_where_adapters_start():
     assert_same(first.state_dict(), again.state_dict())
     assert not torch.equal(first.layers["blocks.0.q"].A, other.layers["blocks.0.q"].A)
     assert not torch.equal(first.layers["blocks.0.q"].A, first.layers["blocks.1.q"].A)
+    assert not torch.equal(first.layers["blocks.1.q"].A, other.layers["blocks.0.q"].A)
 
 
 # ---------------------------------------------------------------- noise

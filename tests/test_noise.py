@@ -159,15 +159,17 @@ def human_file(folder, **changes):
 def test_labels_of_people(tmp_path, monkeypatch):
     monkeypatch.setenv("METAADAMW_DATA", str(tmp_path))
     tables = human_file(tmp_path)
-    assert np.array_equal(human_labels("worse_label"), tables["worse_label"])
+    assert np.array_equal(human_labels("worse_label", tables["clean_label"]), tables["worse_label"])
     with pytest.raises(ValueError, match="human labels is 'best_label'"):
-        human_labels("best_label")
+        human_labels("best_label", tables["clean_label"])
+    with pytest.raises(DataError, match="not in the order"):
+        human_labels("worse_label", tables["clean_label"][::-1])
     human_file(tmp_path, worse_label=tables["clean_label"])
     with pytest.raises(DataError, match="40 % are wrong"):
-        human_labels("worse_label")
+        human_labels("worse_label", tables["clean_label"])
     (tmp_path / noise.HUMAN_FILE).write_bytes(b"not a file of arrays")
     with pytest.raises(DataError, match="is not the labels of CIFAR-10N"):
-        human_labels("worse_label")
+        human_labels("worse_label", tables["clean_label"])
 
 
 def test_labels_of_people_are_downloaded_without_running_their_code(tmp_path, monkeypatch):
@@ -176,7 +178,7 @@ def test_labels_of_people_are_downloaded_without_running_their_code(tmp_path, mo
     published = io.BytesIO()
     torch.save(tables, published)
     monkeypatch.setattr(noise.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(published.getvalue()))
-    assert np.array_equal(human_labels("worse_label"), tables["worse_label"])
+    assert np.array_equal(human_labels("worse_label", tables["clean_label"]), tables["worse_label"])
 
     (tmp_path / "here" / noise.HUMAN_FILE).unlink()
 
@@ -187,7 +189,7 @@ def test_labels_of_people_are_downloaded_without_running_their_code(tmp_path, mo
     published = io.BytesIO()
     torch.save(tables | {"more": Evil()}, published)
     with pytest.raises(Exception, match="eights"):
-        human_labels("worse_label")
+        human_labels("worse_label", tables["clean_label"])
     assert not (tmp_path / "was run").exists()
 
 
@@ -247,6 +249,29 @@ def test_a_run_says_what_was_learned_by_heart_and_how_well_it_is_found(tmp_path)
     assert plain[0]["val_loss"] == weighted[0]["val_loss"], "the first epoch is the warm-up"
     assert plain[1]["val_loss"] != weighted[1]["val_loss"]
     assert records["adamw-lilaw"]["lilaw"][-1]["alpha"] < 10
+
+
+def test_training_that_diverges_under_lilaw_is_recorded_as_without_it(tmp_path):
+    settings = replace(NOISY["cifar10-symmetric40"].settings("smoke"), lr=1e30)
+    keys = [RunKey("cifar10-symmetric40", v, "clean", "smoke", 0) for v in ("adamw", "adamw-lilaw", "metaadamw-lilaw")]
+    records = [run(key, tmp_path, progress=False, settings=settings) for key in keys]
+    assert [r["status"] for r in records] == ["diverged"] * 3
+    assert [len(r["epochs"]) for r in records] == [1] * 3
+
+
+def test_a_history_goes_on_from_a_checkpoint():
+    labels = torch.tensor([0, 1, 1])
+    logits = [torch.randn(3, 2, generator=torch.Generator().manual_seed(k)) for k in range(4)]
+    whole, first, second = (SampleHistory(labels, 2, share=0.5) for _ in range(3))
+    for k, z in enumerate(logits):
+        whole.add(z, None)
+        if k < 2:
+            first.add(z, None)
+    second.load_state_dict(first.state_dict())
+    for z in logits[2:]:
+        second.add(z, None)
+    for name, scores in whole.suspicion(weighted=False).items():
+        assert np.array_equal(scores, second.suspicion(weighted=False)[name]), name
 
 
 def test_the_seed_of_a_run_draws_the_wrong_labels():

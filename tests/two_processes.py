@@ -1,8 +1,9 @@
 """What ``test_distributed`` starts twice by torchrun: training on two processes, against one on the joined batches.
 
 The first argument says how the model is spread, with commas between several ways: "ddp" (copies), "fsdp" (each process
-holds a part of each parameter) or "tp" (tensor parallelism of two layers; both processes see the same batches). The
-second one is "cpu" or "cuda". Prints one line of JSON on the first process: the largest gaps found.
+holds a part of each parameter), "fsdp kept" (in meta-updates it keeps what it has gathered) or "tp" (tensor
+parallelism of two layers; both processes see the same batches). The second one is "cpu" or "cuda". Prints one line of
+JSON on the first process: the largest gaps found.
 """
 
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -52,7 +54,9 @@ def spread(model: nn.Module, how: str) -> nn.Module:
         parallelize_module(model[3], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
         return model
     fully_shard(model[3], mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.keeps = how == "fsdp kept"
+    return model
 
 
 def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -65,7 +69,11 @@ def train(model: nn.Module, optimizer: MetaAdamW, batches: list[torch.Tensor]) -
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
         if k % 2:  # before the step, which must not go from parameters that the meta-update has gathered
+            if keeps := getattr(model, "keeps", False):
+                model.set_reshard_after_backward(False)
             losses = optimizer.update_attention(model, *batches[-3:-1], loss_fn, batches[-1])
+            if keeps:
+                model.set_reshard_after_backward(True)
             totals += [x for x in losses if not math.isnan(x)]
         optimizer.step()
     return totals
@@ -147,6 +155,23 @@ def partial_gradient() -> float:
     return float((sharding.local_gradient(grad, param) - 3).abs().max())
 
 
+def mixture(batch: torch.Tensor) -> None:
+    """A meta-update of a model of which fully_shard has only a part."""
+    model = build("fsdp")
+    fully_shard(model[3], mesh=init_device_mesh(DEVICE, (2,)))
+    MetaAdamW(model.named_parameters()).update_attention(model, batch, batch, loss_fn, batch)
+
+
+def bare_model() -> str:
+    """What is said to a process that passes the model inside its DistributedDataParallel."""
+    model = build("ddp")
+    batch = torch.ones(2, 5, dtype=torch.float64, device=DEVICE)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        MetaAdamW(model.named_parameters()).update_attention(model, batch, batch, loss_fn, batch)
+    return " ".join(str(w.message) for w in said)
+
+
 def refusals() -> dict[str, str]:
     """What is said of a model under the first FSDP, and of differentiating twice over processes."""
     device = torch.device(DEVICE, dist.get_rank() if DEVICE == "cuda" else None)
@@ -156,6 +181,7 @@ def refusals() -> dict[str, str]:
     model = build("ddp")
     optimizer, ddp = MetaAdamW(model.named_parameters()), spread(model, "ddp")
     attempts = {
+        "mixture": lambda: mixture(batch),
         "double": lambda: optimizer.update_attention(ddp, batch, batch, loss_fn, batch, double_backward=True),
         "constructor": lambda: MetaAdamW(flat.named_parameters()),
         "update": lambda: MetaAdamW(list(flat.parameters())).update_attention(flat, batch, batch, loss_fn, batch),
@@ -175,7 +201,7 @@ def main() -> None:
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     torch.set_num_threads(1)
     found = {f"{how} {version}": compare(how, version) for how in HOWS.split(",") for version in SETTINGS}
-    found["refusals"], found["partial gradient"] = refusals(), partial_gradient()
+    found["refusals"], found["partial gradient"], found["warning"] = refusals(), partial_gradient(), bare_model()
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()

@@ -98,7 +98,9 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
         )
     images, truth = train
     human = settings.data.get("noise", {}).get("labels")
-    observed = truth if human is None else human_labels(human) if source == "real" else stand_in_for_people(truth)
+    observed = (
+        truth if human is None else human_labels(human, truth) if source == "real" else stand_in_for_people(truth)
+    )
     parts: list[Batch] = [tuple(torch.from_numpy(x) for x in part) for part in ((images, observed, truth), test)]
     if protocol == "clean":
         held_out = len(images) // 10

@@ -131,6 +131,7 @@ def settings(profile: str) -> LoPESettings:
             test=16,
             batch_size=8,
             steps=3,
+            share=0.5,
         ),
     }[profile]
 

@@ -95,7 +95,8 @@ class SampleHistory:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.sums, self.epochs = dict(state["sums"]), state["epochs"]
+        self.sums = {name: x.cpu() for name, x in state["sums"].items()}  # a checkpoint is loaded to the run's device
+        self.epochs = state["epochs"]
 
 
 def detection(scores: Mapping[str, Array], wrong: Array) -> dict[str, dict[str, float]]:

@@ -107,15 +107,16 @@ def instance_dependent(labels: Array, inputs: Array, classes: int, rate: float, 
     return _with(labels, chosen, (scores + gumbel).argmax(axis=1))
 
 
-def human_labels(name: str) -> Array:
-    """Labels that people gave the 50,000 training images of CIFAR-10, in their order (CIFAR-10N).
+def human_labels(name: str, truth: Array) -> Array:
+    """Labels that people gave the 50,000 training images of CIFAR-10 (CIFAR-10N).
 
     Args:
+        truth: the true labels of the images in their order, (50,000,), which has to be that of the file.
         name: one of ``HUMAN_LABELS``: "worse_label" is a wrong one of three wherever there is one (40 % wrong).
 
     Raises:
         ValueError: for an unknown name.
-        DataError: if the file is missing and cannot be downloaded, or is not what it should be.
+        DataError: if the file is missing and cannot be downloaded, is not what it should be, or has another order.
     """
     check_choice("human labels", name, HUMAN_LABELS)
     path = file_from(HUMAN_FILE, HUMAN_SOURCE, _download_human)
@@ -129,6 +130,8 @@ def human_labels(name: str) -> Array:
         ) from error
     if labels.shape != (50_000,) or not 0.05 < (labels != clean).mean() < 0.5:
         raise DataError(f"{path} has {labels.shape} labels {name!r}; expected 50,000, of which 9 to 40 % are wrong")
+    if not np.array_equal(clean, truth):
+        raise DataError(f"the images of CIFAR-10 are not in the order of {path}: their true labels differ")
     return labels
 
 

@@ -6,6 +6,7 @@ epoch, purpose) alone, and because a meta-update leaves the random number genera
 run that was killed go on to the same result from the checkpoint of its last whole epoch.
 """
 
+import contextlib
 import copy
 import io
 import math
@@ -42,6 +43,7 @@ from metaadamw_lite.experiments.records import (
 )
 from metaadamw_lite.experiments.task import Batch, Measured, Score, Settings, Task
 from metaadamw_lite.experiments.variants import changed
+from metaadamw_lite.lilaw import NotFiniteError
 
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
@@ -264,6 +266,9 @@ class _Run:
         look_every = max(1, self.steps_per_epoch // LOOKS_PER_EPOCH)
         for t, batch in enumerate(batches, start=(epoch - 1) * self.steps_per_epoch + 1):
             score = self._training_score(self.model, batch)
+            if self.lilaw is not None and not torch.isfinite(score.loss):
+                summed += math.nan
+                break
             self.optimizer.zero_grad()
             score.loss.backward()  # type: ignore[no-untyped-call]
             with in_step.running():
@@ -337,7 +342,10 @@ class _Run:
         if self.lilaw is None:
             return self.task.score(model, batch)
         inputs, labels = self._split(batch)
-        return Score(self.lilaw.loss(model(*inputs), labels, _EACH), len(labels))
+        logits = model(*inputs)
+        if not torch.isfinite(logits).all():  # LiLAW refuses these; here they mean that training diverges
+            return Score(logits.sum() * math.nan, len(labels))
+        return Score(self.lilaw.loss(logits, labels, _EACH), len(labels))
 
     def _split(self, batch: Batch) -> tuple[Batch, Tensor]:
         assert self.task.inputs_and_labels is not None  # ``changed`` has seen to that
@@ -347,7 +355,8 @@ class _Run:
         """A step of α, δ and β on the next validation batch."""
         numbers = torch.split(torch.arange(len(self.data.val[0]), device=self.device), self.settings.batch_size)
         inputs, labels = self._split(pick(self.data.val, numbers[t % len(numbers)]))
-        lilaw.meta_step(self.model, (*inputs, labels), _EACH)
+        with contextlib.suppress(NotFiniteError):  # then the next training batch is not finite either
+            lilaw.meta_step(self.model, (*inputs, labels), _EACH)
         if looking:
             scalars = {name: round(getattr(lilaw, name).item(), 5) for name in ("alpha", "delta", "beta")}
             self.history["lilaw"].append({"step": t, **scalars})
