@@ -15,6 +15,7 @@ from metaadamw_lite.experiments import NOISY, report
 from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.report import PairedDifference, paired_difference
+from metaadamw_lite.experiments.studies import study_runs
 
 Records = Sequence[dict[str, Any]]
 
@@ -95,24 +96,29 @@ def detection_frame(records: Records) -> pd.DataFrame:
     )
 
 
-def plot_memorising(records: Records, arms: Sequence[str] = ("adamw", "adamw-lilaw"), columns: int = 4) -> Figure:
-    """How much of the wrong training labels is learned by heart, epoch by epoch; a panel for each noise.
+def plot_epochs(
+    records: Records, column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw"), columns: int = 4
+) -> Figure:
+    """Epoch by epoch, mean over seeds and the band from lowest to highest; a panel for each noise.
 
-    Mean over seeds, the band from lowest to highest.
+    Args:
+        records: of the runs.
+        column: "memorised", how much of the wrong training labels is learned by heart, or "val_loss".
+        arms: the variants.
+        columns: panels side by side.
     """
-    epochs = report.epochs_frame(r for r in records if r["run"]["variant"] in arms)
-    epochs = epochs.dropna(subset="memorised").assign(memorised=lambda x: 100 * x["memorised"].astype(float))
+    epochs = report.epochs_frame(r for r in records if r["run"]["variant"] in arms).dropna(subset=column)
+    epochs = epochs.assign(value=epochs[column].astype(float) * (100 if column == "memorised" else 1))
     tasks = list(dict.fromkeys(epochs["task"]))
     rows = -(-len(tasks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, 2.5 * rows + 0.4), sharey=True, squeeze=False)
     for ax in axes.flat[len(tasks) :]:
         ax.set_axis_off()
     for ax, task in zip(axes.flat, tasks, strict=False):
-        part = epochs[epochs["task"] == task]
         sns.lineplot(
-            part,
+            epochs[epochs["task"] == task],
             x="epoch",
-            y="memorised",
+            y="value",
             hue="variant",
             style="variant",
             hue_order=arms,
@@ -123,12 +129,9 @@ def plot_memorising(records: Records, arms: Sequence[str] = ("adamw", "adamw-lil
             ax=ax,
             legend=ax is axes.flat[0],
         )
-        ax.set(
-            title=noise_name(task).replace(", ", ",\n"),
-            xlabel="epoch",
-            ylabel="wrong labels repeated (%)",
-            ylim=(0, 103),
-        )
+        label = "wrong labels repeated (%)" if column == "memorised" else "validation loss (nats)"
+        ax.set(title=noise_name(task).replace(", ", ",\n"), xlabel="epoch", ylabel=label)
+    axes.flat[0].set_ylim(bottom=0)
     _name_arms(axes.flat[0], figure)
     return figure
 
@@ -265,7 +268,8 @@ def claims_table() -> pd.DataFrame:
         if claim["kind"] == "scale":
             says = f"not tested: {claim['why']}"
         elif claim["kind"] != "pending":
-            records = [r for r in report.recorded(claim["task"]) if r["run"]["profile"] == "lite"]
+            study = study_runs("lilaw/lite", report.repository() / "data" / "results", [claim["task"]])
+            records = recorded(study)
             d = _claimed(str(claim["kind"]), records)
             if d is not None and not np.isnan(d.low):
                 ours, says = f"{d} ({noise_name(claim['task'])}; lite runs)", f"{report.verdict(d)} (lite runs)"
