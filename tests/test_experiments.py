@@ -20,6 +20,7 @@ from filelock import FileLock
 from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.datasets import DataError, DataFile, fetch
+from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import RecordError, RunKey, read_record, read_records, write_record
 from metaadamw_lite.experiments.studies import missing, study_runs, sweep
 from metaadamw_lite.experiments.training import RunInProgressError, run
@@ -152,7 +153,7 @@ def smoke(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", study_runs("smoke", Path()), ids=str)
+@pytest.mark.parametrize("key", study_runs("smoke", Path(), [*TASKS, *NOISY]), ids=str)
 def test_every_run_of_every_task_leaves_a_whole_record(smoke, key):
     record = read_record(key.path(smoke))
     assert record["data"] == "synthetic"
@@ -172,6 +173,15 @@ def test_every_run_of_every_task_leaves_a_whole_record(smoke, key):
         assert record["meta_updates"] == []
     elif not key.variant.startswith(("updates-", "objective-gen_gap")):  # may be none in so few steps; has no gradient
         assert 0 < record["meta_updates"][-1]["phi_moved"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", study_runs("smoke", Path(), [*NOISE]), ids=str)
+def test_every_adaptation_leaves_a_whole_record(smoke, key):
+    record = read_record(key.path(smoke))
+    assert (record["data"], record["status"]) == ("synthetic", "finished")
+    assert record["test"]["metric"] == record["epochs"][-1]["perplexity"] > 1
+    assert record["settings"]["noise"] == NOISE[key.task]
 
 
 def test_translations_are_scored_where_english_has_a_vocabulary(smoke):

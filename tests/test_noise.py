@@ -208,7 +208,7 @@ def test_every_method_finds_labels_that_a_model_contradicts_and_chance_finds_not
     truth = torch.randint(0, 5, (400,), generator=generator)
     observed = truth.clone()
     observed[:120] = (truth[:120] + 1) % 5
-    history, lilaw = SampleHistory(observed, 5, share=0.7), LiLAW()
+    history, lilaw = SampleHistory(observed, share=0.7), LiLAW()
     for epoch in range(6):
         noise_ = torch.randn(400, 5, generator=generator)
         history.add(noise_ + (1 + epoch) * torch.nn.functional.one_hot(truth, 5), lilaw)
@@ -227,7 +227,7 @@ def test_every_method_finds_labels_that_a_model_contradicts_and_chance_finds_not
 def test_forgetting_events_are_counted():
     """Right, wrong, right, wrong: forgotten twice; always right: never; never right: worse than any."""
     labels = torch.zeros(3, dtype=torch.long)
-    history = SampleHistory(labels, 2, share=0.5)
+    history = SampleHistory(labels, share=0.5)
     for epoch in range(4):
         first = [1.0, -1.0] if epoch % 2 == 0 else [-1.0, 1.0]
         history.add(torch.tensor([first, [1.0, -1.0], [-1.0, 1.0]]), None)
@@ -262,7 +262,7 @@ def test_training_that_diverges_under_lilaw_is_recorded_as_without_it(tmp_path):
 def test_a_history_goes_on_from_a_checkpoint():
     labels = torch.tensor([0, 1, 1])
     logits = [torch.randn(3, 2, generator=torch.Generator().manual_seed(k)) for k in range(4)]
-    whole, first, second = (SampleHistory(labels, 2, share=0.5) for _ in range(3))
+    whole, first, second = (SampleHistory(labels, share=0.5) for _ in range(3))
     for k, z in enumerate(logits):
         whole.add(z, None)
         if k < 2:

@@ -23,16 +23,14 @@ class SampleHistory:
 
     Args:
         labels: observed labels, (N,).
-        classes: how many there are.
         share: the share of samples that "small-loss frequency" takes for clean, which is told it.
     """
 
-    def __init__(self, labels: Tensor, classes: int, share: float) -> None:
+    def __init__(self, labels: Tensor, share: float) -> None:
         self.labels, self.share = labels.cpu(), share
         count = len(labels)
         names = ("loss", "entropy", "margin", "small_loss", "easy", "hard", "forgotten", "learned")
         self.sums: dict[str, Tensor] = {name: torch.zeros(count, dtype=torch.float64) for name in names}
-        self.sums["probabilities"] = torch.zeros(count, classes, dtype=torch.float64)
         self.sums["was_right"] = torch.zeros(count, dtype=torch.float64)
         self.sums["last_loss"] = torch.zeros(count, dtype=torch.float64)
         self.epochs = 0
@@ -53,7 +51,7 @@ class SampleHistory:
         sums["forgotten"] += sums["was_right"] * (1 - right)
         sums["learned"] += right
         sums["was_right"] = right
-        sums["probabilities"] += log_p.exp()
+        sums["probabilities"] = sums.get("probabilities", 0.0) + log_p.exp()
         if lilaw is not None:
             with torch.no_grad():
                 parts = lilaw.parts(logits, self.labels.to(logits.device))

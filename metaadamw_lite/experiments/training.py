@@ -214,7 +214,7 @@ class _Run:
         if self.data.truth is not None:
             labels, truth = self.data.train[1], self.data.truth
             right = float((labels == truth).double().mean())
-            self.samples = SampleHistory(labels, int(max(labels.max(), truth.max())) + 1, right)
+            self.samples = SampleHistory(labels, right)
         self.best_weights: dict[str, Tensor] = {}
         self.meta_updates = 0
         self.history: dict[str, list[dict[str, Any]]] = {"epochs": [], "meta_updates": [], "trace": [], "lilaw": []}

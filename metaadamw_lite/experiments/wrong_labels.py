@@ -110,8 +110,10 @@ def plot_epochs(
     epochs = report.epochs_frame(r for r in records if r["run"]["variant"] in arms).dropna(subset=column)
     epochs = epochs.assign(value=epochs[column].astype(float) * (100 if column == "memorised" else 1))
     tasks = list(dict.fromkeys(epochs["task"]))
+    columns = min(columns, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, 2.5 * rows + 0.4), sharey=True, squeeze=False)
+    size = (2.5 * columns, 2.5 * rows + 0.4) if columns > 1 else (7.2, 3.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
     for ax in axes.flat[len(tasks) :]:
         ax.set_axis_off()
     for ax, task in zip(axes.flat, tasks, strict=False):
@@ -224,7 +226,7 @@ def plot_arms(runs: pd.DataFrame, arms: Sequence[str]) -> Figure:
         "last": "test accuracy, last epoch (%)",
         "memorised": "wrong labels repeated (%)",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(10.0, 3.6))
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.8))
     for ax, (column, label) in zip(axes, panels.items(), strict=True):
         part = runs[runs["variant"].isin(arms)]
         sns.lineplot(
@@ -239,7 +241,9 @@ def plot_arms(runs: pd.DataFrame, arms: Sequence[str]) -> Figure:
         )
         sns.pointplot(part, x="variant", y=column, order=arms, hue="variant", palette=COLOURS, linestyle="none", ax=ax)
         ax.set(xlabel="", ylabel=label)
-        ax.set_xticks(range(len(arms)), [LABELS[arm].replace(" + ", "\n+ ") for arm in arms], fontsize="x-small")
+        ax.set_xticks(
+            range(len(arms)), [LABELS[arm].replace(" + ", "\n+ ") for arm in arms], fontsize="small", rotation=25
+        )
     return figure
 
 
