@@ -36,7 +36,7 @@ lock: $(READY)  ## write down the versions that are installed
 	$(BIN)/pip freeze --exclude-editable > requirements.lock
 
 clean:  ## remove what the commands made, but not the environment
-	rm -rf _build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .coverage*
 
 $(READY): requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
