@@ -64,15 +64,15 @@ def points(runs: pd.DataFrame, column: str, arm: str, baseline: str) -> PairedDi
     return paired_difference(first - second, "points")
 
 
-def accuracy_table(runs: pd.DataFrame, column: str, arm: str = "adamw-lilaw", baseline: str = "adamw") -> pd.DataFrame:
-    """Test accuracy with and without something, one row for each noise; the difference in points with its interval.
+def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Test accuracy with and without LiLAW, one row for each noise; the difference in points with its interval.
 
     Args:
         runs: from ``runs_frame``.
         column: "best" or "last", the epoch.
-        arm, baseline: the variants that are compared.
     """
     rows = {}
+    baseline, arm = "adamw", "adamw-lilaw"
     for noise, part in runs.groupby("noise", sort=False):
         d = points(part, column, arm, baseline)
         row: dict[str, object] = {}
@@ -96,21 +96,18 @@ def detection_frame(records: Records) -> pd.DataFrame:
     )
 
 
-def plot_epochs(
-    records: Records, column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw"), columns: int = 4
-) -> Figure:
+def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw")) -> Figure:
     """Epoch by epoch, mean over seeds and the band from lowest to highest; a panel for each noise.
 
     Args:
         records: of the runs.
         column: "memorised", how much of the wrong training labels is learned by heart, or "val_loss".
         arms: the variants.
-        columns: panels side by side.
     """
     epochs = report.epochs_frame(r for r in records if r["run"]["variant"] in arms).dropna(subset=column)
     epochs = epochs.assign(value=epochs[column].astype(float) * (100 if column == "memorised" else 1))
     tasks = list(dict.fromkeys(epochs["task"]))
-    columns = min(columns, len(tasks))
+    columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     size = (2.5 * columns, 2.5 * rows + 0.4) if columns > 1 else (7.2, 3.8)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
@@ -165,13 +162,12 @@ def plot_scalars(records: Records) -> Figure:
     return figure
 
 
-def plot_detection(found: pd.DataFrame, order: Sequence[str], measure: str = "auroc") -> Figure:
-    """How well each method finds wrong labels: a panel for each noise, a dot for each run and the mean.
+def plot_detection(found: pd.DataFrame, order: Sequence[str]) -> Figure:
+    """How well each method finds wrong labels, by AUROC: a panel for each noise, a dot for each run and the mean.
 
     Args:
         found: from ``detection_frame``.
         order: the methods, from top to bottom.
-        measure: "auroc" or "auprc".
     """
     noises = list(dict.fromkeys(found["noise"]))
     columns = min(4, len(noises))
@@ -183,13 +179,12 @@ def plot_detection(found: pd.DataFrame, order: Sequence[str], measure: str = "au
         ax.set_axis_off()
     for ax, noise in zip(axes.flat, noises, strict=False):
         part = found[found["noise"] == noise]
-        sns.stripplot(part, x=measure, y="method", order=order, color="grey", size=4, jitter=False, ax=ax)
+        sns.stripplot(part, x="auroc", y="method", order=order, color="grey", size=4, jitter=False, ax=ax)
         sns.pointplot(
-            part, x=measure, y="method", order=order, errorbar=None, linestyle="none", marker="|", markersize=14, ax=ax
+            part, x="auroc", y="method", order=order, errorbar=None, linestyle="none", marker="|", markersize=14, ax=ax
         )
-        if measure == "auroc":
-            ax.axvline(0.5, color="black", linewidth=0.7)
-        ax.set(title=noise.replace(", ", ",\n"), xlabel=measure.upper(), ylabel="")
+        ax.axvline(0.5, color="black", linewidth=0.7)
+        ax.set(title=noise.replace(", ", ",\n"), xlabel="AUROC", ylabel="")
     return figure
 
 
