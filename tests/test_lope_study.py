@@ -13,6 +13,7 @@ from metaadamw_lite.experiments.lope_study import (
     rows_of,
     settings,
     texts,
+    with_noise,
 )
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.studies import study_runs
@@ -75,7 +76,7 @@ def test_a_run_repeats_and_its_seed_matters(records, tmp_path):
 
 def test_rows_end_with_the_label_and_the_test_reviews_are_clean():
     data = texts(SMOKE, "synthetic")
-    rows, ends = rows_of(data.test, data.vocabulary, SMOKE.length, 0.0, 0)
+    rows, ends = rows_of(data.test, data.vocabulary, SMOKE.length)
     for row, end, (text, label) in zip(rows, ends, data.test, strict=True):
         words = [data.vocabulary[k] for k in row[: end + 1]]
         assert words[-3:] == ["it", "was", LABEL_WORDS[label]]
@@ -87,8 +88,8 @@ def test_rows_end_with_the_label_and_the_test_reviews_are_clean():
 def test_noise_is_in_the_share_of_words_that_the_task_names():
     data = texts(SMOKE, "synthetic")
     reviews = [([f"w{k % 60}" for k in range(40)], 1)] * 5
-    clean, _ = rows_of(reviews, data.vocabulary, 43, 0.0, 0)
-    noisy, ends = rows_of(reviews, data.vocabulary, 43, 0.2, 0)
+    clean, _ = rows_of(reviews, data.vocabulary, 43)
+    noisy, ends = rows_of(with_noise(reviews, 0.2, 0), data.vocabulary, 43)
     expected = [discrete_noise(reviews[0][0], 0.2, i) for i in range(5)]
     for i, noise in enumerate(expected):
         changed = (clean[i] != noisy[i]).nonzero().flatten().tolist()

@@ -98,9 +98,9 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
         )
     images, truth = train
     human = settings.data.get("noise", {}).get("labels")
-    observed = (
-        truth if human is None else human_labels(human, truth) if source == "real" else stand_in_for_people(truth)
-    )
+    observed = truth
+    if human is not None:
+        observed = human_labels(human, truth) if source == "real" else stand_in_for_people(truth)
     parts: list[Batch] = [tuple(torch.from_numpy(x) for x in part) for part in ((images, observed, truth), test)]
     if protocol == "clean":
         held_out = len(images) // 10
@@ -146,11 +146,24 @@ def augment(batch: Batch, generator: torch.Generator) -> Batch:
 # ---------------------------------------------------------------- model
 
 
-class ResNet18(nn.Module):
-    """torchvision's ResNet-18 for small images: a 3 × 3 first convolution, no pooling after it, dropout at the end."""
+class Standardised(nn.Module):
+    """Images of bytes, standardised colour by colour, in the memory layout that convolutions are fastest in."""
 
     mean: Tensor
     std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) of bytes to (N, 3, H, W)."""
+        return ((images / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18 for small images: a 3 × 3 first convolution, no pooling after it, dropout at the end."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -158,13 +171,11 @@ class ResNet18(nn.Module):
         self.net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.net.maxpool = nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        for name, values in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.standardised = Standardised()
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (N, 10) from images (N, 3, 32, 32) of bytes."""
-        x = ((images / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        scores: Tensor = self.dropout(self.net(x))
+        scores: Tensor = self.dropout(self.net(self.standardised(images)))
         return scores
 
 

@@ -39,6 +39,9 @@ from metaadamw_lite.lope import LoPE, continuous_noise, discrete_noise
 NOISE = {"lope-noise0": 0.0, "lope-noise5": 0.05, "lope-noise20": 0.2}
 """The tasks, and the share of noisy words in their adaptation data."""
 
+Review = tuple[list[str], int]
+"""Words, and a label (0 bad, 1 good)."""
+
 LABEL_WORDS = ("bad", "good")
 ENDING = ("it", "was")
 TARGETS = ("query", "key", "value", "out")
@@ -151,8 +154,8 @@ class Texts:
     """
 
     lines: list[list[str]]
-    train: list[tuple[list[str], int]]
-    test: list[tuple[list[str], int]]
+    train: list[Review]
+    test: list[Review]
     vocabulary: list[str]
     name: str
 
@@ -171,20 +174,20 @@ def texts(s: LoPESettings, source: str) -> Texts:
     return Texts(lines, train, test, words, "WikiText-2 and IMDB" if source == "real" else "synthetic")
 
 
-def _reviews(frame: pd.DataFrame, count: int, length: int) -> list[tuple[list[str], int]]:
+def _reviews(frame: pd.DataFrame, count: int, length: int) -> list[Review]:
     chosen = frame.sample(min(count, len(frame)), random_state=0)
     room = length - len(ENDING) - 1
     return [(imdb.tokens(t)[:room], int(y)) for t, y in zip(chosen["text"], chosen["label"], strict=True)]
 
 
-def rows_of(
-    reviews: Sequence[tuple[list[str], int]], words: Sequence[str], length: int, share: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Reviews as word numbers (N, length), a share of the words noisy, and where each one's last word is, (N,)."""
-    texts = [
-        [*discrete_noise(text, share, seed + i).words, *ENDING, LABEL_WORDS[label]]
-        for i, (text, label) in enumerate(reviews)
-    ]
+def with_noise(reviews: Sequence[Review], share: float, seed: int) -> list[Review]:
+    """Reviews with a share of the words noisy."""
+    return [(discrete_noise(text, share, seed + i).words, label) for i, (text, label) in enumerate(reviews)]
+
+
+def rows_of(reviews: Sequence[Review], words: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Reviews with their endings as word numbers, (N, length), and where each one's last word is, (N,)."""
+    texts = [[*text, *ENDING, LABEL_WORDS[label]] for text, label in reviews]
     ends = torch.tensor([len(text) - 1 for text in texts])
     return torch.from_numpy(padded(encode(texts, words), length)).long(), ends
 
@@ -295,12 +298,12 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
     data = texts(s, key.source)
     model: nn.Module = pretrained(s, data, device, progress)
     seeds = np.random.SeedSequence([key.seed, 7]).generate_state(4)
-    before, ends = (x.to(device) for x in rows_of(data.test, data.vocabulary, s.length, 0.0, 0))
-    train, _ = rows_of(data.train, data.vocabulary, s.length, share, int(seeds[0]))
+    before, ends = (x.to(device) for x in rows_of(data.test, data.vocabulary, s.length))
+    reviews = with_noise(data.train, share, int(seeds[0]))
+    train, _ = rows_of(reviews, data.vocabulary, s.length)
     poison = train
     if arm.discrete:  # on top of the noise that the data have
-        noisy = [(discrete_noise(t, share, int(seeds[0]) + i).words, y) for i, (t, y) in enumerate(data.train)]
-        poison, _ = rows_of(noisy, data.vocabulary, s.length, s.share, int(seeds[1]))
+        poison, _ = rows_of(with_noise(reviews, s.share, int(seeds[1])), data.vocabulary, s.length)
 
     entries = [{"epoch": 0, "stage": "pretrained", **_tested(model, before, ends, data)}]
     model, lope = _adapted(model, arm, s, key.seed)
@@ -398,13 +401,13 @@ def _router_use(
     rows = []
     for i, (text, label) in enumerate(data.test[:200]):
         noisy = discrete_noise(text, ROUTED_SHARE, i)
-        rows.append([*noisy.words, *ENDING, LABEL_WORDS[label]])
+        rows.append((noisy.words, label))
         changed = {"shuffled": noisy.shuffled, "inserted": noisy.inserted, "deleted": noisy.deleted}
         touched = {k for numbers in changed.values() for k in numbers}
         changed["clean"] = [k for k in range(len(text)) if k not in touched]
         for kind, numbers in changed.items():
             kinds[kind] += [(i, k) for k in numbers]
-    words = torch.from_numpy(padded(encode(rows, data.vocabulary), s.length)).long().to(device)
+    words = rows_of(rows, data.vocabulary, s.length)[0].to(device)
     seen: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaadamw_lite.checks import check_count
 from metaadamw_lite.experiments import cifar10, imdb
 from metaadamw_lite.experiments.noise import CIFAR10_PAIRS
 from metaadamw_lite.experiments.task import Data, Settings, Task
@@ -35,9 +34,6 @@ class SmallConvNet(nn.Module):
         widths: channels of each stage.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.stages = nn.ModuleList()
@@ -47,12 +43,11 @@ class SmallConvNet(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             self.stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
         self.head = nn.Linear(widths[-1], 10)
-        for name, values in (("mean", cifar10.MEAN), ("std", cifar10.STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.standardised = cifar10.Standardised()
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (N, 10) from images (N, 3, H, W) of bytes."""
-        x = ((images / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = self.standardised(images)
         for stage in self.stages:
             x = stage(x)
         scores: Tensor = self.head(x.mean(dim=(2, 3)))
@@ -75,12 +70,10 @@ def noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task
         percent: the rate, in percent.
 
     Raises:
-        ValueError: for percent that are not from 0 to 100.
+        ValueError: for percent that are not an integer from 0 to 100.
     """
-    if percent:
-        check_count(percent=percent)
-    if not 0 <= percent <= 100:
-        raise ValueError(f"percent is {percent}; it must be from 0 to 100")
+    if percent not in range(101):
+        raise ValueError(f"percent is {percent}; it must be an integer from 0 to 100")
 
     def settings(profile: str) -> Settings:
         base = task.settings(profile)
@@ -96,14 +89,13 @@ def noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task
             changed = replace(changed, batch_size=64, meta_every=16, lr=LITE_LEARNING_RATE)
         return replace(changed, model=sizes, data=data)
 
-    is_small = task is cifar10.CIFAR10
     return replace(
         task,
         name=f"{task.name}-{name}{percent}",
         title=f"{task.title}, {name} {percent} %",
         settings=settings,
-        build=_build if is_small else task.build,
-        augment=None if is_small else task.augment,  # which would keep a small network from learning by heart
+        build=_build if task is cifar10.CIFAR10 else task.build,
+        augment=None,  # it would keep a small network from learning by heart
     )
 
 

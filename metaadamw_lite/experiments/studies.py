@@ -57,14 +57,21 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
     name, _, profile = study.partition("/")
     allowed = [s for n in STUDIES for s in ([n] if n == "smoke" else [n, f"{n}/paper", f"{n}/lite"])]
     check_choice("study", study, allowed)
-    allowed = {"smoke": [*TASKS, *NOISY, *NOISE], "lope": [*NOISE]}.get(name) or [
-        *(NOISY if name in ON_WRONG_LABELS else TASKS)
-    ]
-    tasks = allowed if tasks is None else tasks
+    known = tasks_of(name)
+    tasks = known if tasks is None else tasks
     for task in tasks:
-        check_choice("task", task, allowed)
+        check_choice("task", task, known)
     profiles = ["smoke"] if name == "smoke" else [profile] if profile else ["paper", "lite"]
     return [key for p in profiles for key in _RUNS[name](p, tasks, results)]
+
+
+def tasks_of(name: str) -> list[str]:
+    """The tasks that a study has runs of."""
+    if name == "smoke":
+        return [*TASKS, *NOISY, *NOISE]
+    if name == "lope":
+        return [*NOISE]
+    return [*(NOISY if name in ON_WRONG_LABELS else TASKS)]
 
 
 def _main(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
@@ -266,10 +273,9 @@ def status(results: Path, relatives: bool = False) -> pd.DataFrame:
     for name in STUDIES:
         if name == "smoke" or (name in STUDIES_OF_RELATIVES) != relatives:
             continue
-        tasks = [*NOISE] if name == "lope" else [*NOISY] if relatives else [*TASKS]
         for profile in ("paper", "lite"):
             study = f"{name}/{profile}"
-            keys = {task: study_runs(study, results, [task]) for task in tasks}
+            keys = {task: study_runs(study, results, [task]) for task in tasks_of(name)}
             rows[study] = {t: f"{len(k) - len(missing(k, results))}/{len(k)}" for t, k in keys.items()}
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.T.fillna("–") if relatives else table

@@ -348,13 +348,12 @@ class _Run:
         return Score(self.lilaw.loss(logits, labels, _EACH), len(labels))
 
     def _split(self, batch: Batch) -> tuple[Batch, Tensor]:
-        assert self.task.inputs_and_labels is not None  # ``changed`` has seen to that
+        assert self.task.inputs_and_labels is not None  # ``run`` has seen to that
         return self.task.inputs_and_labels(batch)
 
     def _weigh(self, t: int, lilaw: LiLAW, looking: bool) -> None:
         """A step of α, δ and β on the next validation batch."""
-        numbers = torch.split(torch.arange(len(self.data.val[0]), device=self.device), self.settings.batch_size)
-        inputs, labels = self._split(pick(self.data.val, numbers[t % len(numbers)]))
+        inputs, labels = self._split(self._val_batch(t))
         with contextlib.suppress(NotFiniteError):  # then the next training batch is not finite either
             lilaw.meta_step(self.model, (*inputs, labels), _EACH)
         if looking:
@@ -388,16 +387,17 @@ class _Run:
         while True:
             yield from zip(self._training_batches(epoch, "B1"), self._training_batches(epoch, "B2"), strict=True)
 
-    def _val_batch(self) -> Batch:
-        """Validation batches in order, one for each meta-update, from the beginning again after the last."""
+    def _val_batch(self, k: int) -> Batch:
+        """The k-th validation batch, in order, from the beginning again after the last."""
         numbers = torch.split(torch.arange(len(self.data.val[0]), device=self.device), self.settings.batch_size)
-        return pick(self.data.val, numbers[self.meta_updates % len(numbers)])
+        return pick(self.data.val, numbers[k % len(numbers)])
 
     def _meta_update(self, t: int, optimizer: MetaAdamW, batches: Iterator[tuple[Batch, Batch]]) -> None:
         batch1, batch2 = next(batches)
         entry: dict[str, Any] = {"step": t}
         try:
-            losses = optimizer.update_attention(self.model, batch1, batch2, self._training_loss, self._val_batch())
+            val_batch = self._val_batch(self.meta_updates)
+            losses = optimizer.update_attention(self.model, batch1, batch2, self._training_loss, val_batch)
             entry |= losses._asdict()
         except ValueError as error:  # a loss that is not finite: it belongs in the record
             entry["error"] = str(error)
