@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import assert_same
 from filelock import FileLock
 
-from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1
+from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, studies
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.datasets import DataError, DataFile, fetch
 from metaadamw_lite.experiments.lope_study import NOISE
@@ -493,3 +493,17 @@ def test_the_loss_is_the_mean_squared_error():
     model = etth1.TimeSeriesTransformer(**etth1.settings("smoke").model).eval()
     batch = (torch.randn(4, 96), torch.randn(4, 1))
     torch.testing.assert_close(TASKS["etth1"].loss(model, batch), F.mse_loss(model(batch[0]), batch[1]))
+
+
+def test_a_sweep_takes_no_more_threads_than_it_is_allowed(monkeypatch, tmp_path):
+    seen = []
+
+    def noting(*args, **kwargs):
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(studies, "run", noting)
+    monkeypatch.setattr(studies.os, "cpu_count", lambda: 8)
+    allowed = torch.get_num_threads()
+    assert len(sweep("smoke", tmp_path, ["lope-noise0"], jobs=1, progress=False)) == len(seen) > 0
+    assert set(seen) == {allowed}, "beside another sweep, all cores for each would slow both down many times"

@@ -24,7 +24,7 @@ from metaadamw_lite.experiments.noise import (
 )
 from metaadamw_lite.experiments.noisy import noisy
 from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.studies import SENSITIVITY_TASK, TOGETHER, WRONG_LABEL_SEEDS, study_runs
+from metaadamw_lite.experiments.studies import FEW_SEEDS, SENSITIVITY_TASK, TOGETHER, study_runs
 from metaadamw_lite.experiments.task import Data
 from metaadamw_lite.experiments.training import run
 
@@ -308,7 +308,7 @@ def test_the_studies_are_paired_by_seed(tmp_path):
     runs = study_runs("lilaw/lite", tmp_path)
     for task in NOISY:
         seeds = {v: {k.seed for k in runs if k.task == task and k.variant == v} for v in ("adamw", "adamw-lilaw")}
-        assert seeds["adamw"] == seeds["adamw-lilaw"] == set(WRONG_LABEL_SEEDS)
+        assert seeds["adamw"] == seeds["adamw-lilaw"] == set(FEW_SEEDS)
     assert all(k.protocol == "clean" for k in runs)
     together = study_runs("together/lite", tmp_path)
     assert {k.task for k in together} == {SENSITIVITY_TASK}

@@ -192,3 +192,75 @@ def test_ablations_are_paired_with_metaadamw():
     difference = table.loc[("MetaAdamW", "AdamW"), "difference"]
     assert difference.seeds == len(expected) > 0
     assert difference.mean == pytest.approx(expected.mean())
+
+
+def test_the_order_of_the_pairs_does_not_matter():
+    values = [-100.0, 3.0, -20.0, 8.0, 1.0]
+    one, other = (report.paired_difference(pd.Series(x), "%") for x in (values, values[::-1]))
+    assert one == other
+
+
+def test_students_interval_goes_with_its_p():
+    d = report.paired_difference(pd.Series([1.0, 2.0, 3.0, 2.5, 1.5]), "%")
+    assert d.t_low < d.mean < d.t_high
+    assert (d.t_low > 0) == (d.p < 0.05)
+    wide = report.paired_difference(pd.Series([-1.0, 2.0, 3.0, -2.5, 1.5]), "%")
+    assert wide.t_low < 0 < wide.t_high
+    assert wide.p > 0.05
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False])
+def test_geometric_means_take_no_side(lower_is_better):
+    arm, baseline = series([1.0, 4.0, 2.0, 2.0]), series([2.0, 2.0, 4.0, 1.0])  # twice and half as good, in turns
+    there, back = improvement(arm, baseline, lower_is_better), improvement(baseline, arm, lower_is_better)
+    assert there.geometric == pytest.approx(0)
+    assert back.geometric == pytest.approx(0)
+    assert there.mean == pytest.approx(back.mean)
+    assert abs(there.mean) == pytest.approx(25), "by the paper's formula both arms look worse, or both better"
+    assert there.p_geometric == pytest.approx(back.p_geometric)
+
+
+def test_geometric_means_say_which_is_better():
+    assert improvement(series([2.0, 4.0]), series([1.0, 1.0]), lower_is_better=False).geometric > 0
+    assert improvement(series([2.0, 4.0]), series([1.0, 1.0]), lower_is_better=True).geometric < 0
+
+
+def test_a_difference_can_be_seen_from_the_other_side():
+    d = improvement(series([0.9, 1.9, 3.6]), series([1.0, 2.0, 4.0]), lower_is_better=True)
+    back = d.reversed()
+    assert (back.mean, back.low, back.high, back.p) == (-d.mean, -d.high, -d.low, d.p)
+    assert back.reversed() == d
+    assert report.worse(d) == verdict(d).replace("holds", "does not hold: it is better")
+
+
+def test_means_of_table_2_are_over_the_pairs():
+    table = report.table_of_tasks()
+    for task, row in table.iterrows():
+        runs = report.outcomes(report.runs_frame(report.recorded(task)))
+        mine = runs[(runs["profile"] == row["profile"]) & (runs["protocol"] == "paper")]
+        mine = mine[~mine["seed"].isin(SEARCH_SEEDS) & (mine["variant"] == "adamw")]
+        assert len(mine) == row["seeds"]
+        assert row["baseline_mean"] == pytest.approx(mine["outcome"].mean())
+
+
+def test_the_tuned_baseline_is_corrected_for_all_searches():
+    table = report.tuned_table()
+    assert len(table) >= 10
+    p = table["difference"].map(lambda d: d.p)
+    assert (table["p_holm"] >= p).all()
+    assert table["p_holm"].min() == pytest.approx(min(1, len(table) * p.min()))
+    statement = report.tuned_statement(table)
+    worse = table[table["difference"].map(verdict).str.startswith("does not")]
+    for task, protocol, profile in worse.index:
+        named = f"{TASKS[task].title} (`{protocol}`, {profile} runs)"
+        assert named in statement.split("**worse**")[1].split("\n")[0]
+
+
+def test_an_ablation_claim_has_the_sign_of_the_papers_table():
+    claims = report.claims_table().set_index("claim")
+    table = report.ablation_table("etth1", "lite")
+    row = claims.loc["Feature gating is effective (ETTh1)"]
+    assert row["ours"] == f"{table.loc[('Feature gating', 'Disable'), 'difference']} (lite runs)"
+    parts = claims.loc["Every design component is necessary (ETTh1)"]
+    tested = table[~table["baseline"] & table["variant"].isin(list(ABLATIONS))]
+    assert parts["ours"].startswith(f"{len(tested)} changes are run")

@@ -3,6 +3,7 @@
 The chapter on ETTh1 does all of this step by step, with explanations; the other tasks' chapters use this.
 """
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from matplotlib.figure import Figure
 
 from metaadamw_lite.experiments import figures, report
 from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.studies import SEEDS
 from metaadamw_lite.experiments.task import Task
 from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS
@@ -35,14 +35,8 @@ class Evidence:
     def __init__(self, task: Task, unit: str) -> None:
         self.task, self.unit = task, unit
         self.paper: Any = report.paper_table(2).loc[task.name]
-        records = report.recorded(task.name)
-        self.profile = report.best_evidence(report.runs_frame(records))
-        self.records = [
-            r
-            for r in records
-            if (r["run"]["profile"], r["run"]["variant"] in ARMS, r["run"]["seed"] in SEEDS)
-            == (self.profile, True, True)
-        ]
+        self.profile = report.best_evidence(report.runs_frame(report.recorded(task.name)))
+        self.records = report.main_records(task.name, self.profile)
         self.runs = report.outcomes(report.runs_frame(self.records))
         self._movement = report.movement_frame(self.records)
 
@@ -53,10 +47,42 @@ class Evidence:
             return what
         return (
             f"**{what} Everything recorded on this page comes from shortened runs**: real data and the paper's model, "
-            "but a small part of the data and a few epochs (`settings` in "
-            f"`metaadamw_lite/experiments/{self.task.name}.py`). They show how training begins, not where it ends, and "
-            "cannot be compared with the paper's numbers."
+            f"but {self._steps()}. They show how training begins, not where it ends, and cannot be compared with the "
+            "paper's numbers."
         )
+
+    def _steps(self) -> str:
+        """How long a shortened run is, beside the paper's longest."""
+        settings, full = self.records[0]["settings"], self.task.settings("paper")
+        steps = settings["epochs"] * math.ceil(self.records[0]["samples"]["train"] / settings["batch_size"])
+        longest = full.epochs * full.meta_every * full.meta_per_epoch
+        return f"at most {steps} optimizer steps, where the paper's runs have up to {longest:,}"
+
+    def chance_level(self, classes: int) -> str:
+        """For a task whose metric is accuracy: what guessing gives, and how exactly an accuracy is measured at all."""
+        arm = self.runs[(self.runs["variant"] == "adamw") & (self.runs["protocol"] == "paper")]
+        mean, samples = arm["outcome"].mean(), self.records[0]["samples"]["val"]
+        error = math.sqrt(mean * (1 - mean) / samples)
+        return (
+            f"Guessing is right in {100 / classes:.0f} % of cases, AdamW's runs are in {100 * mean:.1f} %. On "
+            f"{samples:,} validation samples, the standard error of one such accuracy is {100 * error:.1f} points."
+        )
+
+    def conclusion(self) -> str:
+        """What the records say about the paper's claim, and what they cannot say (Markdown)."""
+        lines = []
+        for protocol in ("paper", "clean"):
+            d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
+            says = report.noted(f"the claim that MetaAdamW is better: **{report.verdict(d)}**", self.profile)
+            lines.append(f"* Protocol `{protocol}`: {d}; {says}.")
+        lines.append("* " + self.factors_statement())
+        if self.profile == "lite":
+            lines.append(
+                f"* The runs are shortened ({self._steps()}), so this page neither confirms nor refutes the paper's "
+                f"number. `python -m metaadamw_lite.experiments sweep main/paper --task {self.task.name}` makes the "
+                "runs that would."
+            )
+        return "\n".join(lines)
 
     def summary(self) -> pd.DataFrame:
         """How many runs of each arm there are, how long they took and how they ended."""
@@ -87,7 +113,7 @@ class Evidence:
 
     def comparisons(self) -> pd.DataFrame:
         """The arms against each other, paired by seed."""
-        return report.comparison_table(self.runs, self.task.lower_is_better, figures.LABELS)
+        return self._named(report.comparison_table(self.runs, self.task.lower_is_better, figures.LABELS))
 
     def last_epoch(self) -> str:
         """The comparisons of the last epochs instead of the best ones, under the paper's protocol (Markdown)."""
@@ -100,7 +126,7 @@ class Evidence:
 
     def time_to_best(self) -> pd.DataFrame:
         """The epoch in which MetaAdamW is as good as AdamW at its best."""
-        return report.time_to_best(report.epochs_frame(self.records), self.task.lower_is_better)
+        return self._named(report.time_to_best(report.epochs_frame(self.records), self.task.lower_is_better))
 
     def movement(self) -> Figure:
         """How far meta-learning moved Φ, α and log σ²."""
@@ -119,7 +145,7 @@ class Evidence:
         ).round(3)
         moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved", "phi_moved"]].max()
         names = {"alpha_moved": "α moved by", "beta_moved": "β moved by", "phi_moved": "Φ moved by"}
-        return table.join(moved.map("{:.0e}".format).rename(columns=names))
+        return self._named(table.join(moved.map("{:.0e}".format).rename(columns=names)))
 
     def factors_statement(self) -> str:
         """What the factors did, in a sentence or two (Markdown)."""
@@ -142,7 +168,7 @@ class Evidence:
                 "ours (paired)": report.noted(str(d), self.profile),
                 "MetaAdamW improves on AdamW": report.noted(report.verdict(d), self.profile),
             }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol")
+        return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
 
     def live(self, protocol: str, profile: str, seed: int) -> list[dict[str, Any]]:
         """Make one run of each arm now, in a temporary folder; return their records."""
@@ -157,6 +183,6 @@ class Evidence:
         figure.suptitle(f"{self.task.title}, profile: {self.profile}", fontsize="medium")
         return figure
 
-    @staticmethod
-    def _named(table: pd.DataFrame) -> pd.DataFrame:
-        return table.rename(index=figures.LABELS)
+    def _named(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table with the names of the arms, and the profile in its corner."""
+        return table.rename(index=figures.LABELS).rename_axis(columns=f"profile: {self.profile}")

@@ -5,8 +5,9 @@ difference is evidence. They come from scipy, the Holm correction from statsmode
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from statsmodels.stats.multitest import multipletests
 
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.records import read_records
-from metaadamw_lite.experiments.studies import best_variant, search_runs
-from metaadamw_lite.experiments.variants import ABLATIONS, learning_rate
+from metaadamw_lite.experiments.studies import SEEDS, best_variant, search_runs
+from metaadamw_lite.experiments.task import PROTOCOLS
+from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, learning_rate
 
 CONFIDENCE = 0.95
 ENOUGH_SEEDS = 3
@@ -125,10 +127,16 @@ class PairedDifference:
 
     Attributes:
         mean: over the seeds.
-        low, high: bootstrap interval (BCa) for the mean at 95 % confidence; NaN with fewer than three seeds.
+        low, high: bootstrap interval (BCa) for the mean at 95 % confidence; NaN with fewer than three seeds. From so
+            few pairs it is too narrow: its true coverage is below 90 %.
         p: of a paired t-test against no difference; NaN with fewer than two seeds.
         seeds: how many pairs.
         p_wilcoxon: of Wilcoxon's signed-rank test; with five pairs it cannot fall below 1/16.
+        t_low, t_high: Student's interval, which goes with ``p``.
+        geometric: of an ``improvement``: the same from the ratio of geometric means. The mean of relative differences
+            is not symmetric: with a large spread both arms can look worse than the other. This is, up to the sign of
+            the logarithm.
+        p_geometric: of a t-test on the logarithms of the ratios.
     """
 
     mean: float
@@ -138,16 +146,31 @@ class PairedDifference:
     seeds: int
     p_wilcoxon: float = float("nan")
     unit: str = "%"
+    t_low: float = float("nan")
+    t_high: float = float("nan")
+    geometric: float = float("nan")
+    p_geometric: float = float("nan")
 
     def __str__(self) -> str:
         if not self.seeds:
             return "no pairs yet"
         return f"{self.mean:+.1f} {self.unit} {self.interval}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
 
+    def reversed(self) -> "PairedDifference":
+        """The same for the claim that the baseline is the better one: everything with the other sign."""
+        t_low, t_high, geometric = -self.t_high, -self.t_low, -self.geometric
+        low, high = -self.high, -self.low
+        return replace(self, mean=-self.mean, low=low, high=high, t_low=t_low, t_high=t_high, geometric=geometric)
+
     @property
     def interval(self) -> str:
-        """The interval in percent, or that there are too few seeds for one."""
+        """The bootstrap interval in the unit, or that there are too few seeds for one."""
         return "[no interval]" if np.isnan(self.low) else f"[{self.low:+.1f}, {self.high:+.1f}]"
+
+    @property
+    def t_interval(self) -> str:
+        """Student's interval in the unit, or a dash."""
+        return "–" if np.isnan(self.low) else f"[{self.t_low:+.1f}, {self.t_high:+.1f}]"
 
 
 def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> PairedDifference:
@@ -155,18 +178,26 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
 
     Each pair's difference is taken relative to its baseline run, as in the paper's Table 2.
     """
-    return paired_difference(_improvements(arm, baseline, lower_is_better), "%")
+    difference = paired_difference(_improvements(arm, baseline, lower_is_better), "%")
+    pairs = pd.DataFrame({"arm": arm, "baseline": baseline}).astype(float).dropna()
+    if not (len(pairs) and (pairs > 0).all(axis=None)):
+        return difference
+    logarithms = paired_difference((pairs["arm"] / pairs["baseline"]).map(math.log), "")
+    geometric = (-1 if lower_is_better else 1) * 100 * math.expm1(logarithms.mean)
+    return replace(difference, geometric=geometric, p_geometric=logarithms.p)
 
 
 def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDifference:
     """The mean of some differences, one for each seed, with its interval and tests."""
-    values = differences.dropna().to_numpy() + 0.0  # which makes 0 of −0
-    low = high = p = p_wilcoxon = float("nan")
+    values = np.sort(differences.dropna().to_numpy()) + 0.0  # which makes 0 of −0; the bootstrap minds the order
+    low = high = t_low = t_high = p = p_wilcoxon = float("nan")
     if len(values) >= 3 and np.ptp(values) == 0:  # no test is defined without any spread
-        low = high = float(values[0])
+        low = high = t_low = t_high = float(values[0])
         p = 0.0 if low else 1.0
     elif len(values) >= 2:
-        p = float(stats.ttest_1samp(values, 0).pvalue)
+        test = stats.ttest_1samp(values, 0)
+        p = float(test.pvalue)
+        t_low, t_high = (float(x) for x in test.confidence_interval(CONFIDENCE))
     if len(values) >= 2 and values.any():
         p_wilcoxon = float(stats.wilcoxon(values).pvalue)
     if len(values) >= 3 and np.ptp(values) > 0:
@@ -175,7 +206,7 @@ def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDiffe
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
     mean = float(values.mean()) if len(values) else float("nan")
-    return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit)
+    return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit, t_low, t_high)
 
 
 def _improvements(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> "pd.Series[float]":
@@ -214,6 +245,11 @@ def verdict(difference: PairedDifference) -> str:
     return "holds" if difference.low > 0 else "does not hold: it is worse"
 
 
+def worse(difference: PairedDifference) -> str:
+    """What a paired difference says about the claim "it is worse"."""
+    return verdict(difference.reversed()).replace("it is worse", "it is better")
+
+
 PAIRS = (("metaadamw", "adamw"), ("metaadamw-frozen", "adamw"), ("metaadamw", "metaadamw-frozen"))
 """The comparisons that every chapter makes: an arm and its baseline."""
 
@@ -229,8 +265,10 @@ def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[
                     "protocol": protocol,
                     "comparison": f"{labels[arm]} against {labels[baseline]}",
                     "improvement (%)": f"{d.mean:+.1f} {d.interval}" if d.seeds else "–",
+                    "t interval": d.t_interval,
                     "p (t)": p_value(d.p),
                     "p (Wilcoxon)": p_value(d.p_wilcoxon),
+                    "by geometric means (%)": f"{d.geometric:+.1f}" if d.seeds else "–",
                     "seeds": d.seeds,
                     "says": verdict(d),
                 }
@@ -300,6 +338,8 @@ def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: st
         profile = best_evidence(runs)
         outcome = outcomes(runs[runs["profile"] == profile])
         first, second = by_seed(outcome, protocol, arm, baseline)
+        paired = first.index.intersection(second.index)  # AdamW has runs with the seeds of its search, too
+        first, second = first[paired], second[paired]
         d = improvement(first, second, task.lower_is_better)
         rows[name] = {
             "profile": profile,
@@ -368,13 +408,66 @@ def searched(task: str, protocol: str, profile: str) -> tuple[pd.DataFrame, str 
     return frame, best_variant(search, repository() / "data" / "results")
 
 
+def tuned_table() -> pd.DataFrame:
+    """MetaAdamW as published against AdamW with a searched learning rate: a row for each search that is done.
+
+    Returns:
+        Indexed by task, protocol and profile: learning_rate (the best), edge (it is the largest or smallest one tried),
+        tuned (AdamW at that rate against AdamW at the paper's, None where they are the same), difference (MetaAdamW
+        against the former), both a ``PairedDifference``, and p_holm, corrected over the rows.
+    """
+    rows = {}
+    for name, task in TASKS.items():
+        runs = runs_frame(recorded(name))
+        for protocol in reversed(PROTOCOLS):
+            for profile in ("paper", "lite"):
+                _, best = searched(name, protocol, profile)
+                if best is None:
+                    continue
+                fresh = runs["seed"].isin(SEEDS)  # not those that the rate was chosen with
+                outcome = outcomes(runs[fresh & (runs["profile"] == profile)])
+                rate = learning_rate(best)
+                rows[name, protocol, profile] = {
+                    "learning_rate": rate,
+                    "edge": rate in (min(LEARNING_RATES), max(LEARNING_RATES)),
+                    "tuned": None
+                    if best == "adamw"
+                    else compare(outcome, protocol, best, "adamw", task.lower_is_better),
+                    "difference": compare(outcome, protocol, "metaadamw", best, task.lower_is_better),
+                }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index = table.index.set_names(["task", "protocol", "profile"])
+    return table.assign(p_holm=holm(table["difference"].map(lambda d: d.p)))
+
+
+def tuned_statement(table: pd.DataFrame) -> str:
+    """What a ``tuned_table`` says, in a few sentences (Markdown)."""
+
+    def where(rows: pd.DataFrame) -> str:
+        named = [f"{TASKS[str(task)].title} (`{rule}`, {profile} runs)" for task, rule, profile in rows.index]
+        return ", ".join(named) or "none"
+
+    verdicts = table["difference"].map(verdict)
+    searches = table["tuned"].map(lambda d: verdict(d) if d else "the same rate")
+    lines = [
+        f"* MetaAdamW is **better** than tuned AdamW: {where(table[verdicts == 'holds'])}.",
+        f"* It is **worse**: {where(table[verdicts.str.startswith('does not')])}.",
+        f"* After Holm's correction for {len(table)} comparisons {(table['p_holm'] < 1 - CONFIDENCE).sum()} of these "
+        "are left; the rest is **not decided**.",
+        f"* The search gained AdamW something: {where(table[searches == 'holds'])}; it cost something: "
+        f"{where(table[searches.str.startswith('does not')])}; elsewhere neither can be told from chance.",
+    ]
+    return "\n".join(lines)
+
+
 def ablation_table(task: str, profile: str) -> pd.DataFrame:
     """A task's part of Table 3 again: for each row the paper's number and ours, under the paper's protocol.
 
     Returns:
         Indexed by factor and value, with the columns "paper" (text, as printed, or missing), "baseline" (the row is
-        the task's own setting in Table 4), "variant" (missing where the row is the baseline), "mean" over the seeds of
-        ours, and "difference": the paired change against MetaAdamW (a ``PairedDifference``; negative is worse).
+        the task's own setting in Table 4), "variant" (missing where the row is the baseline), "mean" of ours over the
+        seeds that MetaAdamW has, too, "difference": the paired change against MetaAdamW (a ``PairedDifference``;
+        negative is worse), and "p_holm", its p after Holm's correction over the task's variants.
     """
     printed = paper_table(3)
     settings, lower_is_better = TASKS[task].settings("paper"), TASKS[task].lower_is_better
@@ -386,9 +479,11 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
         name = "metaadamw" if baseline else str(variant)
         arm, metaadamw = by_seed(outcome, "paper", name, "metaadamw")
         difference = improvement(arm, metaadamw, lower_is_better)
-        rows.append((baseline, None if baseline else variant, arm.mean(), difference))
+        mean = arm[arm.index.intersection(metaadamw.index)].mean()
+        rows.append((baseline, None if baseline else variant, mean, difference))
     table = pd.DataFrame(rows, index=printed.index, columns=["baseline", "variant", "mean", "difference"])
-    return table.assign(paper=printed[task])
+    tested = table["difference"].map(lambda d: d.p).where(~table["baseline"])
+    return table.assign(paper=printed[task], p_holm=holm(tested))
 
 
 def claims_table() -> pd.DataFrame:
@@ -397,10 +492,12 @@ def claims_table() -> pd.DataFrame:
     How the kinds of claims are judged, under the paper's protocol:
 
     * improvement: MetaAdamW against AdamW, paired by seed; ``all``: such a claim must hold on all tasks.
-    * ablation: the variant against MetaAdamW; the claim is that the variant is worse.
+    * ablation: the variant's change against MetaAdamW; the claim is that the variant is worse.
+    * necessary: the same for all variants of a task that are run.
     * epochs, longer: fewer, or more, epochs than AdamW until early stopping, paired by seed.
+    * earlier: in how many pairs MetaAdamW is as good as AdamW's best in an earlier epoch.
     * trained: MetaAdamW against itself with an untrained Φ, on all tasks.
-    * memory, time: the bench's record against the range that the paper gives.
+    * memory, time, update, statistics, module: the bench's record against the range that the paper gives.
     """
     claims = pd.read_csv(repository() / "data" / "paper" / "claims.csv", dtype=str)
     main = table_of_tasks()
@@ -415,8 +512,8 @@ def claims_table() -> pd.DataFrame:
 
 def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) -> tuple[str, str]:
     kind, task = claim["kind"], claim["task"]
-    if kind in ("memory", "time"):
-        return _judged_cost(kind, str(claim["number"]))
+    if kind in ("memory", "time", "update", "statistics", "module"):
+        return _judged_cost(claim)
     if kind in ("all", "trained"):
         table = main if kind == "all" else control
         verdicts = [noted(verdict(d), p) for d, p in zip(table["difference"], table["profile"], strict=True)]
@@ -436,16 +533,50 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
                 outcomes(runs[runs["profile"] == profile]), "paper", claim["variant"], "metaadamw"
             )
             if len(variant) >= ENOUGH_SEEDS:
-                d = improvement(metaadamw, variant, TASKS[task].lower_is_better)
-                return noted(str(d), profile), noted(verdict(d), profile)
+                d = improvement(variant, metaadamw, TASKS[task].lower_is_better)
+                return noted(str(d), profile), noted(worse(d), profile)
         return "–", "not yet tested"
+    if kind == "necessary":
+        return _judged_parts(task)
     profile = best_evidence(runs)
     if profile == "lite":  # lite runs are too short to stop early
         return "–", "not yet tested"
-    length = runs[runs["profile"] == profile].assign(outcome=runs["epochs"])
-    arm, baseline = by_seed(length, "paper", "metaadamw", "adamw")
-    d = improvement(arm, baseline, lower_is_better=kind == "epochs")
-    return f"epochs: {d}", verdict(d)
+    mine = runs[runs["profile"] == profile]
+    if kind == "earlier":
+        reached = time_to_best(epochs_frame(main_records(task, profile)), TASKS[task].lower_is_better).loc["paper"]
+        earlier, n = int((reached["arm, epoch"] < reached["AdamW, epoch"]).sum()), len(reached)
+        decided = stats.binomtest(earlier, n).pvalue < 1 - CONFIDENCE
+        says = (
+            ("holds" if earlier > n / 2 else "does not hold: it is later") if decided else "not decided: within chance"
+        )
+        return f"as good in an earlier epoch in {earlier} of {n} pairs", says
+    arm, baseline = by_seed(mine.assign(outcome=mine["epochs"]), "paper", "metaadamw", "adamw")
+    d = improvement(arm, baseline, lower_is_better=False)
+    says = verdict(d.reversed()) if kind == "epochs" else verdict(d)
+    return f"epochs: {d}", says.replace("it is worse", "it is the other way round")
+
+
+def main_records(task: str, profile: str) -> list[dict[str, Any]]:
+    """The records of the main study: of a task's three arms, with its seeds."""
+    return [
+        r
+        for r in recorded(task)
+        if (r["run"]["profile"], r["run"]["variant"] in ARMS, r["run"]["seed"] in SEEDS) == (profile, True, True)
+    ]
+
+
+def _judged_parts(task: str) -> tuple[str, str]:
+    """Every row of a task's Table 3 that is run: is what it changes needed?"""
+    for profile in ("paper", "lite"):
+        table = ablation_table(task, profile)
+        rows = table[~table["baseline"] & table["variant"].isin(list(ABLATIONS))]
+        rows = rows[rows["difference"].map(lambda d: d.seeds >= ENOUGH_SEEDS)]
+        if len(rows):
+            verdicts = rows["difference"].map(worse)
+            counts = "; ".join(f"{v} for {n}" for v, n in verdicts.value_counts().items())
+            corrected = f"after Holm's correction {(rows['p_holm'] < 1 - CONFIDENCE).sum()} differ"
+            return f"{len(rows)} changes are run; {corrected}", noted(counts, profile)
+    return "–", "not yet tested"
 
 
 def bench_record(device: str = "cpu") -> dict[str, Any] | None:
@@ -457,32 +588,43 @@ def bench_record(device: str = "cpu") -> dict[str, Any] | None:
     return record
 
 
-def _judged_cost(kind: str, number: str) -> tuple[str, str]:
-    """The paper's range, such as "1.5–2 ×" or "10–30 %", against what the bench measured on a CPU."""
+def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
+    """The range that the paper gives (columns "low" and "high") against what the bench measured on a CPU."""
     record = bench_record()
     if record is None:
         return "–", "not yet tested"
     rows = pd.DataFrame(record["rows"])
-    low, high = (float(x) for x in number.rstrip(" ×%").split("–"))
-
-    def says(value: float) -> str:
-        return "holds" if low <= value <= high else f"does not hold: it is {'less' if value < low else 'more'}"
-
+    parts = pd.DataFrame(record["parts"]).pivot(index="measure", columns="part", values="seconds")
+    found: dict[str, Any] = {}
+    kind, unit = claim["kind"], "×"
     if kind == "memory":
-        peaks = rows[rows["measure"].str.startswith("peak memory") & rows["measure"].str.contains("ETTh1")]
-        found = [f"{who}: {ratio:.2f} ×" for who, ratio in peaks[["who", "ratio"]].to_numpy()]
-        return "<br>".join(found), "<br>".join(f"{who}: {says(r)}" for who, r in peaks[["who", "ratio"]].to_numpy())
-    times: Any = paper_table(5)
-    sources = {
-        "ours, CPU": 100 * (rows[rows["measure"].str.startswith("whole epoch")]["ratio"] - 1),
-        "the paper's Table 5": 100 * (times["metaadamw_epoch_seconds"] / times["adamw_epoch_seconds"] - 1),
-    }
-    found = [f"{who}: {more.min():+.0f} to {more.max():+.0f} %" for who, more in sources.items()]
-    verdicts = []
-    for who, more in sources.items():
-        counts = more.map(says).value_counts()
-        verdicts.append(f"{who}: " + "; ".join(f"{v} on {n} of {len(more)} tasks" for v, n in counts.items()))
-    return "<br>".join(found), "<br>".join(verdicts)
+        peaks = rows[rows["measure"].str.startswith("peak memory")]
+        found = {
+            f"{row['who']}, {row['measure'].split(', ')[2]}": pd.Series([row["ratio"]])
+            for row in peaks.to_dict("records")
+        }
+    elif kind == "update":
+        updates = rows[rows["measure"] == "meta-update / training step, ETTh1 model"]
+        found = {row["who"]: pd.Series([row["ratio"]]) for row in updates.to_dict("records")}
+    elif kind in ("statistics", "module"):
+        part = "Φ" if kind == "module" else "statistics"
+        found = {"ours, of an AdamW step": parts[part] / parts["AdamW"]}
+    else:
+        unit = "%"
+        epochs = rows[rows["measure"].str.startswith("whole epoch")]["ratio"]
+        found = {"ours, epochs": 100 * (epochs - 1), "the paper's Table 5, totals": paper_table(5)["overhead_percent"]}
+    low, high = float(claim["low"]), float(claim["high"])
+    ours, says = [], []
+    for what, values in found.items():
+        span = f"{values.min():.2f}" if unit == "×" else f"{values.min():+.0f}"
+        if len(values) > 1:
+            span += f" to {values.max():.2f}" if unit == "×" else f" to {values.max():+.0f}"
+        ours.append(f"{what}: {span} {unit}")
+        where = pd.cut(values, [-np.inf, low, high, np.inf], labels=["below the range", "holds", "above the range"])
+        counts = where.value_counts(sort=False)
+        of = f" for {{}} of {len(values)}" if len(values) > 1 else ""
+        says.append(f"{what}: " + ", ".join(f"{v}{of.format(n)}" for v, n in counts.items() if n))
+    return "<br>".join(ours), "<br>".join(says)
 
 
 def noted(text: str, profile: str) -> str:

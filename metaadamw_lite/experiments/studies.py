@@ -21,6 +21,8 @@ from metaadamw_lite.experiments.training import RunInProgressError, run
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, WEIGHTED, at_learning_rate, differs
 
 SEEDS = range(5)
+FEW_SEEDS = range(3)
+"""Of the studies of the relatives, which have many arms and kinds of noise."""
 SEARCH_SEEDS = range(100, 102)
 """For the search of a learning rate; no run that is reported has one of them."""
 
@@ -35,7 +37,6 @@ STUDIES = {
 }
 ON_WRONG_LABELS = ("lilaw", "together")
 STUDIES_OF_RELATIVES = (*ON_WRONG_LABELS, "lope")
-WRONG_LABEL_SEEDS = range(3)
 SENSITIVITY_TASK = "cifar10-symmetric40"
 TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
 GPU_RUN_BYTES = 6 * 2**30
@@ -122,12 +123,12 @@ def _ablation(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
 
 
 def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
-    for seed in WRONG_LABEL_SEEDS:
+    for seed in FEW_SEEDS:
         for task in tasks:
             yield from (RunKey(task, arm, "clean", profile, seed) for arm in ("adamw", "adamw-lilaw"))
     if SENSITIVITY_TASK in tasks:
         variants = [v for v in WEIGHTED if v not in TOGETHER]
-        yield from (RunKey(SENSITIVITY_TASK, v, "clean", profile, seed) for seed in WRONG_LABEL_SEEDS for v in variants)
+        yield from (RunKey(SENSITIVITY_TASK, v, "clean", profile, seed) for seed in FEW_SEEDS for v in variants)
 
 
 def _together(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
@@ -136,7 +137,7 @@ def _together(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
 
 
 def _lope(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
-    for seed in WRONG_LABEL_SEEDS:
+    for seed in FEW_SEEDS:
         for task in tasks:
             yield from (RunKey(task, arm, "clean", profile, seed) for arm in LOPE_ARMS)
 
@@ -228,8 +229,8 @@ _BUSY = "busy"
 
 def _one(key: RunKey, results: Path, device: str, sharing: int | None, wait: bool) -> tuple[RunKey, str | None]:
     """One run in a worker: its key and what went wrong, if anything. An error must not end the other runs."""
-    if sharing:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
+    if sharing:  # no more threads than the user allows (OMP_NUM_THREADS): other sweeps may run beside this one
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // sharing)))
     try:
         run(key, results, device, progress=False, wait=wait)
     except RunInProgressError:

@@ -1,0 +1,168 @@
+"""What the chapters on the relatives say follows from records: signs, pairs, and verdicts on claims."""
+
+import pytest
+
+from metaadamw_lite.experiments import relatives, report
+from metaadamw_lite.experiments.lope_study import ARMS
+from metaadamw_lite.experiments.variants import WEIGHTED
+
+
+def adaptation(variant, seed, perplexity, accuracy=0.5):
+    stages = ["pretrained", "1", "2", *(["masked"] if ARMS[variant].poisoning else [])]
+    return {
+        "run": {"task": "lope-noise5", "variant": variant, "protocol": "clean", "profile": "lite", "seed": seed},
+        "status": "finished",
+        "epochs": [
+            {"stage": stage, "perplexity": 1000.0 if stage != stages[-1] else perplexity, "accuracy": accuracy}
+            for stage in stages
+        ],
+    }
+
+
+def on_wrong_labels(variant, seed, accuracy):
+    return {
+        "run": {"task": "cifar10-symmetric40", "variant": variant, "protocol": "clean", "profile": "lite"}
+        | {"seed": seed, "source": "real"},
+        "status": "finished",
+        "epochs": [{"memorised": 0.5}],
+        "test": {"metric": accuracy},
+        "last": {"metric": accuracy / 2},
+        "detection": {
+            "LiLAW, easy weight": {"auroc": 0.8, "auprc": 0.7},
+            "mean loss": {"auroc": 0.9 + seed / 100, "auprc": 0.7},
+            "entropy": {"auroc": 0.6, "auprc": 0.5},
+        },
+    }
+
+
+def test_every_arm_has_a_label():
+    assert list(relatives.LOPE_LABELS) == list(ARMS)
+    assert {"adamw", *WEIGHTED} >= {"adamw-lilaw", "metaadamw-lilaw"}
+
+
+def test_only_the_final_perplexity_of_a_pair_of_seeds_counts():
+    records = [adaptation("lope", k, 90.0 - k) for k in range(4)] + [adaptation("lora", k, 100.0) for k in (3, 1, 0)]
+    d = relatives.lope_against(relatives.adaptations_frame(records), "lora")
+    assert (d.seeds, d.unit) == (3, "%")
+    assert d.mean == pytest.approx((10 + 11 + 13) / 3), "lower is better, and seed 2 has no pair"
+
+
+def test_accuracy_is_compared_in_points():
+    records = [adaptation("lope", k, 90.0, 0.6) for k in range(3)]
+    records += [adaptation("lora", k, 90.0, 0.5 + k / 100) for k in range(3)]
+    d = relatives.lope_against(relatives.adaptations_frame(records), "lora", "accuracy")
+    assert d.unit == "points"
+    assert d.mean == pytest.approx(9)
+
+
+def test_lope_is_set_beside_each_recorded_arm_and_not_beside_itself():
+    arms = ("lope", "lora", "lope-discrete")
+    runs = relatives.adaptations_frame([adaptation(arm, k, 90.0 + k) for arm in arms for k in range(3)])
+    table = relatives.lope_table(runs)
+    assert list(table.index) == [("5 %", "against LoRA (peft)"), ("5 %", "against LoPE, discrete noise only")]
+    assert set(table["better?"]) == {"not decided: within chance"}
+
+
+def test_accuracy_of_lilaw_is_a_paired_difference_in_points():
+    records = [on_wrong_labels("adamw", k, 0.4) for k in range(3)]
+    records += [on_wrong_labels("adamw-lilaw", k, 0.45 + k / 100) for k in range(3)]
+    runs = relatives.runs_frame(records)
+    assert relatives.points(runs, "best", "adamw-lilaw", "adamw").mean == pytest.approx(6)
+    assert relatives.points(runs, "last", "adamw-lilaw", "adamw").mean == pytest.approx(3)
+
+
+def claims(monkeypatch, made):
+    def recorded(study):
+        return [r for r in made if r["run"]["task"] in {key.task for key in study}]
+
+    monkeypatch.setattr(relatives, "recorded", recorded)
+    return relatives.claims_table().set_index("claim")
+
+
+def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
+    made = [adaptation("lope", k, 90.0 + k / 10) for k in range(3)]
+    made += [adaptation("lora", k, 100.0 + k) for k in range(3)]
+    made += [adaptation("asymmetric-lora", k, 80.0 + k) for k in range(3)]
+    made += [on_wrong_labels("adamw-lilaw", k, 0.5) for k in range(3)]
+    table = claims(monkeypatch, made)
+    verdicts = table["verdict"]
+    assert verdicts["A small GPT adapted to noisy text: more robust than LoRA"] == "holds (lite runs)"
+    assert verdicts["… than the same asymmetric LoRA without a poisoning expert"].startswith("does not hold")
+    detection = "Finds mislabelled samples better than seven baselines"
+    assert verdicts[detection] == "does not hold: it is worse on 1 of 1 kinds (lite runs)"
+    assert "-11.0 points" in table["ours"][detection], "against the best of the other methods"
+    assert verdicts["Hybrid noise teaches more than no noise"] == "not yet tested", "an arm without records"
+
+
+def test_claims_without_records_are_not_judged(monkeypatch):
+    verdicts = claims(monkeypatch, [])["verdict"]
+    assert verdicts.str.startswith("not ").all()
+    assert (verdicts[verdicts != "not yet tested"].str.removeprefix("not tested: ").str.len() > 10).all()
+
+
+def test_the_evidence_for_every_claim_is_a_chapter():
+    links = relatives.claims_table()["evidence"].str.extract(r"\((.*)\)")[0].dropna()
+    assert set(links) <= {p.name for p in (report.repository() / "notebooks").iterdir()}
+
+
+def test_a_setting_of_lilaw_is_set_beside_adamw_with_the_same_batches():
+    def both(arm, baseline, gain, seeds):
+        runs = [on_wrong_labels(baseline, k, 0.4) for k in seeds]
+        return runs + [on_wrong_labels(arm, k, 0.4 + gain) for k in seeds]
+
+    made = both("adamw-lilaw", "adamw", 0.02, range(5))
+    made += [on_wrong_labels("adamw-lilaw-lr0.5", k, 0.3) for k in range(3)]
+    made += [on_wrong_labels("adamw-batch16", k, 0.6) for k in range(3)]
+    made += [on_wrong_labels("adamw-lilaw-batch16", k, 0.5) for k in range(3)]
+    table = relatives.sensitivity_table(relatives.runs_frame(made))
+    assert dict(table["accuracy, best epoch (points)"].str.split().str[0]) == {
+        "as it is (rate 0.005, batches of 64)": "+2.0",
+        "rate 0.5": "-10.0",
+        "batches of 16": "-10.0",
+    }
+    assert set(table["seeds"]) == {3}, "seeds that every setting has"
+
+
+def test_a_ranking_is_compared_with_one_other_for_all_seeds():
+    made = [on_wrong_labels("adamw-lilaw", k, 0.5) for k in range(3)]
+    for k, record in enumerate(made):  # the best of each seed would be another one each time
+        record["detection"] = {
+            "LiLAW, easy weight": {"auroc": 0.8, "auprc": 0.5},
+            "mean loss": {"auroc": 0.9 if k == 0 else 0.7, "auprc": 0.5},
+            "entropy": {"auroc": 0.85 if k == 1 else 0.72, "auprc": 0.5},
+        }
+    row = relatives.detection_against(relatives.detection_frame(made)).iloc[0]
+    assert row["best"] == "mean loss (AdamW + LiLAW)"
+    assert row["difference"].mean == pytest.approx((-10 + 10 + 10) / 3)
+
+
+def test_rankings_from_trainings_without_lilaw_count_too():
+    made = [on_wrong_labels(arm, k, 0.5) for arm in ("adamw", "adamw-lilaw") for k in range(3)]
+    for record in made[:3]:
+        record["detection"] = {"mean loss": {"auroc": 0.95, "auprc": 0.5}}
+    row = relatives.detection_against(relatives.detection_frame(made)).iloc[0]
+    assert row["best"] == "mean loss (AdamW)"
+    assert row["difference"].mean == pytest.approx(-15)
+
+
+def test_accuracy_is_judged_after_a_correction_for_the_kinds_of_noise():
+    def kind(task, gains):
+        made = [on_wrong_labels("adamw", k, 0.4) for k in range(3)]
+        made += [on_wrong_labels("adamw-lilaw", k, 0.4 + gain) for k, gain in enumerate(gains)]
+        return [r | {"run": r["run"] | {"task": task}} for r in made]
+
+    one = kind("cifar10-symmetric50", (0.02, 0.024, 0.015))
+    alone = relatives.accuracy_table(relatives.runs_frame(one), "best")
+    assert alone["more accurate?"].tolist() == ["holds"]
+    more = [r for task in ("cifar10-symmetric20", "cifar10-human40") for r in kind(task, (0.1, -0.1, 0.02))]
+    both = relatives.accuracy_table(relatives.runs_frame(one + more), "best")
+    assert both.loc["CIFAR-10, symmetric 50 %", "p (t)"] == alone["p (t)"].iloc[0]
+    assert set(both["more accurate?"]) == {"not decided: within chance"}
+
+
+def test_means_are_over_the_seeds_that_both_arms_have_and_too_few_are_not_judged():
+    made = [on_wrong_labels("adamw", k, 0.4 + k / 10) for k in range(3)]
+    made += [on_wrong_labels("adamw-lilaw", k, 0.5) for k in range(2)]
+    table = relatives.accuracy_table(relatives.runs_frame(made), "best").iloc[0]
+    assert table["AdamW (%)"].startswith("45.0"), "without the third seed"
+    assert table["more accurate?"] == "not yet tested: 2 of 3 seeds"
