@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from metaadamw_lite.experiments import lope_study
 from metaadamw_lite.experiments.lope_study import (
     ARMS,
     LABEL_WORDS,
@@ -130,3 +131,18 @@ def test_texts_name_their_source():
     assert data.name == "synthetic"
     assert len(data.train) == SMOKE.reviews
     assert data.vocabulary[:2] == ["<pad>", "<unk>"]
+
+
+@pytest.mark.parametrize(("arm", "first"), [("lope", 3), ("lope-brief", 1)])
+def test_the_first_stage_has_its_share_of_the_steps(arm, first, tmp_path, monkeypatch):
+    noisy = []
+    loss_of = lope_study.loss_of
+
+    def counting(model, rows, noise=None):
+        noisy.append(noise is not None)
+        return loss_of(model, rows, noise)
+
+    monkeypatch.setattr(lope_study, "loss_of", counting)
+    monkeypatch.setattr(lope_study, "pretrained", lambda s, data, *_: SmallGPT(len(data.vocabulary), s))
+    run(key(arm=arm), tmp_path, progress=False)
+    assert noisy == [True] * first + [False] * (6 - first)

@@ -166,3 +166,27 @@ def test_means_are_over_the_seeds_that_both_arms_have_and_too_few_are_not_judged
     table = relatives.accuracy_table(relatives.runs_frame(made), "best").iloc[0]
     assert table["AdamW (%)"].startswith("45.0"), "without the third seed"
     assert table["more accurate?"] == "not yet tested: 2 of 3 seeds"
+
+
+def test_what_masking_takes_is_told_in_words_of_what_was_gained():
+    def stages(*perplexities):
+        record = adaptation("lope", 0, perplexities[-1])
+        for entry, perplexity in zip(record["epochs"], perplexities, strict=True):
+            entry["perplexity"] = perplexity
+        return relatives.adaptations_frame([record])
+
+    much = relatives.masking_statement(stages(200.0, 160.0, 140.0, 191.0))
+    assert "from a perplexity of 140 to **191**" in much
+    assert "85 %" in much
+    assert "most of what was learned" in much
+    little = relatives.masking_statement(stages(200.0, 160.0, 140.0, 146.0))
+    assert "10 %" in little
+    assert "most" not in little
+
+
+def test_accuracies_at_chance_are_called_that():
+    def at(accuracy):
+        return relatives.accuracy_statement(relatives.adaptations_frame([adaptation("lope", 0, 90.0, accuracy)]))
+
+    assert "no arm reads the sentiment" in at(0.502)
+    assert "no arm" not in at(0.8)

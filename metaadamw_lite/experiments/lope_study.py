@@ -58,6 +58,7 @@ class Arm:
         experts: clean experts; 0 for peft's LoRA.
         discrete, continuous: the parts of the hybrid noise that its first stage is trained on.
         compensate: DyCompEnSate once the poisoning expert is masked.
+        first: share of the steps that the first stage has. LoPE's description does not give it.
     """
 
     poisoning: bool
@@ -65,6 +66,7 @@ class Arm:
     discrete: bool = False
     continuous: bool = False
     compensate: bool = False
+    first: float = 0.5
 
 
 ARMS = {
@@ -75,6 +77,7 @@ ARMS = {
     "lope-discrete": Arm(True, 3, discrete=True, compensate=True),
     "lope-continuous": Arm(True, 3, continuous=True, compensate=True),
     "lope-without-compensation": Arm(True, 3, discrete=True, continuous=True),
+    "lope-brief": Arm(True, 3, discrete=True, continuous=True, compensate=True, first=0.1),
 }
 
 
@@ -89,7 +92,7 @@ class LoPESettings:
         pretrain_steps, pretrain_lr: of the pretraining, in batches of ``batch_size`` blocks.
         reviews, test: how many adapt, and how many test.
         batch_size: blocks or reviews a step.
-        steps: of each of the two stages; arms without stages take both on the reviews as they are.
+        steps: half of a run's; arms without stages take all of them on the reviews as they are.
         lr: of the adapters.
         rank: of A in the arms with experts. A LoRA with as many parameters has three times that.
         scale: of every adapter.
@@ -315,14 +318,15 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
     def continuous(embeddings: Tensor, valid: Tensor) -> Tensor:
         return continuous_noise(embeddings, valid, s.embedding_noise / math.sqrt(s.length * s.width), hiss)
 
-    for stage in (1, 2):
+    first = max(1, round(arm.first * 2 * s.steps))
+    for stage, steps in ((1, first), (2, 2 * s.steps - first)):
         if arm.poisoning and lope is not None:
             lope.stage(stage)
         rows = (poison if stage == 1 else train).to(device)
         noise = continuous if arm.continuous and stage == 1 else None
         started, losses = time.perf_counter(), []
         model.train()
-        for _ in tqdm(range(s.steps), desc=f"{key} stage {stage}", disable=not progress):
+        for _ in tqdm(range(steps), desc=f"{key} stage {stage}", disable=not progress):
             loss = loss_of(model, rows[torch.randint(0, len(rows), (s.batch_size,), generator=order).to(device)], noise)
             optimizer.zero_grad()
             torch.autograd.backward(loss)

@@ -29,6 +29,7 @@ LOPE_LABELS = {
     "lope-discrete": "LoPE, discrete noise only",
     "lope-continuous": "LoPE, continuous noise only",
     "lope-without-compensation": "LoPE, not compensated",
+    "lope-brief": "LoPE, brief stage I",
 }
 """The arms of ``lope_study``, for tables and figures."""
 
@@ -376,6 +377,35 @@ def adaptations_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     return text.reindex(arms).fillna("–").rename(index=LOPE_LABELS).rename_axis(index=None, columns="noise")
 
 
+def accuracy_statement(runs: pd.DataFrame) -> str:
+    """Where the runs start from, and whether any of them tells good reviews from bad ones at all (Markdown)."""
+    before = runs[runs["at"] == "pretrained"][["perplexity", "accuracy"]].mean()
+    low, high = runs[runs["final"]]["accuracy"].agg(["min", "max"])
+    says = (
+        f"Before any adaptation: perplexity {before['perplexity']:.0f}, accuracy {before['accuracy']:.1f} %. "
+        f"About half of the reviews are good ones, and the accuracy of all runs lies between {low:.1f} and {high:.1f} %"
+    )
+    if high < 55:
+        says += ": **no arm reads the sentiment** at this size. What can be compared is perplexity"
+    return says + "."
+
+
+def masking_statement(runs: pd.DataFrame) -> str:
+    """What masking takes from LoPE, in words of what adaptation had given it (Markdown)."""
+    at = runs[runs["variant"] == "lope"].groupby("at")["perplexity"].mean()
+    lost = (at["masked"] - at["2"]) / (at["pretrained"] - at["2"])
+    says = (
+        f"Masking takes LoPE from a perplexity of {at['2']:.0f} to **{at['masked']:.0f}**; the model before any "
+        f"adaptation has {at['pretrained']:.0f}. That is {100 * lost:.0f} % of what adaptation had gained."
+    )
+    if lost > 0.5:
+        says += (
+            " The expert that is thrown away holds most of what was learned: in stage I it is the only one that "
+            "trains, so it learns the reviews along with their noise."
+        )
+    return says
+
+
 def lope_against(runs: pd.DataFrame, arm: str, column: str = "perplexity") -> PairedDifference:
     """How much better LoPE is than another arm, paired by seed: perplexity in percent of it, accuracy in points.
 
@@ -483,7 +513,7 @@ def plot_expert_use(records: Records) -> Figure:
             y="weight",
             hue="arm",
             hue_order=arms,
-            markers=["o", "D", "s", "^", "v"][: len(arms)],
+            markers=["o", "D", "s", "^", "v", "P"][: len(arms)],
             markersize=4,
             dodge=0.5,
             linestyle="none",
