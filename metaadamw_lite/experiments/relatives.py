@@ -365,14 +365,16 @@ def adaptations_frame(records: Records) -> pd.DataFrame:
 
 
 def adaptations_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
-    """ "mean ± standard deviation" over seeds of the final tests: a row for each arm, a column for each noise.
+    """Final tests, mean ± standard deviation over seeds, as text: a row for each arm, a column for each noise.
 
     Args:
         runs: from ``adaptations_frame``.
         column: "perplexity" or "accuracy".
     """
     cells = runs[runs["final"]].groupby(["variant", "noise"], sort=False)[column].agg(["mean", "std"])
-    text = cells.apply(lambda cell: f"{cell['mean']:.1f} ± {cell['std']:.1f}", axis=1).unstack()
+    text = cells.apply(
+        lambda cell: f"{cell['mean']:.1f}" + (f" ± {cell['std']:.1f}" if cell["std"] >= 0 else ""), axis=1
+    ).unstack()
     arms = [arm for arm in LOPE_LABELS if arm in text.index]
     return text.reindex(arms).fillna("–").rename(index=LOPE_LABELS).rename_axis(index=None, columns="noise")
 
