@@ -47,14 +47,6 @@ def test_only_the_final_perplexity_of_a_pair_of_seeds_counts():
     assert d.mean == pytest.approx((10 + 11 + 13) / 3), "lower is better, and seed 2 has no pair"
 
 
-def test_accuracy_is_compared_in_points():
-    records = [adaptation("lope", k, 90.0, 0.6) for k in range(3)]
-    records += [adaptation("lora", k, 90.0, 0.5 + k / 100) for k in range(3)]
-    d = relatives.lope_against(relatives.adaptations_frame(records), "lora", "accuracy")
-    assert d.unit == "points"
-    assert d.mean == pytest.approx(9)
-
-
 def test_lope_is_set_beside_each_recorded_arm_and_not_beside_itself():
     arms = ("lope", "lora", "lope-discrete")
     runs = relatives.adaptations_frame([adaptation(arm, k, 90.0 + k) for arm in arms for k in range(3)])

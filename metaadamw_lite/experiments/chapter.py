@@ -113,7 +113,8 @@ class Evidence:
 
     def comparisons(self) -> pd.DataFrame:
         """The arms against each other, paired by seed."""
-        return self._named(report.comparison_table(self.runs, self.task.lower_is_better, figures.LABELS))
+        short = {**figures.LABELS, "metaadamw-frozen": "untrained Φ"}
+        return self._named(report.comparison_table(self.runs, self.task.lower_is_better, short))
 
     def last_epoch(self) -> str:
         """The comparisons of the last epochs instead of the best ones, under the paper's protocol (Markdown)."""

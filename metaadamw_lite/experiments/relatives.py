@@ -408,19 +408,16 @@ def masking_statement(runs: pd.DataFrame) -> str:
     return says
 
 
-def lope_against(runs: pd.DataFrame, arm: str, column: str = "perplexity") -> PairedDifference:
-    """How much better LoPE is than another arm, paired by seed: perplexity in percent of it, accuracy in points.
+def lope_against(runs: pd.DataFrame, arm: str) -> PairedDifference:
+    """How much lower LoPE's perplexity is than another arm's, in percent, paired by seed.
 
     Args:
         runs: from ``adaptations_frame``, of one noise; only final tests count.
         arm: one of ``LOPE_LABELS``.
-        column: "perplexity" or "accuracy".
     """
     final = runs[runs["final"]]
-    lope, other = (final[final["variant"] == v].set_index("seed")[column].astype(float) for v in ("lope", arm))
-    if column == "perplexity":
-        return report.improvement(lope, other, lower_is_better=True)
-    return paired_difference(lope - other, "points")
+    lope, other = (final[final["variant"] == v].set_index("seed")["perplexity"].astype(float) for v in ("lope", arm))
+    return report.improvement(lope, other, lower_is_better=True)
 
 
 def lope_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -428,13 +425,12 @@ def lope_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for noise, part in runs.groupby("noise", sort=False):
         for arm in LOPE_LABELS:
-            d, points_ = (lope_against(part, arm, column) for column in ("perplexity", "accuracy"))
+            d = lope_against(part, arm)
             if arm != "lope" and d.seeds:
                 rows[noise, f"against {LOPE_LABELS[arm]}"] = {
                     "lower perplexity (%)": f"{d.mean:+.1f} {d.interval}",
                     "p (t)": report.p_value(d.p),
                     "better?": judged(d),
-                    "accuracy (points)": f"{points_.mean:+.1f} {points_.interval}",
                     "seeds": d.seeds,
                 }
     return pd.DataFrame.from_dict(rows, orient="index")

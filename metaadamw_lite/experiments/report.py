@@ -268,9 +268,9 @@ def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[
                     "t interval": d.t_interval,
                     "p (t)": p_value(d.p),
                     "p (Wilcoxon)": p_value(d.p_wilcoxon),
-                    "by geometric means (%)": f"{d.geometric:+.1f}" if d.seeds else "–",
+                    "geometric (%)": f"{d.geometric:+.1f}" if d.seeds else "–",
                     "seeds": d.seeds,
-                    "says": verdict(d),
+                    "better?": verdict(d).split(":")[0],
                 }
             )
     return pd.DataFrame(rows).set_index(["protocol", "comparison"])
