@@ -24,6 +24,7 @@ def on_wrong_labels(variant, seed, accuracy):
         "run": {"task": "cifar10-symmetric40", "variant": variant, "protocol": "clean", "profile": "lite"}
         | {"seed": seed, "source": "real"},
         "status": "finished",
+        "wrong_labels": 40,
         "epochs": [{"memorised": 0.5}],
         "test": {"metric": accuracy},
         "last": {"metric": accuracy / 2},
@@ -51,8 +52,20 @@ def test_lope_is_set_beside_each_recorded_arm_and_not_beside_itself():
     arms = ("lope", "lora", "lope-discrete")
     runs = relatives.adaptations_frame([adaptation(arm, k, 90.0 + k) for arm in arms for k in range(3)])
     table = relatives.lope_table(runs)
-    assert list(table.index) == [("5 %", "against LoRA (peft)"), ("5 %", "against LoPE, discrete noise only")]
-    assert set(table["better?"]) == {"not decided: within chance"}
+    assert list(table.index) == [("5 %", "LoRA (peft)"), ("5 %", "LoPE, discrete noise only")]
+    assert set(table["verdict"]) == {"not decided: within chance"}
+    assert list(relatives.shown(table)["difference (%)"]) == ["+0.0 [+0.0, +0.0]"] * 2
+
+
+def test_lope_is_judged_after_a_correction_for_all_arms_and_noises():
+    made = [adaptation("lope", k, 90.0 + k) for k in range(3)]
+    made += [adaptation("lora", k, 92.0 + 1.5 * k) for k in range(3)]
+    alone = relatives.lope_table(relatives.adaptations_frame(made)).iloc[0]
+    assert alone["difference"].p < 0.05
+    assert alone["verdict"] == "holds"
+    more = [adaptation(arm, k, 90.0 - k + k * k) for arm in ("lope-discrete", "lope-continuous") for k in range(3)]
+    both = relatives.lope_table(relatives.adaptations_frame(made + more))
+    assert both.loc[("5 %", "LoRA (peft)"), "p_holm"] == pytest.approx(3 * alone["difference"].p)
 
 
 def test_accuracy_of_lilaw_is_a_paired_difference_in_points():
@@ -76,13 +89,20 @@ def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
     made += [adaptation("lora", k, 100.0 + k) for k in range(3)]
     made += [adaptation("asymmetric-lora", k, 80.0 + k) for k in range(3)]
     made += [on_wrong_labels("adamw-lilaw", k, 0.5) for k in range(3)]
+    fifty = [on_wrong_labels("adamw", k, 0.3) for k in range(3)]
+    fifty += [on_wrong_labels("adamw-lilaw", k, 0.2 + k / 1000) for k in range(3)]
+    made += [r | {"run": r["run"] | {"task": "cifar10-symmetric50"}, "detection": None} for r in fifty]
     table = claims(monkeypatch, made)
     verdicts = table["verdict"]
-    assert verdicts["A small GPT adapted to noisy text: more robust than LoRA"] == "holds (lite runs)"
-    assert verdicts["… than the same asymmetric LoRA without a poisoning expert"].startswith("does not hold")
+    assert verdicts["Our check on a small GPT: more robust to noise than LoRA"] == "holds (lite runs)"
+    assert verdicts["Our check on a small GPT: more robust than the same asymmetric LoRA"].startswith("does not hold")
     detection = "Finds mislabelled samples better than seven baselines"
-    assert verdicts[detection] == "does not hold: it is worse on 1 of 1 kinds (lite runs)"
+    assert verdicts[detection] == "does not hold: it is worse (lite runs) on 1 of 1 kinds"
     assert "-11.0 points" in table["ours"][detection], "against the best of the other methods"
+    accuracy = "Higher accuracy under 50 % uniform noise"
+    assert verdicts[accuracy] == "does not hold: it is worse (lite runs)"
+    assert table["ours"][accuracy].startswith("-9.9 points")
+    assert verdicts["Higher accuracy under asymmetric noise"] == "not yet tested"
     assert verdicts["Hybrid noise teaches more than no noise"] == "not yet tested", "an arm without records"
 
 
@@ -144,12 +164,16 @@ def test_accuracy_is_judged_after_a_correction_for_the_kinds_of_noise():
         return [r | {"run": r["run"] | {"task": task}} for r in made]
 
     one = kind("cifar10-symmetric50", (0.02, 0.024, 0.015))
-    alone = relatives.accuracy_table(relatives.runs_frame(one), "best")
-    assert alone["more accurate?"].tolist() == ["holds"]
+    alone = relatives.accuracy_table(relatives.runs_frame(one), "best").iloc[0]
+    assert alone["verdict"] == "holds"
     more = [r for task in ("cifar10-symmetric20", "cifar10-human40") for r in kind(task, (0.1, -0.1, 0.02))]
     both = relatives.accuracy_table(relatives.runs_frame(one + more), "best")
-    assert both.loc["CIFAR-10, symmetric 50 %", "p (t)"] == alone["p (t)"].iloc[0]
-    assert set(both["more accurate?"]) == {"not decided: within chance"}
+    row = both.loc["CIFAR-10, symmetric 50 %"]
+    assert row["p_holm"] == pytest.approx(3 * alone["p_holm"])
+    assert set(both["verdict"]) == {"not decided: within chance"}
+    control = [r | {"wrong_labels": 0} for r in more]
+    kept = relatives.accuracy_table(relatives.runs_frame(one + control), "best")
+    assert kept.loc["CIFAR-10, symmetric 50 %", "verdict"] == "holds", "right labels are not part of the question"
 
 
 def test_means_are_over_the_seeds_that_both_arms_have_and_too_few_are_not_judged():
@@ -157,7 +181,7 @@ def test_means_are_over_the_seeds_that_both_arms_have_and_too_few_are_not_judged
     made += [on_wrong_labels("adamw-lilaw", k, 0.5) for k in range(2)]
     table = relatives.accuracy_table(relatives.runs_frame(made), "best").iloc[0]
     assert table["AdamW (%)"].startswith("45.0"), "without the third seed"
-    assert table["more accurate?"] == "not yet tested: 2 of 3 seeds"
+    assert table["verdict"] == "not yet tested: 2 of 3 seeds"
 
 
 def test_what_masking_takes_is_told_in_words_of_what_was_gained():
@@ -168,12 +192,10 @@ def test_what_masking_takes_is_told_in_words_of_what_was_gained():
         return relatives.adaptations_frame([record])
 
     much = relatives.masking_statement(stages(200.0, 160.0, 140.0, 191.0))
-    assert "from a perplexity of 140 to **191**" in much
-    assert "85 %" in much
-    assert "most of what was learned" in much
-    little = relatives.masking_statement(stages(200.0, 160.0, 140.0, 146.0))
-    assert "10 %" in little
-    assert "most" not in little
+    assert "200 before adaptation, 140 after both stages, **191**" in much
+    assert "takes 85 % of what adaptation had gained" in much
+    assert "masking costs nothing" in relatives.masking_statement(stages(200.0, 160.0, 140.0, 139.0))
+    assert "adaptation gained nothing" in relatives.masking_statement(stages(200.0, 220.0, 210.0, 190.0))
 
 
 def test_accuracies_at_chance_are_called_that():
@@ -182,3 +204,11 @@ def test_accuracies_at_chance_are_called_that():
 
     assert "no arm reads the sentiment" in at(0.502)
     assert "no arm" not in at(0.8)
+
+
+def test_the_best_other_ranking_has_all_seeds():
+    made = [on_wrong_labels("adamw-lilaw", k, 0.5) for k in range(3)]
+    made.append(on_wrong_labels("adamw", 0, 0.5) | {"detection": {"mean loss": {"auroc": 0.99, "auprc": 0.5}}})
+    row = relatives.detection_against(relatives.detection_frame(made)).iloc[0]
+    assert row["best"] == "mean loss (AdamW + LiLAW)"
+    assert row["difference"].seeds == 3

@@ -132,7 +132,7 @@ def test_time_to_best_is_the_first_epoch_that_is_as_good(sign):
     frame = pd.DataFrame(rows)
     frame["metric"] *= sign
     table = report.time_to_best(frame, lower_is_better=sign > 0)
-    assert table.loc[("paper", 0)].tolist() == [2 * sign, 3, 2]
+    assert table.loc[("paper", 0)].tolist() == [2 * sign, 3, 2, 4]
     assert table.loc[("paper", 1), "AdamW, epoch"] == 2
     assert math.isnan(table.loc[("paper", 1), "arm, epoch"])
 
@@ -210,25 +210,53 @@ def test_students_interval_goes_with_its_p():
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
-def test_geometric_means_take_no_side(lower_is_better):
+def test_log_ratios_take_no_side(lower_is_better):
     arm, baseline = series([1.0, 4.0, 2.0, 2.0]), series([2.0, 2.0, 4.0, 1.0])  # twice and half as good, in turns
     there, back = improvement(arm, baseline, lower_is_better), improvement(baseline, arm, lower_is_better)
-    assert there.geometric == pytest.approx(0)
-    assert back.geometric == pytest.approx(0)
+    assert there.log_ratio == pytest.approx(0)
+    assert back.log_ratio == pytest.approx(0)
     assert there.mean == pytest.approx(back.mean)
     assert abs(there.mean) == pytest.approx(25), "by the paper's formula both arms look worse, or both better"
-    assert there.p_geometric == pytest.approx(back.p_geometric)
+    assert there.p_log == pytest.approx(back.p_log)
 
 
-def test_geometric_means_say_which_is_better():
-    assert improvement(series([2.0, 4.0]), series([1.0, 1.0]), lower_is_better=False).geometric > 0
-    assert improvement(series([2.0, 4.0]), series([1.0, 1.0]), lower_is_better=True).geometric < 0
+def test_log_ratios_are_tested_by_themselves():
+    from scipy import stats
+
+    arm, baseline = series([2.0, 4.0, 1.5]), series([1.0, 1.0, 1.0])
+    d = improvement(arm, baseline, lower_is_better=True)
+    assert d.log_ratio == pytest.approx(-100 * np.log(12) / 3)
+    assert improvement(arm, baseline, lower_is_better=False).log_ratio == pytest.approx(-d.log_ratio)
+    assert d.p_log == pytest.approx(stats.ttest_1samp(np.log(arm), 0).pvalue)
+    assert d.p_log != pytest.approx(d.p)
+
+
+def test_two_pairs_are_not_tested():
+    d = improvement(series([0.9, 1.8]), series([1.0, 2.0]), lower_is_better=True)
+    assert d.mean == pytest.approx(10)
+    assert math.isnan(d.p)
+    assert math.isnan(d.p_wilcoxon)
+
+
+def test_a_run_without_a_finite_metric_leaves_its_pair_out():
+    outcome = pd.DataFrame(
+        {
+            "protocol": "paper",
+            "variant": ["adamw"] * 3 + ["metaadamw"] * 3,
+            "seed": [0, 1, 2] * 2,
+            "outcome": [1.0, 2.0, 9.0, 1.0, 2.0, None],
+        }
+    )
+    arm, baseline = report.by_seed(outcome, "paper", "metaadamw", "adamw")
+    assert arm.index.tolist() == [0, 1]
+    assert improvement(arm, baseline, lower_is_better=True).seeds == 2
 
 
 def test_a_difference_can_be_seen_from_the_other_side():
     d = improvement(series([0.9, 1.9, 3.6]), series([1.0, 2.0, 4.0]), lower_is_better=True)
     back = d.reversed()
     assert (back.mean, back.low, back.high, back.p) == (-d.mean, -d.high, -d.low, d.p)
+    assert (back.t_low, back.t_high, back.log_ratio) == (-d.t_high, -d.t_low, -d.log_ratio)
     assert back.reversed() == d
     assert report.worse(d) == verdict(d).replace("holds", "does not hold: it is better")
 
@@ -238,7 +266,8 @@ def test_means_of_table_2_are_over_the_pairs():
     for task, row in table.iterrows():
         runs = report.outcomes(report.runs_frame(report.recorded(task)))
         mine = runs[(runs["profile"] == row["profile"]) & (runs["protocol"] == "paper")]
-        mine = mine[~mine["seed"].isin(SEARCH_SEEDS) & (mine["variant"] == "adamw")]
+        mine = mine[mine["seed"].isin(row["improvements"].index) & (mine["variant"] == "adamw")]
+        assert not set(mine["seed"]) & set(SEARCH_SEEDS)
         assert len(mine) == row["seeds"]
         assert row["baseline_mean"] == pytest.approx(mine["outcome"].mean())
 
@@ -248,7 +277,7 @@ def test_the_tuned_baseline_is_corrected_for_all_searches():
     assert len(table) >= 10
     p = table["difference"].map(lambda d: d.p)
     assert (table["p_holm"] >= p).all()
-    assert table["p_holm"].min() == pytest.approx(min(1, len(table) * p.min()))
+    assert table["p_holm"].min() == pytest.approx(min(1, p.notna().sum() * p.min()))
     statement = report.tuned_statement(table)
     worse = table[table["difference"].map(verdict).str.startswith("does not")]
     for task, protocol, profile in worse.index:
@@ -261,6 +290,88 @@ def test_an_ablation_claim_has_the_sign_of_the_papers_table():
     table = report.ablation_table("etth1", "lite")
     row = claims.loc["Feature gating is effective (ETTh1)"]
     assert row["ours"] == f"{table.loc[('Feature gating', 'Disable'), 'difference']} (lite runs)"
-    parts = claims.loc["Every design component is necessary (ETTh1)"]
-    tested = table[~table["baseline"] & table["variant"].isin(list(ABLATIONS))]
+    parts = claims.loc["Every component is necessary (ETTh1: grouping, features, objective, HUW, gating)"]
+    tested = table[~table["baseline"] & table.index.get_level_values("factor").isin(report.COMPONENTS)]
     assert parts["ours"].startswith(f"{len(tested)} changes are run")
+    assert table["p_holm"].notna().sum() == len(table[~table["baseline"]])
+    assert math.isnan(table.loc[("MetaAdamW", "MetaAdamW (baseline)"), "p_holm"]), "it is not compared with itself"
+
+
+def made(variant, seed, metrics, task="etth1", profile="paper", protocol="paper"):
+    """A record with a metric for each epoch, lower is better."""
+    best = min(range(len(metrics)), key=metrics.__getitem__)
+    return {
+        "run": {"task": task, "variant": variant, "protocol": protocol, "profile": profile, "seed": seed},
+        "status": "stopped early",
+        "data": "made",
+        "environment": {"revision": "made"},
+        "epochs": [{"epoch": k, "metric": m} for k, m in enumerate(metrics, start=1)],
+        "best": {"epoch": best + 1, "metric": metrics[best]},
+        "test": None,
+    }
+
+
+def verdict_on(monkeypatch, claim, ours, adamw):
+    """The verdict on a claim of the ETTh1 task where each arm has these metrics by seed and epoch."""
+    records = [made("metaadamw", k, m) for k, m in enumerate(ours)] + [made("adamw", k, m) for k, m in enumerate(adamw)]
+    records += [r | {"run": r["run"] | {"protocol": "clean"}} for r in records]
+    monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
+    return report.claims_table().set_index("claim").loc[claim]
+
+
+LONG, SHORT = "Shorter training on ETTh1 (earlier stop)", "Reaches a better optimum earlier (ETTh1)"
+
+
+def test_claims_on_the_length_of_training(monkeypatch):
+    few = [[3.0, 2.0, 1.0]] * 4 + [[3.0, 2.0, 1.0, 1.5]]
+    many = [[3.0, 2.5, 2.0, 1.5, 1.2, 1.1]] * 5
+    assert verdict_on(monkeypatch, LONG, few, many)["verdict"] == "holds"
+    row = verdict_on(monkeypatch, LONG, many, few)
+    assert row["verdict"] == "does not hold: it is the other way round"
+    assert row["ours"].startswith("epochs: +")
+
+
+def test_claims_on_who_is_first(monkeypatch):
+    soon = [[3.0, 1.0, 2.0, 2.0]] * 3 + [[1.0, 1.0, 2.0, 2.0]] * 2
+    late = [[3.0, 2.5, 2.0, 1.0]] * 5
+    assert verdict_on(monkeypatch, SHORT, soon, late)["verdict"] == "holds"
+    assert verdict_on(monkeypatch, SHORT, late, soon)["verdict"] == "does not hold: it is later or never"
+    same = verdict_on(monkeypatch, SHORT, late, late)
+    assert same["verdict"] == "not decided: within chance", "a tie is no defeat"
+    never = verdict_on(monkeypatch, SHORT, [[3.0, 2.9, 2.8, 2.7]] * 4 + [[3.0] * 5], late)
+    assert never["verdict"] == "does not hold: it is later or never"
+
+
+def test_an_ablation_holds_where_the_change_is_worse(monkeypatch):
+    def row(variant_error):
+        records = [made("metaadamw", k, [1.0 + k / 10], profile="lite") for k in range(5)]
+        records += [made("adamw", k, [1.0 + k / 10], profile="lite") for k in range(5)]
+        records += [
+            made("gating-off", k, [(1.0 + k / 10) * (variant_error + k / 100)], profile="lite") for k in range(5)
+        ]
+        monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
+        return report.claims_table().set_index("claim").loc["Feature gating is effective (ETTh1)"]
+
+    assert row(1.3)["verdict"] == "holds (lite runs)"
+    assert row(1.3)["ours"].startswith("-"), "as the paper prints it"
+    assert row(0.7)["verdict"] == "does not hold: it is better (lite runs)"
+
+
+def test_the_statement_on_the_tuned_baseline_counts_what_was_tested():
+    def difference(values):
+        return report.paired_difference(pd.Series(values, dtype=float), "%")
+
+    where = [("etth1", "paper"), ("imdb", "paper"), ("cifar10", "paper"), ("imdb", "clean")]
+    index = pd.MultiIndex.from_tuples([(*w, "lite") for w in where], names=["task", "protocol", "profile"])
+    differences = [difference(x) for x in ([-5, -5.1, -4.9, -5.2], [3, 2.5, 2, 1.5], [1, -1, 2, -2], [])]
+    table = pd.DataFrame({"difference": differences}, index=index)
+    table["tuned"] = [None, difference([5, 5.1, 4.9]), None, None]
+    table["p_holm"] = report.holm(table["difference"].map(lambda d: d.p))
+    better, worse, count, gained, missing = report.tuned_statement(table).split("\n")
+    assert "ETTh1" in worse
+    assert "IMDB" not in worse
+    assert "IMDB" in better
+    assert "2 of 3 comparisons" in count
+    assert f"{(table['p_holm'] < 0.05).sum()} of them are left" in count
+    assert "IMDB" in gained
+    assert "`clean`" in missing

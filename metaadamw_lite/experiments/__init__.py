@@ -4,9 +4,9 @@
 * ``etth1``, ``wikitext2``, ``multi30k``, ``cifar10``, ``imdb``
                 the tasks, one file each: data, model, loss, metric, configuration
 * ``text``      what the text tasks share
-* ``noisy``     CIFAR-10 and IMDB with wrong labels; ``noise`` makes them wrong, ``mislabels`` finds them again;
-              ``wrong_labels`` has their tables and figures
+* ``noisy``     CIFAR-10 and IMDB with wrong labels; ``noise`` makes them wrong, ``mislabels`` finds them again
 * ``lope_study``  LoPE: a small GPT that adapts to noisy text
+* ``relatives``  tables and figures of these two
 * ``datasets``  where data files come from, how they are checked and kept
 * ``training``  one run, from the seed to the record
 * ``records``   what a run leaves behind

@@ -54,14 +54,16 @@ class Evidence:
     def _steps(self) -> str:
         """How long a shortened run is, beside the paper's longest."""
         settings, full = self.records[0]["settings"], self.task.settings("paper")
-        steps = settings["epochs"] * math.ceil(self.records[0]["samples"]["train"] / settings["batch_size"])
-        longest = full.epochs * full.meta_every * full.meta_per_epoch
-        return f"at most {steps} optimizer steps, where the paper's runs have up to {longest:,}"
+        samples = max(r["samples"]["train"] for r in self.records)
+        steps = settings["epochs"] * math.ceil(samples / settings["batch_size"])
+        longest = full.epochs * full.meta_every * full.meta_per_epoch  # to a few, where these do not divide an epoch
+        return f"at most {steps} optimizer steps, where the paper's runs have up to about {longest:,}"
 
     def chance_level(self, classes: int) -> str:
         """For a task whose metric is accuracy: what guessing gives, and how exactly an accuracy is measured at all."""
         arm = self.runs[(self.runs["variant"] == "adamw") & (self.runs["protocol"] == "paper")]
-        mean, samples = arm["outcome"].mean(), self.records[0]["samples"]["val"]
+        mean = arm["outcome"].mean()
+        samples = next(r["samples"]["val"] for r in self.records if r["run"]["protocol"] == "paper")
         error = math.sqrt(mean * (1 - mean) / samples)
         return (
             f"Guessing is right in {100 / classes:.0f} % of cases, AdamW's runs are in {100 * mean:.1f} %. On "

@@ -1,7 +1,7 @@
 """What the chapters on LiLAW, LoPE and "Together" are made of: tables and figures from the records of their studies."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from metaadamw_lite import LiLAW
+from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import NOISY, report
 from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS
 from metaadamw_lite.experiments.lope_study import NOISE
@@ -44,9 +45,9 @@ def recorded(study: Sequence[RunKey]) -> list[dict[str, Any]]:
 def runs_frame(records: Records) -> pd.DataFrame:
     """One row for each run, accuracies and shares in percent.
 
-    Columns beside the run's key: noise (what is wrong), ``best`` (test accuracy in the epoch that validated best),
-    ``last`` (in the last epoch), ``memorised`` (wrong training labels that the model repeats in the end), and the last
-    alpha, delta and beta of LiLAW.
+    Columns beside the run's key: noise (what is wrong), ``wrong`` (how many training labels are), ``best`` (test
+    accuracy in the epoch that validated best), ``last`` (in the last epoch), ``memorised`` (wrong training labels that
+    the model repeats in the end), and the last alpha, delta and beta of LiLAW.
     """
     rows = []
     for r in records:
@@ -56,6 +57,7 @@ def runs_frame(records: Records) -> pd.DataFrame:
             {
                 **r["run"],
                 "noise": noise_name(r["run"]["task"]),
+                "wrong": r["wrong_labels"],
                 "status": r["status"],
                 "best": 100 * r["test"]["metric"] if r["test"] else np.nan,
                 "last": 100 * r["last"]["metric"] if "last" in r else np.nan,
@@ -86,7 +88,8 @@ def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
         column: "best" or "last", the epoch.
 
     Returns:
-        Indexed by noise, as text. The verdicts take p after Holm's correction over all of them.
+        Indexed by noise: mean ± standard deviation of both arms, difference (a ``PairedDifference`` in points), p_holm
+        (over the kinds of noise, those without any wrong label left out), and the verdict by that.
     """
     rows = {}
     arms = ("adamw", "adamw-lilaw")
@@ -97,14 +100,34 @@ def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
             f"{LABELS[arm]} (%)": f"{paired[arm].mean():.1f} ± {paired[arm].std():.1f}" if d.seeds > 1 else "–"
             for arm in arms
         }
-        row["difference (points)"] = f"{d.mean:+.1f} {d.interval}" if d.seeds else "–"
-        rows[noise] = row | {"p (t)": report.p_value(d.p), "seeds": d.seeds, "verdict": d}
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    corrected = report.holm(table["verdict"].map(lambda d: d.p))
-    verdicts = [judged(replace(d, p=p)) for d, p in zip(table["verdict"], corrected, strict=True)]
-    table["p (Holm)"] = corrected.map(report.p_value)
-    table["more accurate?"] = verdicts
-    return table.drop(columns="verdict")
+        rows[noise] = row | {"difference": d}
+    right = runs[runs["wrong"] == 0]["noise"].unique()
+    return _corrected(pd.DataFrame.from_dict(rows, orient="index"), control=right)
+
+
+def _corrected(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.DataFrame:
+    """A table with a column "difference", with p after Holm's correction over its rows, and the verdicts by that.
+
+    Args:
+        table: with any columns beside that one.
+        control: rows that are no part of the question; they are neither corrected nor counted.
+    """
+    p = table["difference"].map(lambda d: d.p)
+    corrected = report.holm(p.where(~table.index.isin(list(control))))
+    verdicts = [judged(replace(d, p=q)) for d, q in zip(table["difference"], corrected.fillna(p), strict=True)]
+    return table.assign(p_holm=corrected, verdict=verdicts)
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The same as text, for a page: mean with interval, both p, number of seeds, verdict."""
+    differences = table["difference"]
+    unit = differences.iloc[0].unit if len(table) else "points"
+    text = table.drop(columns=["difference", "p_holm", "verdict"])
+    text[f"difference ({unit})"] = differences.map(lambda d: f"{d.mean:+.1f} {d.interval}" if d.seeds else "–")
+    text["p (t)"] = differences.map(lambda d: report.p_value(d.p))
+    text["p (Holm)"] = table["p_holm"].map(report.p_value)
+    text["seeds"] = differences.map(lambda d: d.seeds)
+    return text.assign(**{"better?": table["verdict"]})
 
 
 def judged(difference: PairedDifference) -> str:
@@ -122,7 +145,7 @@ def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
         runs: from ``runs_frame``, of one task; only seeds that every setting has count.
     """
     seeds = runs.groupby("seed")["variant"].nunique()
-    runs = runs[runs["seed"].isin(seeds[seeds == seeds.max()].index)]
+    runs = runs[runs["seed"].isin(seeds[seeds == runs["variant"].nunique()].index)]
     names = {"": "as it is (rate 0.005, batches of 64)", "-lr": "rate ", "-batch": "batches of "}
     rows = {}
     for variant in runs["variant"].unique():
@@ -165,8 +188,10 @@ def detection_against(found: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Indexed by noise: best (the method, and what it was trained with), difference (a ``PairedDifference`` in
-        points of AUROC; positive: LiLAW is better) and verdict.
+        points of AUROC; positive: LiLAW is better), p_holm (over the kinds of noise), and the verdict by that.
     """
+    if found.empty:
+        return _corrected(pd.DataFrame(columns=["best", "difference"]))
     found = found[found["variant"].isin(["adamw", "adamw-lilaw"])]
     lilaws = found["method"].str.startswith("LiLAW")
     easy = found[(found["method"] == "LiLAW, easy weight") & (found["variant"] == "adamw-lilaw")]
@@ -176,10 +201,10 @@ def detection_against(found: pd.DataFrame) -> pd.DataFrame:
         lilaw = 100 * part.set_index("seed")["auroc"].astype(float)
         same = others[(others["noise"] == noise) & others["seed"].isin(lilaw.index)]
         areas = 100 * same.pivot(index="seed", columns="way", values="auroc").astype(float)
+        areas = areas.reindex(lilaw.index).dropna(axis=1)  # what has not all of these seeds yet cannot be the best
         best = str(areas.mean().idxmax())
-        d = paired_difference(lilaw - areas[best], "points")
-        rows[noise] = {"best": best, "difference": d, "verdict": judged(d)}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["best", "difference", "verdict"])
+        rows[noise] = {"best": best, "difference": paired_difference(lilaw - areas[best], "points")}
+    return _corrected(pd.DataFrame.from_dict(rows, orient="index", columns=["best", "difference"]))
 
 
 def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw")) -> Figure:
@@ -393,19 +418,23 @@ def accuracy_statement(runs: pd.DataFrame) -> str:
 
 
 def masking_statement(runs: pd.DataFrame) -> str:
-    """What masking takes from LoPE, in words of what adaptation had given it (Markdown)."""
-    at = runs[runs["variant"] == "lope"].groupby("at")["perplexity"].mean()
-    lost = (at["masked"] - at["2"]) / (at["pretrained"] - at["2"])
-    says = (
-        f"Masking takes LoPE from a perplexity of {at['2']:.0f} to **{at['masked']:.0f}**; the model before any "
-        f"adaptation has {at['pretrained']:.0f}. That is {100 * lost:.0f} % of what adaptation had gained."
-    )
-    if lost > 0.5:
-        says += (
-            " The expert that is thrown away holds most of what was learned: in stage I it is the only one that "
-            "trains, so it learns the reviews along with their noise."
+    """What masking takes from LoPE, beside what adaptation had given it; a line for each noise (Markdown)."""
+    lines = []
+    for noise, part in runs[runs["variant"] == "lope"].groupby("noise", sort=False):
+        at = part.groupby("at")["perplexity"].mean()
+        gained, lost = at["pretrained"] - at["2"], at["masked"] - at["2"]
+        says = (
+            f"* {noise} noise: perplexity {at['pretrained']:.0f} before adaptation, {at['2']:.0f} after both stages, "
+            f"**{at['masked']:.0f}** with the expert masked: "
         )
-    return says
+        if gained <= 0:
+            says += "adaptation gained nothing."
+        elif lost <= 0:
+            says += "masking costs nothing."
+        else:
+            says += f"masking takes {100 * lost / gained:.0f} % of what adaptation had gained."
+        lines.append(says)
+    return "\n".join(lines)
 
 
 def lope_against(runs: pd.DataFrame, arm: str) -> PairedDifference:
@@ -421,19 +450,20 @@ def lope_against(runs: pd.DataFrame, arm: str) -> PairedDifference:
 
 
 def lope_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """LoPE against every other arm, one row for each noise and arm, with intervals and what they say."""
+    """LoPE's perplexity against that of every other arm, one row for each noise and arm.
+
+    Returns:
+        Indexed by noise and arm: difference (a ``PairedDifference`` in percent; positive: LoPE's is lower), p_holm
+        (over the other arms and all noises), and the verdict by that.
+    """
     rows = {}
     for noise, part in runs.groupby("noise", sort=False):
-        for arm in LOPE_LABELS:
+        for arm, label in LOPE_LABELS.items():
             d = lope_against(part, arm)
             if arm != "lope" and d.seeds:
-                rows[noise, f"against {LOPE_LABELS[arm]}"] = {
-                    "lower perplexity (%)": f"{d.mean:+.1f} {d.interval}",
-                    "p (t)": report.p_value(d.p),
-                    "better?": judged(d),
-                    "seeds": d.seeds,
-                }
-    return pd.DataFrame.from_dict(rows, orient="index")
+                rows[noise, label] = {"difference": d}
+    index = pd.MultiIndex.from_tuples(rows, names=["noise", "LoPE against"])
+    return _corrected(pd.DataFrame(list(rows.values()), index=index, columns=["difference"]))
 
 
 def plot_lope_against(runs: pd.DataFrame) -> Figure:
@@ -446,7 +476,7 @@ def plot_lope_against(runs: pd.DataFrame) -> Figure:
     order = [label for arm, label in LOPE_LABELS.items() if arm != "lope"]
     for ax, noise in zip(axes.flat, noises, strict=True):
         wide = final[final["noise"] == noise].pivot(index="seed", columns="variant", values="perplexity").astype(float)
-        lower = 100 * (1 - wide.drop(columns="lope").rdiv(wide["lope"], axis=0))
+        lower = 100 * (1 - wide.drop(columns="lope").rdiv(wide["lope"], axis=0))  # as ``lope_against``, pair by pair
         long = lower.rename(columns=LOPE_LABELS).melt(var_name="arm", value_name="lower")
         sns.stripplot(long, x="lower", y="arm", order=order, color="grey", size=4, jitter=False, ax=ax)
         sns.pointplot(
@@ -553,31 +583,30 @@ def claims_table() -> pd.DataFrame:
 
 def _claimed(claim: "pd.Series[str]") -> tuple[str, str]:
     """What the lite runs show about a claim, with what it was measured on, and the verdict."""
+    check_choice("kind (of a claim)", claim["kind"], ("accuracy", "detection", "adaptation"))
     study = "lope/lite" if claim["kind"] == "adaptation" else "lilaw/lite"
-    tasks = None if claim["kind"] != "adaptation" else [claim["task"]]
-    records = recorded(study_runs(study, report.repository() / "data" / "results", tasks))
+    records = recorded(study_runs(study, report.repository() / "data" / "results"))
     if not records:
         return "–", NEVER
+    row: Any
     if claim["kind"] == "adaptation":
-        d = lope_against(adaptations_frame(records), claim["against"])
-        if not d.seeds:
-            return "–", NEVER
-        return f"{d} (lower perplexity, {100 * NOISE[claim['task']]:.0f} % noise; lite runs)", _lite(judged(d))
-    if claim["kind"] == "detection":
-        found = detection_frame(records)
-        if found.empty:
-            return "–", NEVER
-        table = detection_against(found)
-        counts = table["verdict"].value_counts()
+        table = lope_table(adaptations_frame(records))
+        row = f"{100 * NOISE[claim['task']]:.0f} %", LOPE_LABELS[claim["against"]]
+        what = f"lower perplexity, {row[0]} noise"
+    elif claim["kind"] == "accuracy":
+        runs = runs_frame([r for r in records if r["run"]["variant"] in ("adamw", "adamw-lilaw")])
+        table, row = accuracy_table(runs, "best"), noise_name(claim["task"])
+        what = row
+    else:
+        table = detection_against(detection_frame(records))
+        counts = table["verdict"].map(_lite).value_counts()
         spans = "<br>".join(f"{noise}: {d}" for noise, d in table["difference"].items())
-        return spans, _lite("; ".join(f"{v} on {n} of {len(table)} kinds" for v, n in counts.items()))
-    runs = runs_frame([r for r in records if r["run"]["variant"] in ("adamw", "adamw-lilaw")])
-    if runs.empty or claim["task"] not in set(runs["task"]):
+        return spans or "–", "; ".join(f"{v} on {n} of {len(table)} kinds" for v, n in counts.items()) or NEVER
+    if row not in table.index:
         return "–", NEVER
-    d = points(runs[runs["task"] == claim["task"]], "best", "adamw-lilaw", "adamw")
-    row = accuracy_table(runs, "best").loc[noise_name(claim["task"])]
-    ours = f"{d}, p {row['p (t)']}, after Holm's correction {row['p (Holm)']} ({noise_name(claim['task'])}; lite runs)"
-    return ours, _lite(str(row["more accurate?"]))
+    found: Any = table.loc[row]
+    p = f"p {report.p_value(found['difference'].p)}, after Holm's correction {report.p_value(found['p_holm'])}"
+    return f"{found['difference']}, {p} ({what}; lite runs)", _lite(found["verdict"])
 
 
 NEVER = "not yet tested"

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.records import read_records
 from metaadamw_lite.experiments.studies import SEEDS, best_variant, search_runs
@@ -129,14 +130,14 @@ class PairedDifference:
         mean: over the seeds.
         low, high: bootstrap interval (BCa) for the mean at 95 % confidence; NaN with fewer than three seeds. From so
             few pairs it is too narrow: its true coverage is below 90 %.
-        p: of a paired t-test against no difference; NaN with fewer than two seeds.
+        p: of a paired t-test against no difference; NaN with fewer than three seeds, as all tests and intervals.
         seeds: how many pairs.
         p_wilcoxon: of Wilcoxon's signed-rank test; with five pairs it cannot fall below 1/16.
         t_low, t_high: Student's interval, which goes with ``p``.
-        geometric: of an ``improvement``: the same from the ratio of geometric means. The mean of relative differences
-            is not symmetric: with a large spread both arms can look worse than the other. This is, up to the sign of
-            the logarithm.
-        p_geometric: of a t-test on the logarithms of the ratios.
+        log_ratio: of an ``improvement``: the mean logarithm of the ratios, times 100 (positive: better). Near zero it
+            is a percentage; a factor of two is 69. With the arms exchanged it only changes its sign, which the mean of
+            relative differences does not: with a large spread each arm can look worse than the other.
+        p_log: of a t-test on these logarithms.
     """
 
     mean: float
@@ -148,8 +149,8 @@ class PairedDifference:
     unit: str = "%"
     t_low: float = float("nan")
     t_high: float = float("nan")
-    geometric: float = float("nan")
-    p_geometric: float = float("nan")
+    log_ratio: float = float("nan")
+    p_log: float = float("nan")
 
     def __str__(self) -> str:
         if not self.seeds:
@@ -158,9 +159,9 @@ class PairedDifference:
 
     def reversed(self) -> "PairedDifference":
         """The same for the claim that the baseline is the better one: everything with the other sign."""
-        t_low, t_high, geometric = -self.t_high, -self.t_low, -self.geometric
+        t_low, t_high, log_ratio = -self.t_high, -self.t_low, -self.log_ratio
         low, high = -self.high, -self.low
-        return replace(self, mean=-self.mean, low=low, high=high, t_low=t_low, t_high=t_high, geometric=geometric)
+        return replace(self, mean=-self.mean, low=low, high=high, t_low=t_low, t_high=t_high, log_ratio=log_ratio)
 
     @property
     def interval(self) -> str:
@@ -183,28 +184,27 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
     if not (len(pairs) and (pairs > 0).all(axis=None)):
         return difference
     logarithms = paired_difference((pairs["arm"] / pairs["baseline"]).map(math.log), "")
-    geometric = (-1 if lower_is_better else 1) * 100 * math.expm1(logarithms.mean)
-    return replace(difference, geometric=geometric, p_geometric=logarithms.p)
+    log_ratio = (-1 if lower_is_better else 1) * 100 * logarithms.mean
+    return replace(difference, log_ratio=log_ratio, p_log=logarithms.p)
 
 
 def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDifference:
     """The mean of some differences, one for each seed, with its interval and tests."""
     values = np.sort(differences.dropna().to_numpy()) + 0.0  # which makes 0 of −0; the bootstrap minds the order
     low = high = t_low = t_high = p = p_wilcoxon = float("nan")
-    if len(values) >= 3 and np.ptp(values) == 0:  # no test is defined without any spread
+    if len(values) >= ENOUGH_SEEDS and np.ptp(values) == 0:  # no test is defined without any spread
         low = high = t_low = t_high = float(values[0])
         p = 0.0 if low else 1.0
-    elif len(values) >= 2:
+    elif len(values) >= ENOUGH_SEEDS:
         test = stats.ttest_1samp(values, 0)
         p = float(test.pvalue)
         t_low, t_high = (float(x) for x in test.confidence_interval(CONFIDENCE))
-    if len(values) >= 2 and values.any():
-        p_wilcoxon = float(stats.wilcoxon(values).pvalue)
-    if len(values) >= 3 and np.ptp(values) > 0:
         interval = stats.bootstrap(
             (values,), np.mean, confidence_level=CONFIDENCE, rng=np.random.default_rng(0)
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
+    if len(values) >= ENOUGH_SEEDS and values.any():
+        p_wilcoxon = float(stats.wilcoxon(values).pvalue)
     mean = float(values.mean()) if len(values) else float("nan")
     return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit, t_low, t_high)
 
@@ -222,8 +222,8 @@ def compare(outcome: pd.DataFrame, protocol: str, arm: str, baseline: str, lower
 
 
 def by_seed(outcome: pd.DataFrame, protocol: str, *arms: str) -> "list[pd.Series[float]]":
-    """The outcomes of some arms under a protocol, each indexed by seed; empty for an arm without runs."""
-    part = outcome[outcome["protocol"] == protocol]
+    """The outcomes of some arms under a protocol, each indexed by seed; runs without a finite one are left out."""
+    part = outcome[(outcome["protocol"] == protocol) & outcome["outcome"].notna()]
     return [part[part["variant"] == arm].set_index("seed")["outcome"].astype(float) for arm in arms]
 
 
@@ -268,7 +268,7 @@ def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[
                     "t interval": d.t_interval,
                     "p (t)": p_value(d.p),
                     "p (Wilcoxon)": p_value(d.p_wilcoxon),
-                    "geometric (%)": f"{d.geometric:+.1f}" if d.seeds else "–",
+                    "log ratio": f"{d.log_ratio:+.1f}" if d.seeds else "–",
                     "seeds": d.seeds,
                     "better?": verdict(d).split(":")[0],
                 }
@@ -382,8 +382,8 @@ def time_to_best(epochs: pd.DataFrame, lower_is_better: bool, arm: str = "metaad
         arm: which.
 
     Returns:
-        Indexed by protocol and seed: AdamW's best metric, the epoch it was reached in, and the arm's first epoch that
-        is as good (NaN if none is).
+        Indexed by protocol and seed: AdamW's best metric, the epoch it was reached in, the arm's first epoch that is
+        as good (NaN if none is), and the arm's last one.
     """
     sign = 1 if lower_is_better else -1
     rows = []
@@ -393,8 +393,9 @@ def time_to_best(epochs: pd.DataFrame, lower_is_better: bool, arm: str = "metaad
             continue
         target = adamw.iloc[(sign * adamw["metric"]).argmin()]
         reached = other[sign * other["metric"] <= sign * target["metric"]]["epoch"]
-        rows.append((protocol, seed, target["metric"], target["epoch"], reached.min() if len(reached) else np.nan))
-    columns = ["protocol", "seed", "AdamW's best", "AdamW, epoch", "arm, epoch"]
+        first = reached.min() if len(reached) else np.nan
+        rows.append((protocol, seed, target["metric"], target["epoch"], first, other["epoch"].max()))
+    columns = ["protocol", "seed", "AdamW's best", "AdamW, epoch", "arm, epoch", "arm, last epoch"]
     return pd.DataFrame(rows, columns=columns).set_index(["protocol", "seed"])
 
 
@@ -415,6 +416,9 @@ def tuned_table() -> pd.DataFrame:
         Indexed by task, protocol and profile: learning_rate (the best), edge (it is the largest or smallest one tried),
         tuned (AdamW at that rate against AdamW at the paper's, None where they are the same), difference (MetaAdamW
         against the former), both a ``PairedDifference``, and p_holm, corrected over the rows.
+
+    Raises:
+        ValueError: if no search is complete.
     """
     rows = {}
     for name, task in TASKS.items():
@@ -435,8 +439,10 @@ def tuned_table() -> pd.DataFrame:
                     else compare(outcome, protocol, best, "adamw", task.lower_is_better),
                     "difference": compare(outcome, protocol, "metaadamw", best, task.lower_is_better),
                 }
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index = table.index.set_names(["task", "protocol", "profile"])
+    if not rows:
+        raise ValueError("no search is complete yet: `sweep baseline/lite` makes it")
+    index = pd.MultiIndex.from_tuples(rows, names=["task", "protocol", "profile"])
+    table = pd.DataFrame(list(rows.values()), index=index)
     return table.assign(p_holm=holm(table["difference"].map(lambda d: d.p)))
 
 
@@ -448,15 +454,20 @@ def tuned_statement(table: pd.DataFrame) -> str:
         return ", ".join(named) or "none"
 
     verdicts = table["difference"].map(verdict)
+    decided = (verdicts == "holds") | verdicts.str.startswith("does not")
+    tested = table["p_holm"].notna()
+    left = (decided & (table["p_holm"] < 1 - CONFIDENCE)).sum()
     searches = table["tuned"].map(lambda d: verdict(d) if d else "the same rate")
     lines = [
         f"* MetaAdamW is **better** than tuned AdamW: {where(table[verdicts == 'holds'])}.",
         f"* It is **worse**: {where(table[verdicts.str.startswith('does not')])}.",
-        f"* After Holm's correction for {len(table)} comparisons {(table['p_holm'] < 1 - CONFIDENCE).sum()} of these "
-        "are left; the rest is **not decided**.",
+        f"* That is {decided.sum()} of {tested.sum()} comparisons; after Holm's correction for their number {left} of "
+        "them are left. The others are **not decided**.",
         f"* The search gained AdamW something: {where(table[searches == 'holds'])}; it cost something: "
-        f"{where(table[searches.str.startswith('does not')])}; elsewhere neither can be told from chance.",
+        f"{where(table[searches.str.startswith('does not')])}.",
     ]
+    if not tested.all():
+        lines.append(f"* Not tested yet: {where(table[~tested])}.")
     return "\n".join(lines)
 
 
@@ -475,14 +486,18 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
     outcome = outcomes(runs[runs["profile"] == profile])
     rows = []
     for variant in printed["variant"]:
-        baseline = pd.isna(variant) or (variant in ABLATIONS and ABLATIONS[variant].change(settings) == settings)
+        baseline = (
+            pd.isna(variant)
+            or variant == "metaadamw"
+            or (variant in ABLATIONS and ABLATIONS[variant].change(settings) == settings)
+        )
         name = "metaadamw" if baseline else str(variant)
         arm, metaadamw = by_seed(outcome, "paper", name, "metaadamw")
         difference = improvement(arm, metaadamw, lower_is_better)
         mean = arm[arm.index.intersection(metaadamw.index)].mean()
         rows.append((baseline, None if baseline else variant, mean, difference))
     table = pd.DataFrame(rows, index=printed.index, columns=["baseline", "variant", "mean", "difference"])
-    tested = table["difference"].map(lambda d: d.p).where(~table["baseline"])
+    tested = table["difference"].map(lambda d: d.p).where(~table["baseline"])  # NaN with too few seeds
     return table.assign(paper=printed[task], p_holm=holm(tested))
 
 
@@ -538,18 +553,17 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
         return "–", "not yet tested"
     if kind == "necessary":
         return _judged_parts(task)
+    check_choice("kind (of a claim)", kind, ("epochs", "longer", "earlier"))
     profile = best_evidence(runs)
     if profile == "lite":  # lite runs are too short to stop early
         return "–", "not yet tested"
     mine = runs[runs["profile"] == profile]
     if kind == "earlier":
-        reached = time_to_best(epochs_frame(main_records(task, profile)), TASKS[task].lower_is_better).loc["paper"]
-        earlier, n = int((reached["arm, epoch"] < reached["AdamW, epoch"]).sum()), len(reached)
-        decided = stats.binomtest(earlier, n).pvalue < 1 - CONFIDENCE
-        says = (
-            ("holds" if earlier > n / 2 else "does not hold: it is later") if decided else "not decided: within chance"
-        )
-        return f"as good in an earlier epoch in {earlier} of {n} pairs", says
+        reached = time_to_best(epochs_frame(main_records(task, profile)), TASKS[task].lower_is_better)
+        reached = reached[reached.index.get_level_values("protocol") == "paper"]
+        never = reached["arm, last epoch"] + 1
+        d = paired_difference(reached["AdamW, epoch"] - reached["arm, epoch"].fillna(never), "epochs")
+        return f"earlier by {d} (never: one after the last)", verdict(d).replace("it is worse", "it is later or never")
     arm, baseline = by_seed(mine.assign(outcome=mine["epochs"]), "paper", "metaadamw", "adamw")
     d = improvement(arm, baseline, lower_is_better=False)
     says = verdict(d.reversed()) if kind == "epochs" else verdict(d)
@@ -565,16 +579,21 @@ def main_records(task: str, profile: str) -> list[dict[str, Any]]:
     ]
 
 
+COMPONENTS = ("Grouping strategy", "Feature version", "Meta-learning objective", "HUW priorities", "Feature gating")
+"""The factors of Table 3 that change a component, rather than a size or a frequency."""
+
+
 def _judged_parts(task: str) -> tuple[str, str]:
     """Every row of a task's Table 3 that is run: is what it changes needed?"""
     for profile in ("paper", "lite"):
         table = ablation_table(task, profile)
-        rows = table[~table["baseline"] & table["variant"].isin(list(ABLATIONS))]
+        rows = table[~table["baseline"] & table.index.get_level_values("factor").isin(COMPONENTS)]
         rows = rows[rows["difference"].map(lambda d: d.seeds >= ENOUGH_SEEDS)]
         if len(rows):
             verdicts = rows["difference"].map(worse)
             counts = "; ".join(f"{v} for {n}" for v, n in verdicts.value_counts().items())
-            corrected = f"after Holm's correction {(rows['p_holm'] < 1 - CONFIDENCE).sum()} differ"
+            p = holm(rows["difference"].map(lambda d: d.p))
+            corrected = f"after Holm's correction {(p < 1 - CONFIDENCE).sum()} differ"
             return f"{len(rows)} changes are run; {corrected}", noted(counts, profile)
     return "–", "not yet tested"
 
@@ -620,8 +639,8 @@ def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
         if len(values) > 1:
             span += f" to {values.max():.2f}" if unit == "×" else f" to {values.max():+.0f}"
         ours.append(f"{what}: {span} {unit}")
-        where = pd.cut(values, [-np.inf, low, high, np.inf], labels=["below the range", "holds", "above the range"])
-        counts = where.value_counts(sort=False)
+        where = np.select([values < low, values > high], ["below the range", "above the range"], "holds")
+        counts = pd.Series(where).value_counts()
         of = f" for {{}} of {len(values)}" if len(values) > 1 else ""
         says.append(f"{what}: " + ", ".join(f"{v}{of.format(n)}" for v, n in counts.items() if n))
     return "<br>".join(ours), "<br>".join(says)
