@@ -18,7 +18,7 @@ from metaadamw_lite.experiments import NOISY, report
 from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.report import PairedDifference, paired_difference
+from metaadamw_lite.experiments.report import NEVER, PairedDifference, paired_difference
 from metaadamw_lite.experiments.studies import FEW_SEEDS, study_runs
 
 Records = Sequence[dict[str, Any]]
@@ -134,7 +134,7 @@ def judged(difference: PairedDifference) -> str:
     """The verdict on "it is better", once all seeds that were planned are there."""
     planned = len(FEW_SEEDS)
     if difference.seeds < planned:
-        return f"not yet tested: {difference.seeds} of {planned} seeds"
+        return f"{NEVER}: {difference.seeds} of {planned} seeds"
     return report.verdict(difference)
 
 
@@ -366,6 +366,11 @@ def _legend_below(figure: Figure, ax: Any, columns: int) -> None:
 # ---------------------------------------------------------------- LoPE
 
 
+def noise_share(task: str) -> str:
+    """The share of noisy words in a task's adaptation data, for headings: "5 %"."""
+    return f"{100 * NOISE[task]:.0f} %"
+
+
 def adaptations_frame(records: Records) -> pd.DataFrame:
     """One row for each adaptation and each point at which it was tested on clean reviews.
 
@@ -379,7 +384,7 @@ def adaptations_frame(records: Records) -> pd.DataFrame:
             rows.append(
                 {
                     **r["run"],
-                    "noise": f"{100 * NOISE[r['run']['task']]:.0f} %",
+                    "noise": noise_share(r["run"]["task"]),
                     "at": entry["stage"],
                     "final": k == len(r["epochs"]),
                     "perplexity": entry["perplexity"],
@@ -524,7 +529,7 @@ def plot_expert_use(records: Records) -> Figure:
     Mean and 95 % interval over seeds, for the arms that have such an expert.
     """
     rows = [
-        {"noise": f"{100 * NOISE[r['run']['task']]:.0f} %", "arm": LOPE_LABELS[r["run"]["variant"]], "words": kind}
+        {"noise": noise_share(r["run"]["task"]), "arm": LOPE_LABELS[r["run"]["variant"]], "words": kind}
         | {"weight": weights[-1]}
         for r in records
         if r["router"] and r["settings"]["arm"]["poisoning"]
@@ -570,28 +575,27 @@ def claims_table() -> pd.DataFrame:
     * scale: needs models or data that are not at hand; not tested.
     """
     claims = pd.read_csv(report.repository() / "data" / "paper" / "claims_relatives.csv", dtype=str)
+    results = report.repository() / "data" / "results"
+    records = {method: recorded(study_runs(f"{method.lower()}/lite", results)) for method in ("LiLAW", "LoPE")}
     rows = []
     for _, claim in claims.iterrows():
         ours, says = "–", f"not tested: {claim['why']}"
         if claim["kind"] != "scale":
-            ours, says = _claimed(claim)
-        page = claim["evidence"]
-        link = "–" if pd.isna(page) else f"[chapter {int(page.split('_')[0])}]({page}.ipynb)"
+            ours, says = _claimed(claim, records[claim["method"]])
+        link = report.chapter_link(claim["evidence"])
         rows.append((claim["method"], claim["claim"], claim["number"], ours, says, link))
     return pd.DataFrame(rows, columns=["method", "claim", "paper", "ours", "verdict", "evidence"])
 
 
-def _claimed(claim: "pd.Series[str]") -> tuple[str, str]:
-    """What the lite runs show about a claim, with what it was measured on, and the verdict."""
+def _claimed(claim: "pd.Series[str]", records: Records) -> tuple[str, str]:
+    """What the lite runs of a method's study show about a claim, with what it was measured on, and the verdict."""
     check_choice("kind (of a claim)", claim["kind"], ("accuracy", "detection", "adaptation"))
-    study = "lope/lite" if claim["kind"] == "adaptation" else "lilaw/lite"
-    records = recorded(study_runs(study, report.repository() / "data" / "results"))
     if not records:
         return "–", NEVER
     row: Any
     if claim["kind"] == "adaptation":
         table = lope_table(adaptations_frame(records))
-        row = f"{100 * NOISE[claim['task']]:.0f} %", LOPE_LABELS[claim["against"]]
+        row = noise_share(claim["task"]), LOPE_LABELS[claim["against"]]
         what = f"lower perplexity, {row[0]} noise"
     elif claim["kind"] == "accuracy":
         runs = runs_frame([r for r in records if r["run"]["variant"] in ("adamw", "adamw-lilaw")])
@@ -599,18 +603,11 @@ def _claimed(claim: "pd.Series[str]") -> tuple[str, str]:
         what = row
     else:
         table = detection_against(detection_frame(records))
-        counts = table["verdict"].map(_lite).value_counts()
+        counts = table["verdict"].map(lambda says: report.noted(says, "lite")).value_counts()
         spans = "<br>".join(f"{noise}: {d}" for noise, d in table["difference"].items())
         return spans or "–", "; ".join(f"{v} on {n} of {len(table)} kinds" for v, n in counts.items()) or NEVER
     if row not in table.index:
         return "–", NEVER
     found: Any = table.loc[row]
     p = f"p {report.p_value(found['difference'].p)}, after Holm's correction {report.p_value(found['p_holm'])}"
-    return f"{found['difference']}, {p} ({what}; lite runs)", _lite(found["verdict"])
-
-
-NEVER = "not yet tested"
-
-
-def _lite(says: str) -> str:
-    return says if says.startswith(NEVER) else f"{says} (lite runs)"
+    return f"{found['difference']}, {p} ({what}; lite runs)", report.noted(found["verdict"], "lite")

@@ -26,6 +26,7 @@ from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES,
 CONFIDENCE = 0.95
 ENOUGH_SEEDS = 3
 """Pairs that an interval needs."""
+NEVER = "not yet tested"
 
 
 def repository() -> Path:
@@ -180,7 +181,7 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
     Each pair's difference is taken relative to its baseline run, as in the paper's Table 2.
     """
     difference = paired_difference(_improvements(arm, baseline, lower_is_better), "%")
-    pairs = pd.DataFrame({"arm": arm, "baseline": baseline}).astype(float).dropna()
+    pairs = _pairs(arm, baseline)
     if not (len(pairs) and (pairs > 0).all(axis=None)):
         return difference
     logarithms = paired_difference((pairs["arm"] / pairs["baseline"]).map(math.log), "")
@@ -209,9 +210,14 @@ def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDiffe
     return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit, t_low, t_high)
 
 
+def _pairs(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> pd.DataFrame:
+    """The seeds that both have, a column for each."""
+    return pd.DataFrame({"arm": arm, "baseline": baseline}).astype(float).dropna()
+
+
 def _improvements(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> "pd.Series[float]":
     """The improvement of each pair in percent, by seed."""
-    pairs = pd.DataFrame({"arm": arm, "baseline": baseline}).astype(float).dropna()
+    pairs = _pairs(arm, baseline)
     return (-1 if lower_is_better else 1) * 100 * (pairs["arm"] / pairs["baseline"] - 1)
 
 
@@ -239,7 +245,7 @@ def verdict(difference: PairedDifference) -> str:
     alone is too narrow.
     """
     if np.isnan(difference.low):
-        return "not yet tested"
+        return NEVER
     if difference.p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:
         return "not decided: within chance"
     return "holds" if difference.low > 0 else "does not hold: it is worse"
@@ -519,10 +525,13 @@ def claims_table() -> pd.DataFrame:
     control = table_of_tasks(baseline="metaadamw-frozen")
     judged = [_judged(claim, main, control) for _, claim in claims.iterrows()]
     ours, says = ([j[k] for j in judged] for k in (0, 1))
-    links = [
-        "–" if pd.isna(page) else f"[chapter {int(page.split('_')[0])}]({page}.ipynb)" for page in claims["evidence"]
-    ]
+    links = claims["evidence"].map(chapter_link)
     return claims[["section", "claim"]].assign(paper=claims["number"], ours=ours, verdict=says, evidence=links)
+
+
+def chapter_link(page: Any) -> str:
+    """A link to the notebook with the evidence for a claim (Markdown); a dash where there is none."""
+    return "–" if pd.isna(page) else f"[chapter {int(page.split('_')[0])}]({page}.ipynb)"
 
 
 def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) -> tuple[str, str]:
@@ -537,7 +546,7 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
         ours = "<br>".join(f"{TASKS[str(t)].title}: {d}" for t, d in table["difference"].items())
         return ours, f"of {len(TASKS)} tasks: {says}"
     if task not in main.index:
-        return "–", "not yet tested"
+        return "–", NEVER
     if kind == "improvement":
         row = main.loc[task]
         return noted(str(row["difference"]), row["profile"]), noted(verdict(row["difference"]), row["profile"])
@@ -550,13 +559,13 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
             if len(variant) >= ENOUGH_SEEDS:
                 d = improvement(variant, metaadamw, TASKS[task].lower_is_better)
                 return noted(str(d), profile), noted(worse(d), profile)
-        return "–", "not yet tested"
+        return "–", NEVER
     if kind == "necessary":
         return _judged_parts(task)
     check_choice("kind (of a claim)", kind, ("epochs", "longer", "earlier"))
     profile = best_evidence(runs)
     if profile == "lite":  # lite runs are too short to stop early
-        return "–", "not yet tested"
+        return "–", NEVER
     mine = runs[runs["profile"] == profile]
     if kind == "earlier":
         reached = time_to_best(epochs_frame(main_records(task, profile)), TASKS[task].lower_is_better)
@@ -595,7 +604,7 @@ def _judged_parts(task: str) -> tuple[str, str]:
             p = holm(rows["difference"].map(lambda d: d.p))
             corrected = f"after Holm's correction {(p < 1 - CONFIDENCE).sum()} differ"
             return f"{len(rows)} changes are run; {corrected}", noted(counts, profile)
-    return "–", "not yet tested"
+    return "–", NEVER
 
 
 def bench_record(device: str = "cpu") -> dict[str, Any] | None:
@@ -611,7 +620,7 @@ def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
     """The range that the paper gives (columns "low" and "high") against what the bench measured on a CPU."""
     record = bench_record()
     if record is None:
-        return "–", "not yet tested"
+        return "–", NEVER
     rows = pd.DataFrame(record["rows"])
     parts = pd.DataFrame(record["parts"]).pivot(index="measure", columns="part", values="seconds")
     found: dict[str, Any] = {}
@@ -642,10 +651,10 @@ def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
         where = np.select([values < low, values > high], ["below the range", "above the range"], "holds")
         counts = pd.Series(where).value_counts()
         of = f" for {{}} of {len(values)}" if len(values) > 1 else ""
-        says.append(f"{what}: " + ", ".join(f"{v}{of.format(n)}" for v, n in counts.items() if n))
+        says.append(f"{what}: " + ", ".join(f"{v}{of.format(n)}" for v, n in counts.items()))
     return "<br>".join(ours), "<br>".join(says)
 
 
 def noted(text: str, profile: str) -> str:
     """A statement, with a note where it rests on shortened runs."""
-    return text if profile == "paper" or text == "not yet tested" else f"{text} (lite runs)"
+    return text if profile == "paper" or text.startswith(NEVER) else f"{text} (lite runs)"
