@@ -16,6 +16,7 @@ All B start at zero, so the adapted model starts as the base model; the router s
 would stay copies of one another.
 """
 
+import math
 import random
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -329,8 +330,9 @@ def discrete_noise(words: Sequence[str], share: float = 0.05, seed: int = 0) -> 
     """The discrete part of HyNoIse: a share of the words, in equal thirds, is shuffled, lengthened or shortened.
 
     Shuffled words change places among themselves (one that meets its like looks unchanged); others get a random letter
-    at a random place, or lose a letter. Of n words exactly the nearest whole number to share · n is chosen. What cannot
-    be done (one word cannot change places, a word of one letter cannot lose it) becomes an insertion.
+    at a random place, or lose a letter. A word of one letter that should lose it gets one. Of n words exactly the
+    nearest whole number to share · n is chosen. One word alone cannot change places: where three or fewer are chosen,
+    their kinds are drawn, of two or three words each kind a third on average.
 
     Raises:
         ValueError: for a share outside [0, 1] or a bad seed.
@@ -340,15 +342,13 @@ def discrete_noise(words: Sequence[str], share: float = 0.05, seed: int = 0) -> 
     check_seed(seed)
     rng = random.Random(seed)
     chosen = rng.sample(range(len(words)), round(share * len(words)))
-    third, rest = divmod(len(chosen), 3)
-    ends = [third + (rest > 0), 2 * third + (rest > 0) + (rest > 1)]
+    moving, lengthened = _thirds(len(chosen), rng)
     # Those that are to lose a letter come last, and long words can lose one.
     chosen.sort(key=lambda i: len(words[i]) > 1)
-    deleted = [i for i in chosen[ends[1] :] if len(words[i]) > 1]
+    deleted = [i for i in chosen[moving + lengthened :] if len(words[i]) > 1]
     others = [i for i in chosen if i not in set(deleted)]
     rng.shuffle(others)
-    shuffled = others[: ends[0]] if ends[0] > 1 else []
-    inserted = others[len(shuffled) :]
+    shuffled, inserted = others[:moving], others[moving:]
 
     noisy = list(words)
     for i, j in zip(shuffled, shuffled[1:] + shuffled[:1], strict=True):
@@ -360,6 +360,15 @@ def discrete_noise(words: Sequence[str], share: float = 0.05, seed: int = 0) -> 
         place = rng.randrange(len(words[i]))
         noisy[i] = words[i][:place] + words[i][place + 1 :]
     return NoisyWords(noisy, sorted(shuffled), sorted(inserted), sorted(deleted))
+
+
+def _thirds(count: int, rng: random.Random) -> tuple[int, int]:
+    """How many of some words are shuffled and how many lengthened; the others are shortened."""
+    if count > 3:
+        return math.ceil(count / 3), math.ceil((count - 1) / 3)
+    shuffled = 2 if count > 1 and rng.random() < count / 6 else 0  # a third on average, and never one word alone
+    rest = count - shuffled
+    return shuffled, rest // 2 + (rest % 2) * rng.getrandbits(1)
 
 
 def continuous_noise(

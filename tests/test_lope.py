@@ -349,8 +349,24 @@ def test_words_that_cannot_be_shortened_or_swapped_are_lengthened():
     assert short.deleted == []
     assert len(short.shuffled) == 3
     assert len(short.inserted) == 6
-    assert discrete_noise(["word"], 1.0).inserted == [0]
+    assert discrete_noise(["a"], 1.0).inserted == [0]
     assert discrete_noise([], 0.5).words == []
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_short_texts_have_all_kinds_of_noise(count):
+    found = Counter()
+    for seed in range(3000):
+        noisy = discrete_noise(WORDS[:count], 1.0, seed)
+        sizes = {"shuffled": len(noisy.shuffled), "inserted": len(noisy.inserted), "deleted": len(noisy.deleted)}
+        assert sum(sizes.values()) == count
+        assert sizes["shuffled"] != 1
+        found.update(sizes)
+    shares = [found[kind] / found.total() for kind in ("shuffled", "inserted", "deleted")]
+    if count < 4:
+        assert shares == pytest.approx([1 / 3] * 3, abs=0.02)
+    else:
+        assert found == {kind: 3000 * n for kind, n in zip(found, {4: (2, 1, 1), 5: (2, 2, 1)}[count], strict=True)}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])

@@ -135,6 +135,18 @@ def test_training_and_validation_are_wrong_alike_and_the_test_part_is_right(kind
         corrupted(data, {"kind": "fog"}, 0)
 
 
+def test_instance_dependent_noise_is_the_same_noise_in_both_parts():
+    """Copies of one image of each class are mistaken for the same classes in training and in validation."""
+    images = torch.randint(0, 256, (10, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels = torch.arange(10).repeat_interleave(1_000)
+    part = (images[labels], labels)
+    wrong = corrupted(Data(part, part, None, "synthetic"), {"kind": "instance", "rate": 1.0}, 1)
+    assert not torch.equal(wrong.train[1], wrong.val[1])
+    tables = [torch.bincount(10 * labels + p[1], minlength=100).double() for p in (wrong.train, wrong.val)]
+    off_diagonal = torch.arange(100) % 11 != 0
+    assert torch.corrcoef(torch.stack(tables)[:, off_diagonal])[0, 1] > 0.9
+
+
 def test_a_long_tail():
     labels = torch.arange(10).repeat_interleave(100)
     data = Data((labels, labels), (labels, labels), (labels, labels), "synthetic")

@@ -32,7 +32,7 @@ from metaadamw_lite.experiments.records import (
     peak_memory_mib,
     reset_peak_memory,
 )
-from metaadamw_lite.experiments.task import PROFILES
+from metaadamw_lite.experiments.task import PROFILES, perplexity
 from metaadamw_lite.experiments.text import PAD, encode, padded, vocabulary
 from metaadamw_lite.lope import LoPE, continuous_noise, discrete_noise
 
@@ -393,7 +393,7 @@ def _tested(model: nn.Module, rows: Tensor, ends: Tensor, data: Texts) -> dict[s
         choice = scores[row, end - 1]
         right += int(((choice[:, good] > choice[:, bad]) == (batch[row, end] == good)).sum())
     mean = float(total) / count
-    return {"perplexity": math.exp(min(mean, 700)), "accuracy": right / len(rows)}
+    return {"perplexity": perplexity(mean, 0.0), "accuracy": right / len(rows)}
 
 
 @torch.no_grad()

@@ -72,7 +72,9 @@ def asymmetric(labels: Array, pairs: Mapping[int, int], classes: int, rate: floa
     return _with(labels, numbers, partner[labels[numbers]])
 
 
-def instance_dependent(labels: Array, inputs: Array, classes: int, rate: float, seed: int) -> Corrupted:
+def instance_dependent(
+    labels: Array, inputs: Array, classes: int, rate: float, seed: int, maps_seed: int | None = None
+) -> Corrupted:
     """A share ``rate`` of all samples gets a wrong class that depends on what the sample looks like.
 
     After Xia et al. (2020, "Part-dependent label noise"): each class has a random linear map from inputs to scores for
@@ -86,11 +88,14 @@ def instance_dependent(labels: Array, inputs: Array, classes: int, rate: float, 
         classes: how many classes there are.
         rate: share of wrong labels.
         seed: of everything random.
+        maps_seed: of the maps, if not ``seed``: parts of one data set are wrong alike only if they share the maps.
 
     Raises:
         ValueError: as ``symmetric`` does, and if there is not one input for each label.
     """
     rng = _checked(labels, classes, rate, seed)
+    maps_seed = seed if maps_seed is None else maps_seed
+    check_seed(maps_seed)
     if len(inputs) != len(labels):
         raise ValueError(f"{len(inputs)} inputs for {len(labels)} labels; one for each is needed")
     x = inputs.reshape(len(inputs), -1).astype(np.float64)
@@ -100,7 +105,7 @@ def instance_dependent(labels: Array, inputs: Array, classes: int, rate: float, 
     # The largest keys are a draw without replacement with these odds (Efraimidis and Spirakis).
     keys = np.log(rng.random(len(labels))) / proneness
     chosen = np.sort(np.argsort(-keys, kind="stable")[:count])
-    maps = rng.normal(size=(classes, x.shape[1], classes))
+    maps = np.random.default_rng((maps_seed, 1)).normal(size=(classes, x.shape[1], classes))
     scores = np.stack([x[i] @ maps[labels[i]] for i in chosen]) if count else np.zeros((0, classes))
     scores[np.arange(count), labels[chosen]] = -np.inf
     gumbel = -np.log(-np.log(rng.random(scores.shape)))  # the largest of scores + gumbel is a draw from the softmax
@@ -171,7 +176,7 @@ def corrupted(data: Data, noise: Mapping[str, Any], seed: int) -> Data:
         data = imbalanced(data, noise["imbalance"])
     classes = int(max(part[1].max() for part in (data.train, data.val))) + 1
     train, val = (
-        _with_labels(part, _injected(part, noise, classes, 2 * seed + k))
+        _with_labels(part, _injected(part, noise, classes, 2 * seed + k, 2 * seed))
         for k, part in enumerate((data.train, data.val))
     )
     return replace(data, train=train, val=val, truth=data.train[1])
@@ -199,13 +204,13 @@ def imbalanced(data: Data, ratio: float) -> Data:
     return replace(data, train=thinned(data.train), val=thinned(data.val))
 
 
-def _injected(part: Batch, noise: Mapping[str, Any], classes: int, seed: int) -> Array:
+def _injected(part: Batch, noise: Mapping[str, Any], classes: int, seed: int, maps_seed: int) -> Array:
     labels, rate = part[1].numpy(), noise["rate"]
     if noise["kind"] == "symmetric":
         return symmetric(labels, classes, rate, seed).labels
     if noise["kind"] == "asymmetric":
         return asymmetric(labels, dict(noise["pairs"]), classes, rate, seed).labels
-    return instance_dependent(labels, part[0].numpy(), classes, rate, seed).labels
+    return instance_dependent(labels, part[0].numpy(), classes, rate, seed, maps_seed).labels
 
 
 def _with_labels(part: Batch, labels: Array) -> tuple[Tensor, ...]:
