@@ -13,7 +13,8 @@ Read the files in this order; each is one section of the paper (arXiv 2605.04055
 relatives stand beside it and know nothing of it: ``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an
 adapter with an expert for noise, arXiv 2505.23868).
 
-PyTorch and NumPy are the only dependencies of these files. The experiments live in ``metaadamw_lite.experiments``.
+PyTorch and NumPy are the only dependencies of these files (``bench`` has those of ``metaadamw_lite.experiments``, where
+the experiments live).
 """
 
 from metaadamw_lite.features import FeatureConfig

@@ -96,7 +96,10 @@ class Kept:
         return (self.contiguous and g.is_contiguous()) or memory_order(g) == self.order
 
     def carry(self, squares: Squares, m: Tensor, v: Tensor) -> None:
-        """Remember squared norms until torch counts a write to the moments."""
+        """Remember squared norms until torch counts a write to the moments.
+
+        A write through ``.data`` is not counted. For θ people do that; the moments are the optimizer's own.
+        """
         if not (m.is_inference() or v.is_inference()):  # for these it does not count
             self.squares, self.versions = squares, (m._version, v._version)
 
@@ -349,7 +352,11 @@ class PlainModulator:
         return any(self._hooks) or "forward" in vars(self.modulator)
 
     def is_current(self, modulator: nn.Module) -> bool:
-        """Whether Φ is still this module with these parts and weights."""
+        """Whether Φ is still this module with these parts and weights.
+
+        Plain attributes of its layers (an activation, an ε, the number of heads) are not looked at: ``Modulator`` never
+        changes them, and whoever does has to use a subclass of it.
+        """
         return (
             modulator is self.modulator
             and all(members.get(name) is member for members, name, member in self._members)

@@ -32,7 +32,7 @@ class NotFiniteError(ValueError):
 
 
 class Weights(NamedTuple):
-    """The three parts of the weights of N samples, each (N,)."""
+    """The three parts of the weights of N samples, each (N,) (or of other probabilities, of their shape)."""
 
     easy: Tensor
     moderate: Tensor
@@ -162,8 +162,18 @@ class LiLAW(nn.Module):
 
 def _parts(logits: Tensor, targets: Tensor, alpha: Tensor, delta: Tensor, beta: Tensor) -> Weights:
     s = logits.to(torch.promote_types(logits.dtype, alpha.dtype)).softmax(dim=1)
-    given, largest = s.gather(1, targets[:, None]).squeeze(1), s.amax(dim=1)
-    alpha, delta, beta = (x.to(s.device) for x in (alpha, delta, beta))
+    given, largest = s.gather(1, targets[:, None].long()).squeeze(1), s.amax(dim=1)
+    return weights_of(given, largest, *(x.to(s.device) for x in (alpha, delta, beta)))
+
+
+def weights_of(given: Tensor, largest: Tensor, alpha: Tensor, delta: Tensor, beta: Tensor) -> Weights:
+    """W_α, W_δ and W_β, each of the shape of its arguments.
+
+    Args:
+        given: s[ỹ], the probability of the given label.
+        largest: max s, that of the class believed most.
+        alpha, delta, beta: the three scalars.
+    """
     return Weights(
         easy=(alpha * given - largest).sigmoid(),
         moderate=(-(delta * given - largest).square() / 2).exp(),

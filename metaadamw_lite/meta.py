@@ -15,13 +15,13 @@ differentiate twice instead; it exists to check the other one. Chapter 5 of the 
 """
 
 import random
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -320,16 +320,14 @@ def same_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
     accelerators = {d for d in devices if d.type != "cpu"}
     kind = next(iter(accelerators)).type if accelerators else "cuda"
     indices = sorted({d.index or 0 for d in accelerators if d.type == kind})
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 (the losses of others use the global generator)
     try:
         with torch.random.fork_rng(indices, device_type=kind):
             yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _is_expanded(x: Tensor) -> bool:
@@ -350,12 +348,9 @@ def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[list[Tensor
     theta = [part.detach().clone() for part in parts]
     grads = {p: p.grad for p in (*model.parameters(), *params)}
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if _is_expanded(buffer) else buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    held = {buffer for _, named in buffers for buffer in named.values() if buffer is not None}
+    values = [(buffer, buffer.clone()) for buffer in held if not _is_expanded(buffer)]
     try:
         for p in grads:
             p.grad = None
@@ -368,8 +363,9 @@ def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[list[Tensor
         reshard(model)
         with torch.no_grad():
             _write(parts, theta)
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if value is not None:
-                    buffer.copy_(value)
+            for module, named in buffers:
+                module._buffers.clear()  # of what was None before, or not there
+                module._buffers.update(named)
+            for buffer, value in values:
+                buffer.copy_(value)
         torch.clear_autocast_cache()

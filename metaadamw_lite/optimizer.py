@@ -106,9 +106,9 @@ class MetaAdamW(torch.optim.AdamW):
         alpha_range: α_g stays in 1 ± alpha_range/2 (Eq. 7); 0 to 2.
         beta_range: β_g stays in 1 ± beta_range/2 (Eq. 8); 0 to 2.
         group_strategy: "fine_grained" (layer type × depth third × bias, section 3.2) or "original" (the optimizer's
-            own parameter groups). Without parameter names it is "original".
-        model: decides layer types by module class. It is found by itself where ``params`` is
-            ``model.named_parameters()``; where it is not known, names and shapes decide.
+            own parameter groups). Without parameter names and ``model`` it is "original".
+        model: decides layer types by module class, and names parameters that come without names. It is found by itself
+            where ``params`` is ``model.named_parameters()``; where it is not known, names and shapes decide.
         feature_version: "basic", "basic_plus", "enhanced", "norm_basic" or "norm_basic_plus" (section 3.3).
         use_v_norms, include_time_step: the optional feature columns.
         use_feature_gating: learn a gate for every feature column.
@@ -132,7 +132,8 @@ class MetaAdamW(torch.optim.AdamW):
         huw: the uncertainty weights, or None.
 
     Raises:
-        ValueError: for an argument out of range, an unknown name, complex parameters or an empty parameter list.
+        ValueError: for an argument out of range (a parameter group's included), an unknown name, complex parameters, an
+            empty parameter list, or nameless parameters of which ``model`` has only some.
     """
 
     _plain: PlainModulator | None
@@ -190,6 +191,8 @@ class MetaAdamW(torch.optim.AdamW):
         self._feature_config = FeatureConfig(feature_version, use_v_norms, include_time_step)
         self._group_strategy = group_strategy
         found = model if model is not None else _model_behind(params)
+        if model is not None and group_strategy == "fine_grained":
+            params = _with_names(params, model)
         self._places = {} if found is None else places_by_class(found)
         self._group_places: list[dict[str, Place]] = []  # one for each parameter group
         self._meta_objective = meta_objective
@@ -236,7 +239,8 @@ class MetaAdamW(torch.optim.AdamW):
 
     # ---------------------------------------------------------------- the step
 
-    # In a compiled loop a step stays as it is: it calls kernels that are fused already.
+    # In a compiled loop a step stays as it is: it calls kernels that are fused already. (The decorator imports torch's
+    # compiler, which takes a second; torch's own way to put that off is private.)
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -496,20 +500,23 @@ class MetaAdamW(torch.optim.AdamW):
         recognised by name) and new ones start at zero.
 
         Raises:
-            ValueError: for complex parameters, and for options of torch's AdamW that this optimizer does not have.
+            ValueError: for complex parameters, for lr, betas, eps or weight_decay out of range, and for options of
+                torch's AdamW that this optimizer does not have. No group is added then.
         """
         model = _model_behind(param_group.get("params"))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         names = group.get("param_names", [None] * len(group["params"]))
-        problems = [f"{k} is {group[k]}; only False is supported" for k in _UNSUPPORTED if group.get(k)] + [
-            f"parameter {name or tuple(p.shape)} is {p.dtype}; only real parameters are supported"
-            for name, p in zip(names, group["params"], strict=True)
-            if p.is_complex()
-        ]
-        if problems:
+        try:
+            _check_settings(group)
+            for name, p in zip(names, group["params"], strict=True):
+                if p.is_complex():
+                    raise ValueError(
+                        f"parameter {name or tuple(p.shape)} is {p.dtype}; only real parameters are supported"
+                    )
+        except ValueError:
             self.param_groups.pop()
-            raise ValueError(problems[0])
+            raise
         self._group_places.append(self._places if model is None else places_by_class(model))
         if not hasattr(self, "modulator"):
             return  # the constructor is adding its groups
@@ -571,6 +578,7 @@ class MetaAdamW(torch.optim.AdamW):
             "version": _META_STATE_VERSION,
             "t": self._t,
             "groups": [group.name for group in self.groups],
+            "phi": self._phi_settings(),
             "alpha": self.alpha,
             "beta": self.beta,
             "modulator": dict(self.modulator.state_dict()),
@@ -579,6 +587,17 @@ class MetaAdamW(torch.optim.AdamW):
             "meta_optimizer_state": self._meta_optimizer.state_dict(),
         }
         return state
+
+    def _phi_settings(self) -> dict[str, Any]:
+        """What decides the function that Φ computes and the shapes of its parameters do not show."""
+        phi, features = self.modulator, self._feature_config
+        decide: dict[str, Any] = {"feature_version": features.version, "columns": list(features.columns)}
+        if isinstance(phi, Modulator):  # it may be of another class
+            layer = phi.encoder.layers[0]
+            assert isinstance(layer, nn.TransformerEncoderLayer)
+            decide["attn_heads"] = int(layer.self_attn.num_heads)
+            decide |= {"alpha_range": float(phi.alpha_range), "beta_range": float(phi.beta_range)}
+        return decide
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; training then goes on as if it had not stopped.
@@ -593,6 +612,7 @@ class MetaAdamW(torch.optim.AdamW):
         if isinstance(meta.get("meta_optimizer"), dict):  # the first revisions did not save the name beside the state
             mine_is = self._meta_optimizer_name
             meta = {**meta, "meta_optimizer": mine_is, "meta_optimizer_state": meta["meta_optimizer"]}
+        meta = {"phi": self._phi_settings(), **meta}  # nor these
         expected = self.state_dict()["meta"].keys()
         if lacking := sorted(expected - meta.keys()):
             raise ValueError(f"the state's entry 'meta' lacks {', '.join(lacking)}")
@@ -608,6 +628,9 @@ class MetaAdamW(torch.optim.AdamW):
             raise ValueError(
                 f"the state's attention module has another architecture; differing: {', '.join(differing)}"
             )
+        for name, mine_is in self._phi_settings().items():
+            if meta["phi"].get(name) != mine_is:
+                raise ValueError(f"the state's {name} is {meta['phi'].get(name)!r}, this optimizer's {mine_is!r}")
         if (meta["huw"] is None) != (self.huw is None):
             raise ValueError("the state and this optimizer differ in whether they use uncertainty weighting")
 
@@ -650,6 +673,17 @@ class MetaAdamW(torch.optim.AdamW):
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN_ATTRIBUTES}}
 
 
+def _check_settings(group: Mapping[str, Any]) -> None:
+    """A ValueError for settings of a parameter group that are out of range or not supported."""
+    check_not_negative(**{name: group[name] for name in ("lr", "eps", "weight_decay")})
+    check_betas(group["betas"])
+    for name in _UNSUPPORTED:
+        if group.get(name):
+            raise ValueError(f"{name} is {group[name]}; only False is supported")
+    if not group.get("decoupled_weight_decay", True):  # torch's way to make Adam of AdamW
+        raise ValueError("decoupled_weight_decay is False; only True is supported")
+
+
 def _refuse_sparse(buckets: Sequence[Bucket]) -> None:
     for bucket in buckets:
         for p, grad in zip(bucket.params, bucket.g, strict=True):
@@ -658,6 +692,32 @@ def _refuse_sparse(buckets: Sequence[Bucket]) -> None:
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient; MetaAdamW, like AdamW, needs dense "
                     "ones (for nn.Embedding: sparse=False)"
                 )
+
+
+def _with_names(params: Any, model: nn.Module) -> Any:
+    """Parameters or parameter groups, with the names that the model has for those that come without.
+
+    Raises:
+        ValueError: if the model has some of the nameless parameters and others not.
+    """
+    if isinstance(params, Tensor):
+        return params  # which torch refuses
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    entries = list(params)
+    groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in entries]
+    groups = [[group] if isinstance(group, Tensor) else list(group) for group in groups]
+    nameless = [p for group in groups for p in group if isinstance(p, Tensor)]
+    unknown = [p for p in nameless if p not in names]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(nameless)} parameters, the first of shape {tuple(unknown[0].shape)}, have no name "
+            "and are not in model; pass named parameters, or a model that has them all"
+        )
+    named = [[(names[p], p) if isinstance(p, Tensor) else p for p in group] for group in groups]
+    return [
+        {**entry, "params": group} if isinstance(entry, dict) else group[0]
+        for entry, group in zip(entries, named, strict=True)
+    ]
 
 
 def _model_behind(params: Any) -> nn.Module | None:

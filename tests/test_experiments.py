@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import assert_same
 from filelock import FileLock
 
-from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, studies
+from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, lope_study, studies
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.datasets import DataError, DataFile, fetch
 from metaadamw_lite.experiments.lope_study import NOISE
@@ -478,15 +478,42 @@ def test_a_run_whose_training_fails_is_recorded_as_such(tmp_path, monkeypatch):
     assert record["test"] is None
 
 
-def test_a_fault_of_the_machine_leaves_no_record(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("no memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_fault_of_the_machine_leaves_no_record(tmp_path, monkeypatch, fault):
     def fails(model, batch):
-        raise torch.OutOfMemoryError("no memory")
+        raise fault
 
     monkeypatch.setitem(TASKS, "etth1", dataclasses.replace(TASKS["etth1"], score=fails))
     key = RunKey("etth1", "adamw", "paper", "smoke", 0)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(fault)):
         run(key, tmp_path, progress=False)
     assert not key.path(tmp_path).exists()
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:77"])
+def test_a_device_that_cannot_be_used_is_named(tmp_path, device, capsys):
+    with pytest.raises(ValueError, match=f"device is '{device}'"):
+        run(RunKey("etth1", "adamw", "paper", "smoke", 0), tmp_path, device, progress=False)
+    command = ["run", "etth1", "--optimizer", "adamw", "--profile", "smoke", "--device", device, "--results", tmp_path]
+    assert main([str(word) for word in command]) == 2
+    assert capsys.readouterr().err.startswith(f"error: device is '{device}'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_another_kind_of_task_are_refused(tmp_path):
+    adaptation, task = RunKey("lope-noise5", "lora", "clean", "smoke", 0), RunKey("etth1", "adamw", "clean", "smoke", 0)
+    with pytest.raises(ValueError, match="settings are Settings; lope-noise5 needs LoPESettings"):
+        run(adaptation, tmp_path, progress=False, settings=etth1.settings("smoke"))
+    with pytest.raises(ValueError, match="settings are LoPESettings; etth1 needs Settings"):
+        run(task, tmp_path, progress=False, settings=lope_study.settings("smoke"))
+    changed = dataclasses.replace(lope_study.settings("smoke"), steps=1)
+    assert run(adaptation, tmp_path, progress=False, settings=changed)["settings"]["steps"] == 1
 
 
 def test_the_loss_is_the_mean_squared_error():

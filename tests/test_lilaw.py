@@ -176,6 +176,12 @@ def test_low_precision_logits_have_float32_weights():
     torch.testing.assert_close(weights, LiLAW().weights(rounded.float(), targets))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_may_be_any_integers(dtype):
+    logits, targets = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    assert torch.equal(LiLAW().weights(logits, targets.to(dtype)), LiLAW().weights(logits, targets))
+
+
 @pytest.mark.parametrize(
     ("logits", "targets", "message"),
     [

@@ -324,6 +324,22 @@ def test_gradients_are_left_as_found_even_if_the_loss_adds_to_them(batches):
     assert_same(everything(model, optimizer), before)
 
 
+def test_a_buffer_that_is_made_by_the_forward_pass_is_left_out_again(batches):
+    model = tiny()
+    model.register_buffer("cache", None)
+
+    def caching(model, batch):
+        loss = cross_entropy(model, batch)
+        model.cache = loss.detach()[None]
+        model.register_buffer("later", loss.detach()[None])
+        return loss
+
+    optimizer = MetaAdamW(model.named_parameters())
+    optimizer.update_attention(model, *batches[:2], caching, batches[2])
+    assert model.cache is None
+    assert "later" not in dict(model.named_buffers())
+
+
 def test_a_buffer_that_shares_memory_is_no_obstacle(batches):
     model, optimizer = trained(batches)
     model.register_buffer("mask", torch.ones(1, 4).expand(8, 4))

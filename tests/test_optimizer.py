@@ -244,6 +244,47 @@ def test_options_that_are_not_supported_are_refused_and_not_ignored(option):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"eps": -1.0}, "eps is -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"betas": (2.0, 0.9)}, r"betas is \(2.0, 0.9\)"),
+        ({"decoupled_weight_decay": False}, "decoupled_weight_decay is False"),
+    ],
+)
+def test_settings_of_a_parameter_group_are_checked_like_those_of_all(setting, message):
+    with pytest.raises(ValueError, match=message):
+        MetaAdamW([{"params": [nn.Parameter(torch.ones(2))], **setting}])
+    optimizer = MetaAdamW([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **setting})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_model_names_parameters_that_come_without_names():
+    model = tiny()
+    expected = [(g.name, len(g.params)) for g in MetaAdamW(model.named_parameters()).groups]
+    decayed = [{"params": list(model.parameters())[:3], "weight_decay": 0.0}, {"params": list(model.parameters())[3:]}]
+    for params in (model.parameters(), list(model.parameters()), list(model.named_parameters())):
+        assert [(g.name, len(g.params)) for g in MetaAdamW(params, model=model).groups] == expected
+    by_group = MetaAdamW(decayed, model=model)
+    assert {g.name for g in by_group.groups} == {name for name, _ in expected}
+    assert [group["weight_decay"] for group in by_group.param_groups] == [0.0, 0.01]
+    assert [g.name for g in MetaAdamW([{"params": model.head.weight}], model=model).groups] == ["other/deep/weight"]
+
+
+def test_parameters_that_the_model_does_not_have_are_refused():
+    model = tiny()
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ parameters, the first of shape \(2,\), have no name and are not in model"
+    ):
+        MetaAdamW([*model.parameters(), nn.Parameter(torch.ones(2))], model=model)
+    MetaAdamW([*model.parameters(), nn.Parameter(torch.ones(2))], model=model, group_strategy="original")
+
+
 def test_integers_of_numpy_are_integers():
     assert MetaAdamW(tiny().named_parameters(), seed=np.int64(3), attn_layers=np.int64(2)).groups
 

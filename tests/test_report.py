@@ -134,7 +134,7 @@ def test_time_to_best_is_the_first_epoch_that_is_as_good(sign):
     table = report.time_to_best(frame, lower_is_better=sign > 0)
     assert table.loc[("paper", 0)].tolist() == [2 * sign, 3, 2, 4]
     assert table.loc[("paper", 1), "AdamW, epoch"] == 2
-    assert math.isnan(table.loc[("paper", 1), "arm, epoch"])
+    assert math.isnan(table.loc[("paper", 1), "MetaAdamW, epoch"])
 
 
 def test_evidence_is_of_the_papers_settings_once_there_are_enough_seeds():

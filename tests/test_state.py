@@ -76,6 +76,9 @@ def test_a_copy_steps_its_own_model_when_a_scheduler_is_attached(batches):
         ({"group_strategy": "original"}, "param_group_0"),
         ({"huw_priorities": None}, "uncertainty"),
         ({"meta_optimizer": "adam"}, "meta_optimizer is 'sgd'.*'adam'"),
+        ({"attn_heads": 2}, "attn_heads is 7.*2"),
+        ({"alpha_range": 0.2}, "alpha_range is 1.0.*0.2"),
+        ({"beta_range": 0.2}, "beta_range is 1.0.*0.2"),
     ],
 )
 def test_a_state_of_another_architecture_is_refused_by_name(batches, change, message):
@@ -87,6 +90,16 @@ def test_a_state_of_another_architecture_is_refused_by_name(batches, change, mes
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(optimizer.state_dict())
     assert_same(other.state_dict(), before)
+
+
+def test_a_state_of_other_features_is_refused(batches):
+    """Their number may be the same, and Φ's parameters with it."""
+    state = MetaAdamW(tiny().named_parameters(), feature_version="norm_basic").state_dict()
+    with pytest.raises(ValueError, match="feature_version is 'norm_basic', this optimizer's 'basic'"):
+        MetaAdamW(tiny().named_parameters()).load_state_dict(state)
+    other = MetaAdamW(tiny().named_parameters(), use_v_norms=False, attn_heads=5)
+    with pytest.raises(ValueError, match="columns is"):
+        MetaAdamW(tiny().named_parameters(), include_time_step=False, attn_heads=5).load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize("part", ["t", "alpha", "modulator", "huw", "meta_optimizer", "meta_optimizer_state"])

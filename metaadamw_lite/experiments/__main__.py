@@ -89,7 +89,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last whole epoch", file=sys.stderr)
+        print(
+            "interrupted; the same command goes on from the last whole epoch (an adaptation begins again)",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -39,16 +39,16 @@ HOURS = 17_420
 WINDOW = 96
 
 
-def synthetic_series(hours: int = HOURS) -> pd.DataFrame:
+def synthetic_series() -> pd.DataFrame:
     """A stand-in with the columns of ETTh1.csv: daily and yearly cycles, slow drift and noise; the same each time."""
     rng = np.random.default_rng(20260410)
-    t = np.arange(hours)
+    t = np.arange(HOURS)
     cycles = 8 * np.sin(2 * np.pi * t / 8766) + 3 * np.sin(2 * np.pi * t / 24)
-    drift = np.convolve(rng.normal(size=hours + 47), np.full(48, 48**-0.5), mode="valid")
-    frame: dict[str, Any] = {"date": pd.date_range("2016-07-01", periods=hours, freq="h").astype(str)}
+    drift = np.convolve(rng.normal(size=HOURS + 47), np.full(48, 48**-0.5), mode="valid")
+    frame: dict[str, Any] = {"date": pd.date_range("2016-07-01", periods=HOURS, freq="h").astype(str)}
     for load in ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL"):
-        frame[load] = rng.normal(size=hours) + np.sin(2 * np.pi * t / 24 + rng.uniform(0, 6))
-    frame["OT"] = 15 + cycles + 2 * drift + 0.3 * rng.normal(size=hours)
+        frame[load] = rng.normal(size=HOURS) + np.sin(2 * np.pi * t / 24 + rng.uniform(0, 6))
+    frame["OT"] = 15 + cycles + 2 * drift + 0.3 * rng.normal(size=HOURS)
     return pd.DataFrame(frame)
 
 

@@ -253,6 +253,21 @@ def plot_ablations(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def plot_moved(runs: pd.DataFrame) -> Figure:
+    """How far meta-learning moved α in each variant of Table 3: a dot for each run, on a logarithmic axis.
+
+    Args:
+        runs: from ``report.movement_table``; runs that moved α by nothing at all are left out.
+    """
+    moved = runs[runs["alpha_moved"] > 0]
+    order = moved.groupby("change")["alpha_moved"].max().sort_values().index
+    figure, ax = plt.subplots(figsize=(7.6, 0.3 * len(order) + 1.2))
+    sns.stripplot(moved, x="alpha_moved", y="change", order=order, color=COLOURS["metaadamw"], jitter=False, ax=ax)
+    ax.set(xscale="log", xlabel="largest change of a group's α by meta-learning (no unit, log scale)", ylabel="")
+    ax.grid(visible=True, axis="y")
+    return figure
+
+
 def plot_movement(movement: pd.DataFrame) -> Figure:
     """How far Φ, α and log σ² are from their start after each meta-update: means and ranges over seeds.
 

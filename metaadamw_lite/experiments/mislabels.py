@@ -5,12 +5,11 @@ method, larger for labels that look wrong; ``detection`` says how well such a ra
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from metaadamw_lite.lilaw import LiLAW
@@ -64,9 +63,9 @@ class SampleHistory:
 
         Args:
             weighted: whether there was a LiLAW to ask.
-
-        "confident learning" needs cleanlab and is left out where that is not installed.
         """
+        from cleanlab.rank import get_label_quality_scores  # takes seconds to import
+
         sums, epochs = self.sums, max(1, self.epochs)
         never = sums["learned"] == 0  # as the authors of forgetting events count it: worse than any that is forgotten
         found = {
@@ -80,11 +79,8 @@ class SampleHistory:
         if weighted:
             found |= {"LiLAW, easy weight": -sums["easy"] / epochs, "LiLAW, how often hard": sums["hard"] / epochs}
         scores = {name: x.numpy() for name, x in found.items()}
-        if find_spec("cleanlab") is not None:
-            from cleanlab.rank import get_label_quality_scores
-
-            mean = (sums["probabilities"] / sums["probabilities"].sum(dim=1, keepdim=True)).numpy()
-            scores["confident learning"] = -get_label_quality_scores(self.labels.numpy(), mean, adjust_pred_probs=True)
+        mean = (sums["probabilities"] / sums["probabilities"].sum(dim=1, keepdim=True)).numpy()
+        scores["confident learning"] = -get_label_quality_scores(self.labels.numpy(), mean, adjust_pred_probs=True)
         return scores
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,20 +101,6 @@ def detection(scores: Mapping[str, Array], wrong: Array) -> dict[str, dict[str, 
         wrong: which labels are wrong, (N,); at least one is and one is not.
     """
     return {
-        name: {"auroc": area_under_roc(x, wrong), "auprc": average_precision(x, wrong)} for name, x in scores.items()
+        name: {"auroc": float(roc_auc_score(wrong, x)), "auprc": float(average_precision_score(wrong, x))}
+        for name, x in scores.items()
     }
-
-
-def area_under_roc(scores: Array, wrong: Array) -> float:
-    """The probability that a wrong label has a larger score than a right one, ties counted half."""
-    u = stats.mannwhitneyu(scores[wrong], scores[~wrong]).statistic
-    return float(u / (wrong.sum() * (~wrong).sum()))
-
-
-def average_precision(scores: Array, wrong: Array) -> float:
-    """Mean precision at each step of recall, samples of equal score taken together."""
-    order = np.argsort(-scores, kind="stable")
-    ranked, hits = scores[order], np.cumsum(wrong[order])
-    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # of each run of equal scores
-    recalled = np.diff(hits[last], prepend=0) / hits[-1]
-    return float((recalled * hits[last] / (last + 1)).sum())

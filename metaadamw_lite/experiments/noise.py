@@ -6,6 +6,8 @@ samples that are wrong. The share is exact: of N samples, the nearest whole numb
 
 import io
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +131,7 @@ def human_labels(name: str, truth: Array) -> Array:
         with np.load(path, allow_pickle=False) as tables:
             labels: Array = tables[name].astype(np.int64)
             clean = tables["clean_label"]
-    except (OSError, ValueError, KeyError) as error:
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} is not the labels of CIFAR-10N ({error!r}); delete it to have it made again"
         ) from error

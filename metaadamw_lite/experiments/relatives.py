@@ -20,6 +20,7 @@ from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.report import NEVER, PairedDifference, paired_difference
 from metaadamw_lite.experiments.studies import FEW_SEEDS, study_runs
+from metaadamw_lite.lilaw import weights_of
 
 Records = Sequence[dict[str, Any]]
 LOPE_LABELS = {
@@ -309,10 +310,8 @@ def plot_weights(lilaw: LiLAW) -> Figure:
     given, largest = torch.meshgrid(grid, grid, indexing="xy")
     possible = (given + largest <= 1) & (given <= largest) | ((given - largest).abs() < 0.012)
     with torch.no_grad():
-        easy = (lilaw.alpha * given - largest).sigmoid()
-        moderate = (-(lilaw.delta * given - largest).square() / 2).exp()
-        hard = (largest - lilaw.beta * given).sigmoid()
-    panels = {"W_α (easy)": easy, "W_δ (moderate)": moderate, "W_β (hard)": hard, "W": easy + moderate + hard}
+        w = weights_of(given, largest, lilaw.alpha, lilaw.delta, lilaw.beta)
+    panels = {"W_α (easy)": w.easy, "W_δ (moderate)": w.moderate, "W_β (hard)": w.hard, "W": w.total}
     figure, axes = plt.subplots(1, 4, figsize=(10.4, 3.0), sharex=True, sharey=True)
     for ax, (title, weights) in zip(axes, panels.items(), strict=True):
         shown = np.ma.masked_array(weights.numpy(), ~possible.numpy())

@@ -289,9 +289,9 @@ def holm(p_values: "pd.Series[float]") -> "pd.Series[float]":
     return pd.Series(corrected, index=known.index, dtype=float).reindex(p_values.index)
 
 
-def interquartile_mean(values: "np.ndarray[Any, Any]", axis: int = -1) -> Any:
+def interquartile_mean(values: "np.ndarray[Any, Any]") -> float:
     """The mean of the middle half of some values (Agarwal et al., 2021)."""
-    return stats.trim_mean(values, 0.25, axis=axis)
+    return float(stats.trim_mean(values, 0.25))
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def over_tasks(improvements: "dict[str, pd.Series[float]]") -> dict[str, Estimat
     groups = [x.to_numpy() for x in improvements.values() if len(x)]
     draws = [[rng.choice(group, len(group)) for group in groups] for _ in range(2000)]
     statistics: dict[str, Callable[[list[Any]], float]] = {
-        "interquartile mean": lambda parts: float(interquartile_mean(np.concatenate(parts))),
+        "interquartile mean": lambda parts: interquartile_mean(np.concatenate(parts)),
         "probability of improvement": lambda parts: float(np.mean([np.mean((x > 0) + (x == 0) / 2) for x in parts])),
     }
     result = {}
@@ -379,29 +379,28 @@ def improvements_frame(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def time_to_best(epochs: pd.DataFrame, lower_is_better: bool, arm: str = "metaadamw") -> pd.DataFrame:
-    """When an arm gets to where AdamW is at its best: one row for each pair.
+def time_to_best(epochs: pd.DataFrame, lower_is_better: bool) -> pd.DataFrame:
+    """When MetaAdamW gets to where AdamW is at its best: one row for each pair.
 
     Args:
         epochs: from ``epochs_frame``, of one task and profile.
         lower_is_better: direction of the metric.
-        arm: which.
 
     Returns:
-        Indexed by protocol and seed: AdamW's best metric, the epoch it was reached in, the arm's first epoch that is
-        as good (NaN if none is), and the arm's last one.
+        Indexed by protocol and seed: AdamW's best metric, the epoch it was reached in, MetaAdamW's first epoch that is
+        as good (NaN if none is), and its last one.
     """
     sign = 1 if lower_is_better else -1
     rows = []
     for (protocol, seed), part in epochs.groupby(["protocol", "seed"]):
-        adamw, other = (part[part["variant"] == v].dropna(subset="metric") for v in ("adamw", arm))
+        adamw, other = (part[part["variant"] == v].dropna(subset="metric") for v in ARMS[:2])
         if adamw.empty or other.empty:
             continue
         target = adamw.iloc[(sign * adamw["metric"]).argmin()]
         reached = other[sign * other["metric"] <= sign * target["metric"]]["epoch"]
         first = reached.min() if len(reached) else np.nan
         rows.append((protocol, seed, target["metric"], target["epoch"], first, other["epoch"].max()))
-    columns = ["protocol", "seed", "AdamW's best", "AdamW, epoch", "arm, epoch", "arm, last epoch"]
+    columns = ["protocol", "seed", "AdamW's best", "AdamW, epoch", "MetaAdamW, epoch", "MetaAdamW, last epoch"]
     return pd.DataFrame(rows, columns=columns).set_index(["protocol", "seed"])
 
 
@@ -507,6 +506,53 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
     return table.assign(paper=printed[task], p_holm=holm(tested))
 
 
+def movement_table(task: str, profile: str) -> pd.DataFrame:
+    """How far meta-learning moved the factors in MetaAdamW and in each variant of Table 3, under the paper's protocol.
+
+    Returns:
+        A row for each run: "change" (the row of Table 3, or "MetaAdamW"), "variant", "seed", "meta_updates" (how many),
+        "alpha_moved" (largest distance of a group's α from what Φ gave at its start, over groups and meta-updates), and
+        "same_phi": whether the variant begins with the Φ of MetaAdamW and of the untrained control, so that it can be
+        compared with the latter.
+    """
+    records = [r for r in recorded(task) if (r["run"]["profile"], r["run"]["protocol"]) == (profile, "paper")]
+    moved = movement_frame(r for r in records if r["run"]["variant"] in ("metaadamw", *ABLATIONS))
+    if moved.empty:
+        return pd.DataFrame(columns=["change", "variant", "seed", "meta_updates", "alpha_moved", "same_phi"])
+    names = {name: f"{row.factor}: {row.value}" for name, row in ABLATIONS.items()}
+    same = {"metaadamw"} | {name for name, row in ABLATIONS.items() if row.factor in KEEP_PHI}
+    runs = moved.groupby(["variant", "seed"]).agg(meta_updates=("update", "max"), alpha_moved=("alpha_moved", "max"))
+    runs = runs.reset_index()
+    change = runs["variant"].map({"metaadamw": "MetaAdamW"} | names)
+    return runs.assign(change=change, same_phi=runs["variant"].isin(same))
+
+
+KEEP_PHI = ("Meta-learning objective", "HUW priorities", "Meta-update frequency")
+"""The blocks of Table 3 that change how Φ is trained and not what it is."""
+
+
+def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
+    """What training Φ in another way, or more often, gains over the same Φ left untrained.
+
+    Returns:
+        Indexed by change, from the least moved to the most: "meta_updates" in a run (median), "alpha_moved" (median
+        over seeds), "largest" (over seeds), "difference": the improvement over the untrained control, paired by seed (a
+        ``PairedDifference``), and "p_holm", its p after Holm's correction over the rows.
+    """
+    runs = movement_table(task, profile)
+    columns = ["meta_updates", "alpha_moved", "largest", "difference", "p_holm"]
+    if runs.empty:
+        return pd.DataFrame(columns=columns)
+    outcome = outcomes(runs_frame(r for r in recorded(task) if r["run"]["profile"] == profile))
+    rows = {}
+    for (change, variant), group in runs[runs["same_phi"]].groupby(["change", "variant"]):
+        difference = compare(outcome, "paper", str(variant), "metaadamw-frozen", TASKS[task].lower_is_better)
+        moved = group["alpha_moved"]
+        rows[change] = group["meta_updates"].median(), moved.median(), moved.max(), difference
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns[:-1]).sort_values("largest")
+    return table.assign(p_holm=holm(table["difference"].map(lambda d: d.p)))
+
+
 def claims_table() -> pd.DataFrame:
     """One row for each claim in ``data/paper/claims.csv``: the paper's number, ours, the verdict and the evidence.
 
@@ -570,8 +616,8 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
     if kind == "earlier":
         reached = time_to_best(epochs_frame(main_records(task, profile)), TASKS[task].lower_is_better)
         reached = reached[reached.index.get_level_values("protocol") == "paper"]
-        never = reached["arm, last epoch"] + 1
-        d = paired_difference(reached["AdamW, epoch"] - reached["arm, epoch"].fillna(never), "epochs")
+        never = reached["MetaAdamW, last epoch"] + 1
+        d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
         return f"earlier by {d} (never: one after the last)", verdict(d).replace("it is worse", "it is later or never")
     arm, baseline = by_seed(mine.assign(outcome=mine["epochs"]), "paper", "metaadamw", "adamw")
     d = improvement(arm, baseline, lower_is_better=False)

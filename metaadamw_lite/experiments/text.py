@@ -46,8 +46,9 @@ def trimmed(batch: Batch) -> Batch:
     return tuple(x[:, : max(1, int((x != PAD).any(dim=0).sum()))].long() for x in batch)
 
 
-def made_up_sentences(count: int, length: int, rng: np.random.Generator, words: int = 60) -> list[list[str]]:
+def made_up_sentences(count: int, length: int, rng: np.random.Generator) -> list[list[str]]:
     """Sentences of made-up words for tests, from half of ``length`` up to ``length``; word k comes after word k−1."""
+    words = 60
     starts, lengths = rng.integers(0, words, count), rng.integers(length // 2, length + 1, count)
     noise = rng.random((count, length)) < 0.2
     return [

@@ -29,6 +29,7 @@ from metaadamw_lite import LiLAW, MetaAdamW
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import NOISY, TASKS, lope_study
 from metaadamw_lite.experiments.datasets import DataError
+from metaadamw_lite.experiments.lope_study import LoPESettings
 from metaadamw_lite.experiments.mislabels import SampleHistory, detection
 from metaadamw_lite.experiments.noise import corrupted
 from metaadamw_lite.experiments.records import (
@@ -49,6 +50,8 @@ EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
 _EACH = partial(F.cross_entropy, reduction="none")
 _MACHINE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError), DataError)
+_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+"""On a CPU torch says so in a plain RuntimeError."""
 
 
 class RunInProgressError(RuntimeError):
@@ -60,7 +63,7 @@ def run(
     results: Path = RESULTS,
     device: str = "cpu",
     progress: bool = True,
-    settings: Settings | None = None,
+    settings: Settings | LoPESettings | None = None,
     wait: bool = False,
 ) -> dict[str, Any]:
     """Make one run and write its record; if it has one already, read that.
@@ -71,6 +74,7 @@ def run(
         device: as torch names it.
         progress: show a progress bar.
         settings: the task's, instead of those of the key's profile; for trying things out, with another ``results``.
+            Those of an adaptation (tasks "lope-…") are ``LoPESettings``.
         wait: if another process is at this run, wait until it is done with it.
 
     Returns:
@@ -78,23 +82,38 @@ def run(
         raised an error that is not the machine's fault).
 
     Raises:
-        ValueError: for an unknown task or variant, or one that the task or its protocol does not go with.
+        ValueError: for an unknown task, variant or device, settings of another kind of task, or a variant that the task
+            or its protocol does not go with.
         RunInProgressError: if another process is at this run.
     """
+    check_device(device)
     check_choice("task", key.task, (*TASKS, *NOISY, *lope_study.NOISE))
     if key.task in lope_study.NOISE:  # which have training of their own
         lope_study.check(key)
-        how = lope_study.settings(key.profile)
+        how = lope_study.settings(key.profile) if settings is None else settings
+        if not isinstance(how, LoPESettings):
+            raise ValueError(f"settings are {type(how).__name__}; {key.task} needs LoPESettings")
         return _recorded(key, results, wait, lambda: lope_study.make(key, how, torch.device(device), progress))
     task = TASKS.get(key.task) or NOISY[key.task]
     if key.task in NOISY:
         check_choice("protocol (of a task with wrong labels)", key.protocol, ("clean",))
+    if isinstance(settings, LoPESettings):
+        raise ValueError(f"settings are LoPESettings; {key.task} needs Settings")
     settings = changed(settings or task.settings(key.profile), key.variant)
     if settings.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
     return _recorded(
         key, results, wait, lambda: _Run(task, key, settings, results, torch.device(device)).make(progress)
     )
+
+
+def check_device(name: str) -> None:
+    """Raise a ValueError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.zeros((), device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {name!r}, which cannot be used here ({reason})") from error
 
 
 def _recorded(key: RunKey, results: Path, wait: bool, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -237,6 +256,8 @@ class _Run:
             except _MACHINE_ERRORS:
                 raise
             except (ArithmeticError, RuntimeError, ValueError) as error:
+                if any(words in str(error) for words in _CPU_OUT_OF_MEMORY):
+                    raise
                 return self._record("failed") | {"error": f"{type(error).__name__}: {error}"}
         return self._record(status)
 
@@ -313,7 +334,7 @@ class _Run:
                 "step_seconds": round(in_step.seconds(), 3),
                 "meta_seconds": round(in_meta.seconds(), 3),
             }
-            | ({} if self.samples is None or not math.isfinite(train_loss) else self._look_at_samples(self.samples))
+            | ({} if self.samples is None or not math.isfinite(val.loss) else self._look_at_samples(self.samples))
         )
 
     def _training_batches(self, epoch: int, purpose: str) -> Iterator[Batch]:
