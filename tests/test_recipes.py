@@ -1,7 +1,9 @@
 """The recipes of the page "Using it" run as they stand, and do what the page says."""
 
 import re
+from itertools import islice
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -17,6 +19,10 @@ RECIPES = {
     for title, text in SECTIONS
     if (found := re.search(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
 }
+
+
+SHARED = re.search(r"^  ```python\n(.*?)^  ```", PAGE, flags=re.MULTILINE | re.DOTALL)[1]
+"""What the page defines for all recipes."""
 
 
 def make_model(seed=0):
@@ -35,13 +41,14 @@ def names(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(96, 4, generator=generator)
     samples = list(zip(x, x.sum(dim=1, keepdim=True), strict=True))
-    batches = list(DataLoader(samples, batch_size=8))
-    return {
+    shared = {}
+    exec(compile(dedent(SHARED), "using.md", "exec"), shared)
+    return shared | {
         "torch": torch,
         "model": make_model(),
         "other_model": nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)),
-        "loader": batches,
-        "val_loader": batches[:2],
+        "loader": DataLoader(samples, batch_size=8, shuffle=True, generator=generator),
+        "val_loader": DataLoader(samples[:16], batch_size=8),
         "loss_fn": loss_fn,
         "K_meta": 4,
         "device": "cpu",
@@ -53,16 +60,15 @@ def names(tmp_path):
 
 @pytest.mark.parametrize("title", RECIPES)
 def test_the_recipe_runs_and_trains(title, names, recwarn):
-    if title in ("Lightning", "Hugging Face Accelerate"):
-        names["loader"] = DataLoader(names["dataset"], batch_size=8)
-    before = loss_fn(make_model(), names["val_loader"][0]).item()
+    held_out = next(iter(names["val_loader"]))
+    before = loss_fn(make_model(), held_out).item()
     exec(compile(RECIPES[title], f"using.md, {title}", "exec"), names)
     optimizer = names.get("optimizer")
     if title == "Lightning":
         optimizer = names["trainer"].optimizers[0]
     assert isinstance(optimizer, MetaAdamW)
     if title not in ("Stop and go on", "Φ by itself"):
-        assert loss_fn(names["model"], names["val_loader"][0]).item() < before
+        assert loss_fn(names["model"], held_out).item() < before
         assert (optimizer.alpha != 1).any()
         assert optimizer._t > 1
     if "update_attention" in RECIPES[title]:
@@ -109,7 +115,7 @@ def test_a_compiled_training_step_is_the_plain_one(names, kernel):
         return loss
 
     compiled = torch.compile(training_step, backend="aot_eager")
-    for batch in names["loader"][:4]:
+    for batch in islice(names["loader"], 4):
         compiled(models[0], optimizers[0], batch)
         training_step(models[1], optimizers[1], batch)
     for p, q in zip(*(m.parameters() for m in models), strict=True):

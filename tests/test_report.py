@@ -357,6 +357,29 @@ def test_an_ablation_holds_where_the_change_is_worse(monkeypatch):
     assert row(0.7)["verdict"] == "does not hold: it is better (lite runs)"
 
 
+def test_what_training_phi_brings_is_taken_against_the_same_phi_untrained(monkeypatch):
+    gains = {"metaadamw": 1.00, "updates-10": 0.90, "features-enhanced": 0.5, "metaadamw-frozen": 1.00}
+    moves = {"metaadamw": [0.01, 0.02], "updates-10": [0.1, 0.4, 0.3], "features-enhanced": [0.9]}
+    records = [
+        made(variant, seed, [gain * (1 + seed / 10)], profile="lite")
+        | {"meta_updates": [{"log_var": [], "alpha_moved": m * (1 + seed)} for m in moves.get(variant, [])]}
+        for variant, gain in gains.items()
+        for seed in range(4)
+    ]
+    monkeypatch.setattr(report, "recorded", lambda task: records)
+    runs = report.movement_table("etth1", "lite").set_index(["variant", "seed"])
+    assert runs.loc[("updates-10", 3), "alpha_moved"] == pytest.approx(1.6)
+    assert runs.loc[("updates-10", 3), "meta_updates"] == 3
+    assert len(runs) == 12, "the control does no meta-updates"
+    table = report.more_meta_learning("etth1", "lite")
+    assert table.index.tolist() == ["MetaAdamW", "Meta-update frequency: Approx. 10 times per epoch"]
+    assert table["difference"].map(lambda d: d.mean).tolist() == pytest.approx([0, 10])
+    assert table["alpha_moved"].tolist() == pytest.approx([0.05, 1.0])
+    statement = report.more_meta_learning_statement(table)
+    assert "10 times per epoch**: 3 meta-updates a run, α by up to 1.60) is +10.0 %" in statement
+    assert report.more_meta_learning("etth1", "paper").empty
+
+
 def test_the_statement_on_the_tuned_baseline_counts_what_was_tested():
     def difference(values):
         return report.paired_difference(pd.Series(values, dtype=float), "%")

@@ -553,6 +553,16 @@ def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
     return table.assign(p_holm=holm(table["difference"].map(lambda d: d.p)))
 
 
+def more_meta_learning_statement(table: pd.DataFrame) -> str:
+    """What a ``more_meta_learning`` says, in two sentences (Markdown)."""
+    last, d = table.iloc[-1], table["difference"].iloc[-1]
+    return (
+        f"The row that moved α furthest (**{table.index[-1]}**: {last['meta_updates']:.0f} meta-updates a run, "
+        f"α by up to {last['largest']:.2f}) is {d} beside the same Φ untrained: {verdict(d)}. After Holm's correction "
+        f"{(table['p_holm'] < 1 - CONFIDENCE).sum()} of the {len(table)} rows differ."
+    )
+
+
 def claims_table() -> pd.DataFrame:
     """One row for each claim in ``data/paper/claims.csv``: the paper's number, ours, the verdict and the evidence.
 
