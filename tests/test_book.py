@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import papermill
@@ -113,12 +116,17 @@ def test_building_with_a_parameter_that_no_notebook_has_fails(capsys):
     assert "profile" in error
 
 
-def test_every_promise_names_a_test_that_exists():
+def test_every_promise_names_a_test_that_exists_and_counts_its_cases():
     page = (ROOT / "book" / "promises.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)` \| ([^|]+) \|", page)
     assert len(named) > 20
-    for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", str(ROOT / "tests")]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cases = Counter(re.findall(r"^tests/(test_\w+\.py)::(test_\w+)", collected, flags=re.MULTILINE))
+    for file, test, count in named:
+        assert cases[file, test] > 0, f"{file}::{test}"
+        if count.isdigit():
+            assert cases[file, test] == int(count), f"{file}::{test}"
 
 
 def test_the_page_of_promises_counts_the_generated_cases():
