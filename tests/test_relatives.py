@@ -1,5 +1,6 @@
 """What the chapters on the relatives say follows from records: signs, pairs, and verdicts on claims."""
 
+import pandas as pd
 import pytest
 
 from metaadamw_lite.experiments import relatives, report
@@ -34,6 +35,22 @@ def on_wrong_labels(variant, seed, accuracy):
             "entropy": {"auroc": 0.6, "auprc": 0.5},
         },
     }
+
+
+def test_kinds_on_which_nothing_is_learned_are_named():
+    rows = [
+        {"task": task, "noise": noise, "variant": variant, "best": best}
+        for task, noise, values in (
+            ("imdb-symmetric40", "IMDB, symmetric 40 %", [50.0, 53.0]),
+            ("cifar10-symmetric40", "CIFAR-10, symmetric 40 %", [35.0, 37.0]),
+        )
+        for best in values
+        for variant in ("adamw", "adamw-lilaw")
+    ]
+    says = relatives.chance_statement(pd.DataFrame(rows))
+    assert "IMDB, symmetric 40 %: 51.5 %, chance 50 %." in says
+    assert "CIFAR" not in says
+    assert "more than five points above chance" in relatives.chance_statement(pd.DataFrame(rows[4:]))
 
 
 def test_every_arm_has_a_label():

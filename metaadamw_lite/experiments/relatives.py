@@ -106,6 +106,21 @@ def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     return _corrected(pd.DataFrame.from_dict(rows, orient="index"), control=right)
 
 
+CLASSES = {"cifar10": 10, "imdb": 2}
+
+
+def chance_statement(runs: pd.DataFrame) -> str:
+    """On which kinds of noise AdamW is within five points of chance, so that accuracies say little (Markdown)."""
+    adamw = runs[runs["variant"] == "adamw"]
+    chance = 100 / adamw["task"].str.split("-").str[0].map(CLASSES)
+    mean = adamw.assign(chance=chance).groupby("noise", sort=False)[["best", "chance"]].mean()
+    blind = mean[mean["best"] < mean["chance"] + 5]
+    if blind.empty:
+        return "AdamW is more than five points above chance on every kind of noise."
+    named = "; ".join(f"{noise}: {row['best']:.1f} %, chance {row['chance']:.0f} %" for noise, row in blind.iterrows())
+    return f"**Hardly above chance** is AdamW on some kinds; their rows say little about accuracy. {named}."
+
+
 def _corrected(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.DataFrame:
     """A table with a column "difference", with p after Holm's correction over its rows, and the verdicts by that.
 
