@@ -364,8 +364,10 @@ def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[list[Tensor
         with torch.no_grad():
             _write(parts, theta)
             for module, named in buffers:
-                module._buffers.clear()  # of what was None before, or not there
-                module._buffers.update(named)
+                for name in [name for name in module._buffers.keys() if name not in named]:  # noqa: SIM118
+                    del module._buffers[name]
+                for name, buffer in named.items():  # one by one: a ScriptModule's table of buffers can do no more
+                    module._buffers[name] = buffer
             for buffer, value in values:
                 buffer.copy_(value)
         torch.clear_autocast_cache()

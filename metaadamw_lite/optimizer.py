@@ -64,6 +64,7 @@ _OWN_ATTRIBUTES = (
     "huw",
     "_feature_config",
     "_group_strategy",
+    "_names",
     "_places",
     "_group_places",
     "_meta_objective",
@@ -133,7 +134,7 @@ class MetaAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: for an argument out of range (a parameter group's included), an unknown name, complex parameters, an
-            empty parameter list, or nameless parameters of which ``model`` has only some.
+            empty parameter list, or nameless parameters that ``model`` does not have.
     """
 
     _plain: PlainModulator | None
@@ -191,8 +192,8 @@ class MetaAdamW(torch.optim.AdamW):
         self._feature_config = FeatureConfig(feature_version, use_v_norms, include_time_step)
         self._group_strategy = group_strategy
         found = model if model is not None else _model_behind(params)
-        if model is not None and group_strategy == "fine_grained":
-            params = _with_names(params, model)
+        name_them = model is not None and group_strategy == "fine_grained"
+        self._names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()} if model and name_them else {}
         self._places = {} if found is None else places_by_class(found)
         self._group_places: list[dict[str, Place]] = []  # one for each parameter group
         self._meta_objective = meta_objective
@@ -504,7 +505,7 @@ class MetaAdamW(torch.optim.AdamW):
                 torch's AdamW that this optimizer does not have. No group is added then.
         """
         model = _model_behind(param_group.get("params"))
-        super().add_param_group(param_group)
+        super().add_param_group(self._with_names(param_group))
         group = self.param_groups[-1]
         names = group.get("param_names", [None] * len(group["params"]))
         try:
@@ -514,7 +515,7 @@ class MetaAdamW(torch.optim.AdamW):
                     raise ValueError(
                         f"parameter {name or tuple(p.shape)} is {p.dtype}; only real parameters are supported"
                     )
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
         self._group_places.append(self._places if model is None else places_by_class(model))
@@ -533,6 +534,24 @@ class MetaAdamW(torch.optim.AdamW):
                     new[row] = old.detach()[before.index(name)]
             old.data = new
             self._meta_optimizer.state.pop(old, None)  # Adam's moments have the old number of rows
+
+    def _with_names(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A parameter group, with the names that ``model`` has for parameters that come without.
+
+        Raises:
+            ValueError: if it does not have them all.
+        """
+        params = group.get("params", ())
+        if not self._names or isinstance(params, set):  # torch refuses sets, which have no order
+            return group
+        params = [params] if isinstance(params, Tensor) else list(params)
+        nameless = [p for p in params if isinstance(p, Tensor)]
+        if unknown := [p for p in nameless if p not in self._names]:
+            raise ValueError(
+                f"{len(unknown)} of {len(nameless)} parameters, the first of shape {tuple(unknown[0].shape)}, have no "
+                "name and are not in model; pass named parameters, or a model that has them all"
+            )
+        return {**group, "params": [(self._names[p], p) if isinstance(p, Tensor) else p for p in params]}
 
     def _regroup(self) -> None:
         """Form the modulation groups, and the buckets that share one parameter group and one modulation group."""
@@ -591,8 +610,8 @@ class MetaAdamW(torch.optim.AdamW):
     def _phi_settings(self) -> dict[str, Any]:
         """What decides the function that Φ computes and the shapes of its parameters do not show."""
         phi, features = self.modulator, self._feature_config
-        decide: dict[str, Any] = {"feature_version": features.version, "columns": list(features.columns)}
-        if isinstance(phi, Modulator):  # it may be of another class
+        decide: dict[str, Any] = {"feature_version": str(features.version), "columns": list(features.columns)}
+        if type(phi) is Modulator:  # another class, or a subclass, may compute something else
             layer = phi.encoder.layers[0]
             assert isinstance(layer, nn.TransformerEncoderLayer)
             decide["attn_heads"] = int(layer.self_attn.num_heads)
@@ -692,32 +711,6 @@ def _refuse_sparse(buckets: Sequence[Bucket]) -> None:
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient; MetaAdamW, like AdamW, needs dense "
                     "ones (for nn.Embedding: sparse=False)"
                 )
-
-
-def _with_names(params: Any, model: nn.Module) -> Any:
-    """Parameters or parameter groups, with the names that the model has for those that come without.
-
-    Raises:
-        ValueError: if the model has some of the nameless parameters and others not.
-    """
-    if isinstance(params, Tensor):
-        return params  # which torch refuses
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    entries = list(params)
-    groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in entries]
-    groups = [[group] if isinstance(group, Tensor) else list(group) for group in groups]
-    nameless = [p for group in groups for p in group if isinstance(p, Tensor)]
-    unknown = [p for p in nameless if p not in names]
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} of {len(nameless)} parameters, the first of shape {tuple(unknown[0].shape)}, have no name "
-            "and are not in model; pass named parameters, or a model that has them all"
-        )
-    named = [[(names[p], p) if isinstance(p, Tensor) else p for p in group] for group in groups]
-    return [
-        {**entry, "params": group} if isinstance(entry, dict) else group[0]
-        for entry, group in zip(entries, named, strict=True)
-    ]
 
 
 def _model_behind(params: Any) -> nn.Module | None:

@@ -504,6 +504,9 @@ def test_a_device_that_cannot_be_used_is_named(tmp_path, device, capsys):
     assert main([str(word) for word in command]) == 2
     assert capsys.readouterr().err.startswith(f"error: device is '{device}'")
     assert list(tmp_path.iterdir()) == []
+    recorded = run(RunKey("etth1", "adamw", "paper", "smoke", 0), tmp_path, progress=False)
+    again = run(RunKey("etth1", "adamw", "paper", "smoke", 0), tmp_path, device, progress=False)
+    assert again["epochs"] == recorded["epochs"], "what is recorded needs no device"
 
 
 def test_settings_of_another_kind_of_task_are_refused(tmp_path):

@@ -340,6 +340,19 @@ def test_a_buffer_that_is_made_by_the_forward_pass_is_left_out_again(batches):
     assert "later" not in dict(model.named_buffers())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_part_that_torchscript_made_is_left_as_found(batches):
+    model = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.BatchNorm1d(3)))
+    before = copy.deepcopy(model.state_dict())
+    samples = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(3)]
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    MetaAdamW(list(model.named_parameters())).update_attention(model, *samples[:2], loss, samples[2])
+    assert_same(model.state_dict(), before)
+
+
 def test_a_buffer_that_shares_memory_is_no_obstacle(batches):
     model, optimizer = trained(batches)
     model.register_buffer("mask", torch.ones(1, 4).expand(8, 4))

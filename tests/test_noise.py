@@ -216,6 +216,8 @@ def test_areas_of_a_ranking_with_ties():
     areas = detection({"some": np.array([3.0, 2.0, 2.0, 1.0, 0.0])}, np.array([True, True, False, False, False]))
     assert areas["some"]["auroc"] == pytest.approx(5.5 / 6)
     assert areas["some"]["auprc"] == pytest.approx((1 + 2 / 3) / 2)
+    broken = detection({"some": np.array([math.nan, 1.0, 2.0])}, np.array([True, False, False]))
+    assert all(math.isnan(area) for area in broken["some"].values())
 
 
 def test_every_method_finds_labels_that_a_model_contradicts_and_chance_finds_nothing():

@@ -253,13 +253,14 @@ def test_options_that_are_not_supported_are_refused_and_not_ignored(option):
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"betas": (2.0, 0.9)}, r"betas is \(2.0, 0.9\)"),
         ({"decoupled_weight_decay": False}, "decoupled_weight_decay is False"),
+        ({"lr": "1e-3"}, "must be real number"),
     ],
 )
 def test_settings_of_a_parameter_group_are_checked_like_those_of_all(setting, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         MetaAdamW([{"params": [nn.Parameter(torch.ones(2))], **setting}])
     optimizer = MetaAdamW([nn.Parameter(torch.ones(2))])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **setting})
     assert len(optimizer.param_groups) == 1
 
@@ -273,7 +274,18 @@ def test_a_model_names_parameters_that_come_without_names():
     by_group = MetaAdamW(decayed, model=model)
     assert {g.name for g in by_group.groups} == {name for name, _ in expected}
     assert [group["weight_decay"] for group in by_group.param_groups] == [0.0, 0.01]
-    assert [g.name for g in MetaAdamW([{"params": model.head.weight}], model=model).groups] == ["other/deep/weight"]
+    later = MetaAdamW([{"params": model.head.weight}], model=model)
+    assert [g.name for g in later.groups] == ["other/deep/weight"]
+    later.add_param_group({"params": [model.head.bias]})
+    assert [g.name for g in later.groups] == ["other/deep/weight", "other/deep/bias"]
+    with pytest.raises(TypeError, match="ordered"):
+        MetaAdamW([{"params": set(model.parameters())}], model=model)
+
+
+def test_parts_of_a_model_keep_their_module_classes():
+    model = nn.ModuleDict({"front": nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), "head": nn.Linear(4, 1)})
+    parts = [{"params": part.named_parameters()} for part in model.values()]
+    assert "embedding/shallow/weight" in {g.name for g in MetaAdamW(parts, model=model).groups}
 
 
 def test_parameters_that_the_model_does_not_have_are_refused():

@@ -1,5 +1,7 @@
 """What the chapters on the relatives say follows from records: signs, pairs, and verdicts on claims."""
 
+import math
+
 import pandas as pd
 import pytest
 
@@ -50,6 +52,8 @@ def test_kinds_on_which_nothing_is_learned_are_named():
     says = relatives.chance_statement(pd.DataFrame(rows))
     assert "IMDB, symmetric 40 %: 51.5 %, chance 50 %." in says
     assert "CIFAR" not in says
+    nothing = pd.DataFrame([row | {"best": math.nan} for row in rows])
+    assert "CIFAR-10, symmetric 40 %: nan %" in relatives.chance_statement(nothing)
     assert "more than five points above chance" in relatives.chance_statement(pd.DataFrame(rows[4:]))
 
 

@@ -4,6 +4,7 @@
 method, larger for labels that look wrong; ``detection`` says how well such a ranking finds those that are wrong.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,8 +100,12 @@ def detection(scores: Mapping[str, Array], wrong: Array) -> dict[str, dict[str, 
     Args:
         scores: for each method a number for each of N samples, larger for a label that looks wrong.
         wrong: which labels are wrong, (N,); at least one is and one is not.
+
+    Returns:
+        For each method "auroc" and "auprc"; NaN where a number is not finite.
     """
+    areas = {"auroc": roc_auc_score, "auprc": average_precision_score}
     return {
-        name: {"auroc": float(roc_auc_score(wrong, x)), "auprc": float(average_precision_score(wrong, x))}
+        name: {area: float(f(wrong, x)) if np.isfinite(x).all() else math.nan for area, f in areas.items()}
         for name, x in scores.items()
     }

@@ -86,14 +86,13 @@ def run(
             or its protocol does not go with.
         RunInProgressError: if another process is at this run.
     """
-    check_device(device)
     check_choice("task", key.task, (*TASKS, *NOISY, *lope_study.NOISE))
     if key.task in lope_study.NOISE:  # which have training of their own
         lope_study.check(key)
         how = lope_study.settings(key.profile) if settings is None else settings
         if not isinstance(how, LoPESettings):
             raise ValueError(f"settings are {type(how).__name__}; {key.task} needs LoPESettings")
-        return _recorded(key, results, wait, lambda: lope_study.make(key, how, torch.device(device), progress))
+        return _recorded(key, results, device, wait, lambda: lope_study.make(key, how, torch.device(device), progress))
     task = TASKS.get(key.task) or NOISY[key.task]
     if key.task in NOISY:
         check_choice("protocol (of a task with wrong labels)", key.protocol, ("clean",))
@@ -103,7 +102,7 @@ def run(
     if settings.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
     return _recorded(
-        key, results, wait, lambda: _Run(task, key, settings, results, torch.device(device)).make(progress)
+        key, results, device, wait, lambda: _Run(task, key, settings, results, torch.device(device)).make(progress)
     )
 
 
@@ -116,11 +115,14 @@ def check_device(name: str) -> None:
         raise ValueError(f"device is {name!r}, which cannot be used here ({reason})") from error
 
 
-def _recorded(key: RunKey, results: Path, wait: bool, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _recorded(
+    key: RunKey, results: Path, device: str, wait: bool, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """The record of a run, which is made first if there is none."""
     path = key.path(results)
     if path.exists():
         return read_record(path)
+    check_device(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(key.path(results, ".lock"))
     try:
