@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite.experiments.chapter import Evidence
 from metaadamw_lite.experiments.report import PairedDifference, improvement, verdict
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS
-from metaadamw_lite.experiments.variants import ABLATIONS
+from metaadamw_lite.experiments.variants import ABLATIONS, ARMS
 
 
 def series(values, start=0):
@@ -143,14 +144,33 @@ def test_evidence_is_of_the_papers_settings_once_there_are_enough_seeds():
             [
                 {"profile": "paper", "protocol": p, "variant": v, "seed": s}
                 for p in ("paper", "clean")
-                for v in ("adamw", "metaadamw")
+                for v in ARMS
                 for s in range(seeds)
             ]
         )
 
-    assert report.best_evidence(runs(report.ENOUGH_SEEDS)) == "paper"
-    assert report.best_evidence(runs(report.ENOUGH_SEEDS - 1)) == "lite"
-    assert report.best_evidence(runs(5).query("protocol == 'paper'")) == "lite"
+    assert report.best_evidence(runs(report.ENOUGH_SEEDS), "paper") == "paper"
+    assert report.best_evidence(runs(report.ENOUGH_SEEDS - 1), "paper") == "lite"
+    assert report.best_evidence(runs(5).query("protocol == 'paper'"), "paper") == "paper"
+    assert report.best_evidence(runs(5).query("protocol == 'paper'"), "clean") == "lite"
+    assert report.best_evidence(runs(5).query("variant != 'metaadamw'"), "paper") == "lite"
+
+
+def test_a_page_with_whole_runs_under_one_protocol_says_what_rests_on_shortened_ones(monkeypatch):
+    short = [r for r in report.recorded("imdb") if r["run"]["profile"] == "lite"]
+    whole = [r | {"run": r["run"] | {"profile": "paper"}} for r in short if r["run"]["protocol"] == "paper"]
+    monkeypatch.setattr(report, "recorded", lambda task: [r for r in short + whole if r["run"]["task"] == task])
+    evidence = Evidence(TASKS["imdb"], "accuracy (share of reviews)")
+    assert evidence.profiles == {"paper": "paper", "clean": "lite"}
+    assert set(evidence.runs.groupby("protocol")["profile"].unique().map(list).map(tuple)) == {("paper",), ("lite",)}
+    assert "What is under protocol `clean` comes from shortened runs" in evidence.label()
+    says = evidence.verdict()["MetaAdamW improves on AdamW"]
+    assert "lite runs" in says["clean"]
+    assert "lite runs" not in says["paper"]
+    assert "The runs under `clean` are shortened" in evidence.conclusion()
+    assert evidence.curves().get_suptitle() == "IMDB sentiment, profile: paper (protocol paper), lite (protocol clean)"
+    monkeypatch.setattr(report, "recorded", lambda task: short)
+    assert "Everything recorded on this page comes from shortened runs" in Evidence(TASKS["imdb"], "share").label()
 
 
 def test_the_search_stays_out_of_the_comparison():

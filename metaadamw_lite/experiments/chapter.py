@@ -13,20 +13,20 @@ from matplotlib.figure import Figure
 
 from metaadamw_lite.experiments import figures, report
 from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.task import Task
+from metaadamw_lite.experiments.task import PROTOCOLS, Task
 from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS
 
 
 class Evidence:
-    """The committed runs of a task's three arms, at the best profile that enough seeds are recorded of.
+    """The committed runs of a task's three arms, under each protocol at the best profile with enough seeds.
 
     Args:
         task: which.
         unit: the metric with its unit, for axes.
 
     Attributes:
-        profile: "paper" or "lite".
+        profiles: "paper" or "lite", by protocol.
         paper: the task's row of the paper's Table 2.
         records: the records.
         runs: a row for each, with its ``outcome``.
@@ -35,26 +35,42 @@ class Evidence:
     def __init__(self, task: Task, unit: str) -> None:
         self.task, self.unit = task, unit
         self.paper: Any = report.paper_table(2).loc[task.name]
-        self.profile = report.best_evidence(report.runs_frame(report.recorded(task.name)))
-        self.records = report.main_records(task.name, self.profile)
+        runs = report.runs_frame(report.recorded(task.name))
+        self.profiles = {protocol: report.best_evidence(runs, protocol) for protocol in PROTOCOLS}
+        self.records = [r for p, profile in self.profiles.items() for r in report.main_records(task.name, p, profile)]
         self.runs = report.outcomes(report.runs_frame(self.records))
         self._movement = report.movement_frame(self.records)
 
     def label(self) -> str:
         """A warning for pages that rest on shortened runs; the name of the profile on others (Markdown)."""
-        what = f"Profile: `{self.profile}`; {len(self.runs)} runs; data: {', '.join(self.runs['data'].unique())}."
-        if self.profile == "paper":
+        what = f"Profile: {self._profile('`')}; {len(self.runs)} runs; data: {', '.join(self.runs['data'].unique())}."
+        short = self._shortened()
+        if not short:
             return what
+        everything = len(short) == len(self.profiles)
+        recorded = "Everything recorded on this page" if everything else f"What is under protocol `{short[0]}`"
         return (
-            f"**{what} Everything recorded on this page comes from shortened runs**: real data and the paper's model, "
-            f"but {self._steps()}. They show how training begins, not where it ends, and cannot be compared with the "
-            "paper's numbers."
+            f"**{what} {recorded} comes from shortened runs**: real data and the paper's model, "
+            f"but {self._steps()}. They show how training begins, not where it ends, and cannot be compared with "
+            f"{'the paper' if everything else 'those under the other protocol or with the paper'}'s numbers."
         )
+
+    def _shortened(self) -> list[str]:
+        """The protocols that are shown by shortened runs."""
+        return [protocol for protocol, profile in self.profiles.items() if profile == "lite"]
+
+    def _profile(self, quote: str = "") -> str:
+        """The profile, or that under each protocol where they differ."""
+        if len(set(self.profiles.values())) == 1:
+            return f"{quote}{self.profiles['paper']}{quote}"
+        parts = (f"{quote}{profile}{quote} (protocol {quote}{p}{quote})" for p, profile in self.profiles.items())
+        return ", ".join(parts)
 
     def _steps(self) -> str:
         """How long a shortened run is, beside the paper's longest."""
-        settings, full = self.records[0]["settings"], self.task.settings("paper")
-        samples = max(r["samples"]["train"] for r in self.records)
+        short = [r for r in self.records if r["run"]["profile"] == "lite"]
+        settings, full = short[0]["settings"], self.task.settings("paper")
+        samples = max(r["samples"]["train"] for r in short)
         steps = settings["epochs"] * math.ceil(samples / settings["batch_size"])
         longest = full.epochs * full.meta_every * full.meta_per_epoch  # to a few, where these do not divide an epoch
         return f"at most {steps} optimizer steps, where the paper's runs have up to about {longest:,}"
@@ -73,16 +89,18 @@ class Evidence:
     def conclusion(self) -> str:
         """What the records say about the paper's claim, and what they cannot say (Markdown)."""
         lines = []
-        for protocol in ("paper", "clean"):
+        for protocol, profile in self.profiles.items():
             d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
-            says = report.noted(f"the claim that MetaAdamW is better: **{report.verdict(d)}**", self.profile)
+            says = report.noted(f"the claim that MetaAdamW is better: **{report.verdict(d)}**", profile)
             lines.append(f"* Protocol `{protocol}`: {d}; {says}.")
         lines.append("* " + self.factors_statement())
-        if self.profile == "lite":
+        short = self._shortened()
+        if short:
+            which = "The runs" if len(short) == len(self.profiles) else f"The runs under `{short[0]}`"
+            then = ", so this page neither confirms nor refutes the paper's number" if "paper" in short else ""
             lines.append(
-                f"* The runs are shortened ({self._steps()}), so this page neither confirms nor refutes the paper's "
-                f"number. `python -m metaadamw_lite.experiments sweep main/paper --task {self.task.name}` makes the "
-                "runs that would."
+                f"* {which} are shortened ({self._steps()}){then}. `python -m metaadamw_lite.experiments sweep "
+                f"main/paper --task {self.task.name}` makes the whole ones."
             )
         return "\n".join(lines)
 
@@ -101,7 +119,7 @@ class Evidence:
     def curves(self) -> Figure:
         """Validation curves, with the paper's two numbers where the runs have the paper's settings."""
         epochs = report.epochs_frame(self.records)
-        return self._titled(figures.plot_curves(epochs, ["paper", "clean"], self.unit, self._reference()))
+        return self._titled(figures.plot_curves(epochs, PROTOCOLS, self.unit, self._reference()))
 
     def pairs(self) -> Figure:
         """What every run reports, runs of one seed connected."""
@@ -164,12 +182,12 @@ class Evidence:
     def verdict(self) -> pd.DataFrame:
         """The paper's claim, ours and what follows; a lite run says so in the cell."""
         rows = {}
-        for protocol in ("paper", "clean"):
+        for protocol, profile in self.profiles.items():
             d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
             rows[protocol] = {
                 "paper (1 seed)": f"{self.paper['improvement_percent']:+.2f} %" if protocol == "paper" else "–",
-                "ours (paired)": report.noted(str(d), self.profile),
-                "MetaAdamW improves on AdamW": report.noted(report.verdict(d), self.profile),
+                "ours (paired)": report.noted(str(d), profile),
+                "MetaAdamW improves on AdamW": report.noted(report.verdict(d), profile),
             }
         return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
 
@@ -180,12 +198,12 @@ class Evidence:
             return [run(key, Path(folder), progress=False) for key in keys]
 
     def _reference(self) -> dict[str, float]:
-        return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if self.profile == "paper" else {}
+        return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if self.profiles["paper"] == "paper" else {}
 
     def _titled(self, figure: Figure) -> Figure:
-        figure.suptitle(f"{self.task.title}, profile: {self.profile}", fontsize="medium")
+        figure.suptitle(f"{self.task.title}, profile: {self._profile()}", fontsize="medium")
         return figure
 
     def _named(self, table: pd.DataFrame) -> pd.DataFrame:
         """A table with the names of the arms, and the profile in its corner."""
-        return table.rename(index=figures.LABELS).rename_axis(columns=f"profile: {self.profile}")
+        return table.rename(index=figures.LABELS).rename_axis(columns=f"profile: {self._profile()}")

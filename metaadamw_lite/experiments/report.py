@@ -54,15 +54,16 @@ def recorded(task: str) -> list[dict[str, Any]]:
     return [r for r in read_records(repository() / "data" / "results", task) if r["data"] != "synthetic"]
 
 
-def best_evidence(runs: pd.DataFrame) -> str:
-    """The profile to judge a task by: "paper" where enough seeds are recorded, else "lite".
+def best_evidence(runs: pd.DataFrame, protocol: str) -> str:
+    """The profile to judge a task by under a protocol: "paper" where both optimizers have enough seeds, else "lite".
 
     Args:
         runs: from ``runs_frame``, of one task.
+        protocol: "paper" or "clean".
     """
-    arms = runs[(runs["profile"] == "paper") & runs["variant"].isin(["adamw", "metaadamw"])]
-    pairs = arms.groupby(["protocol", "variant"])["seed"].nunique()
-    return "paper" if len(pairs) == 4 and pairs.min() >= ENOUGH_SEEDS else "lite"
+    arms = runs[(runs["profile"] == "paper") & (runs["protocol"] == protocol) & runs["variant"].isin(ARMS[:2])]
+    seeds = arms.groupby("variant")["seed"].nunique().reindex(ARMS[:2], fill_value=0)
+    return "paper" if seeds.min() >= ENOUGH_SEEDS else "lite"
 
 
 def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -341,7 +342,7 @@ def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: st
         runs = runs_frame(recorded(name))
         if runs.empty:
             continue
-        profile = best_evidence(runs)
+        profile = best_evidence(runs, protocol)
         outcome = outcomes(runs[runs["profile"] == profile])
         first, second = by_seed(outcome, protocol, arm, baseline)
         paired = first.index.intersection(second.index)  # AdamW has runs with the seeds of its search, too
@@ -619,13 +620,12 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
     if kind == "necessary":
         return _judged_parts(task)
     check_choice("kind (of a claim)", kind, ("epochs", "longer", "earlier"))
-    profile = best_evidence(runs)
+    profile = best_evidence(runs, "paper")
     if profile == "lite":  # lite runs are too short to stop early
         return "–", NEVER
     mine = runs[runs["profile"] == profile]
     if kind == "earlier":
-        reached = time_to_best(epochs_frame(main_records(task, profile)), TASKS[task].lower_is_better)
-        reached = reached[reached.index.get_level_values("protocol") == "paper"]
+        reached = time_to_best(epochs_frame(main_records(task, "paper", profile)), TASKS[task].lower_is_better)
         never = reached["MetaAdamW, last epoch"] + 1
         d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
         return f"earlier by {d} (never: one after the last)", verdict(d).replace("it is worse", "it is later or never")
@@ -635,12 +635,14 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
     return f"epochs: {d}", says.replace("it is worse", "it is the other way round")
 
 
-def main_records(task: str, profile: str) -> list[dict[str, Any]]:
-    """The records of the main study: of a task's three arms, with its seeds."""
+def main_records(task: str, protocol: str, profile: str) -> list[dict[str, Any]]:
+    """The records of the main study under a protocol: of a task's three arms, with its seeds."""
     return [
         r
         for r in recorded(task)
-        if (r["run"]["profile"], r["run"]["variant"] in ARMS, r["run"]["seed"] in SEEDS) == (profile, True, True)
+        if (r["run"]["protocol"], r["run"]["profile"]) == (protocol, profile)
+        and r["run"]["variant"] in ARMS
+        and r["run"]["seed"] in SEEDS
     ]
 
 
