@@ -192,8 +192,9 @@ class MetaAdamW(torch.optim.AdamW):
         self._feature_config = FeatureConfig(feature_version, use_v_norms, include_time_step)
         self._group_strategy = group_strategy
         found = model if model is not None else _model_behind(params)
-        name_them = model is not None and group_strategy == "fine_grained"
-        self._names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()} if model and name_them else {}
+        self._names: dict[Tensor, str] = {}
+        if model is not None and group_strategy == "fine_grained":
+            self._names = {p: n for n, p in model.named_parameters()}
         self._places = {} if found is None else places_by_class(found)
         self._group_places: list[dict[str, Place]] = []  # one for each parameter group
         self._meta_objective = meta_objective
@@ -628,34 +629,28 @@ class MetaAdamW(torch.optim.AdamW):
         meta = state_dict.get("meta")
         if meta is None:
             raise ValueError("the state has no entry 'meta': it was not saved by MetaAdamW")
-        if isinstance(meta.get("meta_optimizer"), dict):  # the first revisions did not save the name beside the state
-            mine_is = self._meta_optimizer_name
-            meta = {**meta, "meta_optimizer": mine_is, "meta_optimizer_state": meta["meta_optimizer"]}
-        meta = {"phi": self._phi_settings(), **meta}  # nor these
-        expected = self.state_dict()["meta"].keys()
-        if lacking := sorted(expected - meta.keys()):
+        mine = self.state_dict()["meta"]
+        meta = {"phi": mine["phi"], **meta}  # the first revisions saved neither this nor the meta-optimizer's name
+        if isinstance(meta.get("meta_optimizer"), dict):
+            meta |= {"meta_optimizer_state": meta["meta_optimizer"], "meta_optimizer": mine["meta_optimizer"]}
+        if lacking := sorted(mine.keys() - meta.keys()):
             raise ValueError(f"the state's entry 'meta' lacks {', '.join(lacking)}")
         if meta["version"] != _META_STATE_VERSION:
             raise ValueError(f"the state has version {meta['version']}; this code reads {_META_STATE_VERSION}")
-        names = [group.name for group in self.groups]
-        if meta["groups"] != names:
-            raise ValueError(f"the state has modulation groups {meta['groups']}, this optimizer has {names}")
-        mine = {k: tuple(x.shape) for k, x in self.modulator.state_dict().items()}
-        theirs = {k: tuple(x.shape) for k, x in meta["modulator"].items()}
-        if mine != theirs:
-            differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        if meta["groups"] != mine["groups"]:
+            raise ValueError(f"the state has modulation groups {meta['groups']}, this optimizer has {mine['groups']}")
+        shapes, theirs = ({k: tuple(x.shape) for k, x in saved["modulator"].items()} for saved in (mine, meta))
+        if shapes != theirs:
+            differing = sorted(k for k in shapes.keys() | theirs.keys() if shapes.get(k) != theirs.get(k))
             raise ValueError(
                 f"the state's attention module has another architecture; differing: {', '.join(differing)}"
             )
-        for name, mine_is in self._phi_settings().items():
-            if meta["phi"].get(name) != mine_is:
-                raise ValueError(f"the state's {name} is {meta['phi'].get(name)!r}, this optimizer's {mine_is!r}")
+        settings, theirs = ({**saved["phi"], "meta_optimizer": saved["meta_optimizer"]} for saved in (mine, meta))
+        for name, mine_is in settings.items():
+            if theirs.get(name) != mine_is:
+                raise ValueError(f"the state's {name} is {theirs.get(name)!r}, this optimizer's {mine_is!r}")
         if (meta["huw"] is None) != (self.huw is None):
             raise ValueError("the state and this optimizer differ in whether they use uncertainty weighting")
-
-        if meta["meta_optimizer"] != self._meta_optimizer_name:
-            mine_is = self._meta_optimizer_name
-            raise ValueError(f"the state's meta_optimizer is {meta['meta_optimizer']!r}, this optimizer's {mine_is!r}")
 
         meta = copy.deepcopy(meta)
         # torch keeps the caller's tensors where it need not convert them, and would then train into them.
