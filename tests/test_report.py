@@ -142,18 +142,27 @@ def test_evidence_is_of_the_papers_settings_once_there_are_enough_seeds():
     def runs(seeds):
         return pd.DataFrame(
             [
-                {"profile": "paper", "protocol": p, "variant": v, "seed": s}
+                {"profile": f, "protocol": p, "variant": v, "seed": s, "best": 1.0, "test": 1.0}
+                for f in ("paper", "lite")
                 for p in ("paper", "clean")
                 for v in ARMS
-                for s in range(seeds)
+                for s in (range(seeds) if f == "paper" else range(5))
             ]
         )
 
     assert report.best_evidence(runs(report.ENOUGH_SEEDS), "paper") == "paper"
     assert report.best_evidence(runs(report.ENOUGH_SEEDS - 1), "paper") == "lite"
     assert report.best_evidence(runs(5).query("protocol == 'paper'"), "paper") == "paper"
-    assert report.best_evidence(runs(5).query("protocol == 'paper'"), "clean") == "lite"
-    assert report.best_evidence(runs(5).query("variant != 'metaadamw'"), "paper") == "lite"
+    whole = runs(5)["profile"] == "paper"
+    missing = runs(5)[~(whole & (runs(5)["protocol"] == "clean"))]
+    assert report.best_evidence(missing, "clean") == "lite"
+    missing = runs(5)[~(whole & (runs(5)["variant"] == "metaadamw-frozen"))]
+    assert report.best_evidence(missing, "paper") == "paper"
+    assert report.best_evidence(missing, "paper", "metaadamw-frozen") == "lite", "of the arms that are compared"
+    other = runs(5)
+    other.loc[whole & (other["variant"] == "adamw"), "seed"] += 3
+    assert report.best_evidence(other, "paper") == "lite", "five runs each, and two pairs"
+    assert report.best_evidence(runs(2).query("profile == 'paper'"), "paper") == "paper", "better than nothing"
 
 
 def test_a_page_with_whole_runs_under_one_protocol_says_what_rests_on_shortened_ones(monkeypatch):

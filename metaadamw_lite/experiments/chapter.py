@@ -25,6 +25,9 @@ class Evidence:
         task: which.
         unit: the metric with its unit, for axes.
 
+    Raises:
+        FileNotFoundError: if no run of the task is recorded.
+
     Attributes:
         profiles: "paper" or "lite", by protocol.
         paper: the task's row of the paper's Table 2.
@@ -36,6 +39,10 @@ class Evidence:
         self.task, self.unit = task, unit
         self.paper: Any = report.paper_table(2).loc[task.name]
         runs = report.runs_frame(report.recorded(task.name))
+        if runs.empty:
+            raise FileNotFoundError(
+                f"no run of {task.name} is recorded; `sweep main/lite --task {task.name}` makes them"
+            )
         self.profiles = {protocol: report.best_evidence(runs, protocol) for protocol in PROTOCOLS}
         self.records = [r for p, profile in self.profiles.items() for r in report.main_records(task.name, p, profile)]
         self.runs = report.outcomes(report.runs_frame(self.records))
@@ -169,15 +176,20 @@ class Evidence:
         return self._named(table.join(moved.map("{:.0e}".format).rename(columns=names)))
 
     def factors_statement(self) -> str:
-        """What the factors did, in a sentence or two (Markdown)."""
-        table = self.factors()
-        equal = table["α (max)"] - table["α (min)"] < 0.1
-        moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved"]].max().max()
-        return (
-            f"In {equal.sum()} of {len(table)} runs all groups had the same α, to within 0.1, from beginning to end. "
-            f"The mean α of a run lay between {table['α (mean)'].min():.2f} and {table['α (mean)'].max():.2f}. "
-            f"Meta-learning changed α by at most {moved['alpha_moved']:.0e} and β by at most {moved['beta_moved']:.0e}."
-        )
+        """What the factors did, in a few sentences for each profile (Markdown)."""
+        whole, says = self.factors(), []
+        for profile in dict.fromkeys(self.profiles.values()):
+            protocols = [protocol for protocol, p in self.profiles.items() if p == profile]
+            table = whole[whole.index.get_level_values("protocol").isin(protocols)]
+            moved = self._movement[self._movement["protocol"].isin(protocols)][["alpha_moved", "beta_moved"]].max()
+            equal = table["α (max)"] - table["α (min)"] < 0.1
+            low, high = table["α (mean)"].min(), table["α (mean)"].max()
+            says.append(
+                f"In {equal.sum()} of {len(table)} `{profile}` runs all groups had the same α, to within 0.1, from "
+                f"beginning to end. The mean α of a run lay between {low:.2f} and {high:.2f}. Meta-learning changed α "
+                f"by at most {moved['alpha_moved']:.0e} and β by at most {moved['beta_moved']:.0e}."
+            )
+        return " ".join(says)
 
     def verdict(self) -> pd.DataFrame:
         """The paper's claim, ours and what follows; a lite run says so in the cell."""

@@ -297,6 +297,7 @@ def check(key: RunKey) -> None:
 def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> dict[str, Any]:
     """One adaptation, of a key that ``check`` has nothing against; returns its record."""
     arm, share = ARMS[key.variant], NOISE[key.task]
+    where = environment(device)  # now: the source may change while this runs
     reset_peak_memory(device)
     data = texts(s, key.source)
     model: nn.Module = pretrained(s, data, device, progress)
@@ -357,7 +358,7 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
         "epochs": entries,
         "router": use,
         "peak_memory_mib": peak_memory_mib(device),
-        "environment": environment(device),
+        "environment": where,
     }
 
 

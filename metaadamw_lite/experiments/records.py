@@ -5,6 +5,7 @@ going on, lie its checkpoint (``.ckpt``) and its lock (``.lock``), which are not
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from metaadamw_lite.checks import check_choice, check_seed
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
 
 RESULTS = Path("data/results")
-FORMAT = 1
+FORMAT = 2
 
 
 class RecordError(ValueError):
@@ -82,6 +83,7 @@ def write_record(record: dict[str, Any], key: RunKey, results: Path) -> Path:
     """Write the record of a run and return its path. What is not finite becomes null."""
     path = key.path(results)
     content = {"format": FORMAT, "run": asdict(key), **_finite(record)}
+    content["digest"] = _digest(content)
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     return path
 
@@ -90,21 +92,29 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read a record.
 
     Raises:
-        RecordError: if it is not JSON, lacks a part, or says that it is another run than its path says.
+        RecordError: if it is not JSON, lacks a part, was changed after it was written, or says that it is another run
+            than its path says.
     """
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         key = RunKey(**record["run"])
-        for part in ("settings", "status", "epochs", "environment"):
+        for part in ("settings", "status", "data", "epochs", "best", "test", "environment", "digest"):
             record[part]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{path} is not a record ({error!r}); delete it to have the run made again") from error
     if record.get("format") != FORMAT:
         raise RecordError(f"{path} has format {record.get('format')!r}; this code reads {FORMAT}")
+    if record["digest"] != _digest({name: part for name, part in record.items() if name != "digest"}):
+        raise RecordError(f"{path} was changed after it was written (its digest differs); restore it or delete it")
     place = key.path(Path())
     if place.parts != path.parts[-3:]:
         raise RecordError(f"{path} is the record of {key}, which belongs at {place}")
     return record
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of a record's content, in whatever order its parts are: against slips, not against forgers."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_records(results: Path, task: str | None = None) -> list[dict[str, Any]]:
@@ -120,7 +130,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "revision": _revision(),
     }
 

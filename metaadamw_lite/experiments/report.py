@@ -54,16 +54,19 @@ def recorded(task: str) -> list[dict[str, Any]]:
     return [r for r in read_records(repository() / "data" / "results", task) if r["data"] != "synthetic"]
 
 
-def best_evidence(runs: pd.DataFrame, protocol: str) -> str:
-    """The profile to judge a task by under a protocol: "paper" where both optimizers have enough seeds, else "lite".
+def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", baseline: str = "adamw") -> str:
+    """The profile to compare two arms by: "paper" where there are enough pairs, or no others, else "lite".
 
     Args:
         runs: from ``runs_frame``, of one task.
         protocol: "paper" or "clean".
+        arm, baseline: variants.
     """
-    arms = runs[(runs["profile"] == "paper") & (runs["protocol"] == protocol) & runs["variant"].isin(ARMS[:2])]
-    seeds = arms.groupby("variant")["seed"].nunique().reindex(ARMS[:2], fill_value=0)
-    return "paper" if seeds.min() >= ENOUGH_SEEDS else "lite"
+
+    def pairs(profile: str) -> int:
+        return len(_pairs(*by_seed(outcomes(runs[runs["profile"] == profile]), protocol, arm, baseline)))
+
+    return "paper" if pairs("paper") >= ENOUGH_SEEDS or not pairs("lite") else "lite"
 
 
 def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -336,13 +339,16 @@ def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: st
     Returns:
         Indexed by task: profile, seeds, the two means and standard deviations, improvement (a ``PairedDifference``),
         p, p_wilcoxon, p after Holm over the tasks, and the improvements by seed.
+
+    Raises:
+        FileNotFoundError: without a record of any task.
     """
     rows = {}
     for name, task in TASKS.items():
         runs = runs_frame(recorded(name))
         if runs.empty:
             continue
-        profile = best_evidence(runs, protocol)
+        profile = best_evidence(runs, protocol, arm, baseline)
         outcome = outcomes(runs[runs["profile"] == profile])
         first, second = by_seed(outcome, protocol, arm, baseline)
         paired = first.index.intersection(second.index)  # AdamW has runs with the seeds of its search, too
@@ -360,6 +366,8 @@ def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: st
             "p_wilcoxon": d.p_wilcoxon,
             "improvements": _improvements(first, second, task.lower_is_better),
         }
+    if not rows:
+        raise FileNotFoundError("no run is recorded; make them by `sweep main/lite`")
     table = pd.DataFrame.from_dict(rows, orient="index")
     table["p_holm"] = holm(table["p"])
     return table
@@ -384,7 +392,7 @@ def time_to_best(epochs: pd.DataFrame, lower_is_better: bool) -> pd.DataFrame:
     """When MetaAdamW gets to where AdamW is at its best: one row for each pair.
 
     Args:
-        epochs: from ``epochs_frame``, of one task and profile.
+        epochs: from ``epochs_frame``, of one task, and under each protocol of one profile.
         lower_is_better: direction of the metric.
 
     Returns:
@@ -614,8 +622,8 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
             variant, metaadamw = by_seed(
                 outcomes(runs[runs["profile"] == profile]), "paper", claim["variant"], "metaadamw"
             )
-            if len(variant) >= ENOUGH_SEEDS:
-                d = improvement(variant, metaadamw, TASKS[task].lower_is_better)
+            d = improvement(variant, metaadamw, TASKS[task].lower_is_better)
+            if d.seeds >= ENOUGH_SEEDS:
                 return noted(str(d), profile), noted(worse(d), profile)
         return "–", NEVER
     if kind == "necessary":

@@ -9,6 +9,7 @@ from statistics import fmean
 import joblib
 import pandas as pd
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
 from metaadamw_lite.checks import check_choice
@@ -17,7 +18,7 @@ from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import RunKey, read_record
 from metaadamw_lite.experiments.task import PROTOCOLS
-from metaadamw_lite.experiments.training import RunInProgressError, run
+from metaadamw_lite.experiments.training import RunInProgressError, abandoned, check_device, run
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, WEIGHTED, at_learning_rate, differs
 
 SEEDS = range(5)
@@ -35,8 +36,7 @@ STUDIES = {
     "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
     "smoke": "everything once, in seconds, on synthetic data",
 }
-ON_WRONG_LABELS = ("lilaw", "together")
-STUDIES_OF_RELATIVES = (*ON_WRONG_LABELS, "lope")
+STUDIES_OF_RELATIVES = ("lilaw", "together", "lope")
 SENSITIVITY_TASK = "cifar10-symmetric40"
 TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
 GPU_RUN_BYTES = 6 * 2**30
@@ -59,7 +59,7 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
     allowed = [s for n in STUDIES for s in ([n] if n == "smoke" else [n, f"{n}/paper", f"{n}/lite"])]
     check_choice("study", study, allowed)
     known = tasks_of(name)
-    tasks = known if tasks is None else tasks
+    tasks = known if tasks is None else list(dict.fromkeys(tasks))
     for task in tasks:
         check_choice("task", task, known)
     profiles = ["smoke"] if name == "smoke" else [profile] if profile else ["paper", "lite"]
@@ -70,9 +70,7 @@ def tasks_of(name: str) -> list[str]:
     """The tasks that a study has runs of."""
     if name == "smoke":
         return [*TASKS, *NOISY, *NOISE]
-    if name == "lope":
-        return [*NOISE]
-    return [*(NOISY if name in ON_WRONG_LABELS else TASKS)]
+    return {"lilaw": [*NOISY], "together": [SENSITIVITY_TASK], "lope": [*NOISE]}.get(name, [*TASKS])
 
 
 def _main(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
@@ -132,8 +130,9 @@ def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
 
 
 def _together(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
-    if SENSITIVITY_TASK in tasks:
-        yield from (RunKey(SENSITIVITY_TASK, arm, "clean", profile, seed) for seed in SEEDS for arm in TOGETHER)
+    for seed in SEEDS:
+        for task in tasks:
+            yield from (RunKey(task, arm, "clean", profile, seed) for arm in TOGETHER)
 
 
 def _lope(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
@@ -146,7 +145,10 @@ def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey
     of_the_paper, wrong = ([t for t in tasks if t in group] for group in (TASKS, NOISY))
     runs = [*_main(profile, of_the_paper, results), *_ablation(profile, of_the_paper, results)]
     runs += [RunKey(task, at_learning_rate(lr), "paper", profile, 0) for task in of_the_paper for lr in LEARNING_RATES]
-    runs += [*_lilaw(profile, wrong, results), *_together(profile, wrong, results)]
+    runs += [
+        *_lilaw(profile, wrong, results),
+        *_together(profile, [t for t in wrong if t == SENSITIVITY_TASK], results),
+    ]
     runs += _lope(profile, [t for t in tasks if t in NOISE], results)
     yield from dict.fromkeys(key for key in runs if key.seed == 0)
 
@@ -194,9 +196,14 @@ def sweep(
         study, results, tasks: as ``study_runs`` takes them.
         jobs: runs at a time; by default one for each core, as many as fit on the GPU, or all workers of the cluster.
         scheduler: address of a Dask scheduler to send the runs to, instead of processes on this machine.
-        device: where the runs compute.
+        device: where the runs compute; on a CPU each has one thread.
         progress: show a bar over the runs of the study, with the time that is left.
+
+    Raises:
+        ValueError: for an unknown study, profile or task, or a device that this machine does not have.
     """
+    if scheduler is None:
+        check_device(device)
     results = results.resolve()
     errors: dict[RunKey, str] = {}
     busy: set[RunKey] = set()
@@ -209,17 +216,23 @@ def sweep(
         while todo := [key for key in missing(runs, results) if key not in errors]:
             bar.total = len(runs)  # a search that is done has added runs
             made = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(
-                joblib.delayed(_one)(key, results, device, None if scheduler else workers, wait=busy.issuperset(todo))
-                for key in todo
+                joblib.delayed(_one)(key, results, device, wait=busy.issuperset(todo)) for key in todo
             )
-            for key, outcome in made:
-                if outcome is None:
-                    bar.update()
-                elif outcome == _BUSY:
-                    busy.add(key)
-                else:
-                    errors[key] = outcome
-                    tqdm.write(f"{key}: {outcome}")
+            try:
+                for key, outcome in made:
+                    if outcome is None:
+                        bar.update()
+                    elif outcome == _BUSY:
+                        busy.add(key)
+                    else:
+                        errors[key] = outcome
+                        tqdm.write(f"{key}: {outcome}")
+            except TerminatedWorkerError:  # all workers end with one that is killed
+                killed = [key for key in todo if abandoned(key, results)]
+                if not killed:
+                    raise
+                errors |= dict.fromkeys(killed, "a worker was killed")
+                tqdm.write(f"a worker was killed (out of memory?) while these went on: {', '.join(map(str, killed))}")
             runs = study_runs(study, results, tasks)
     return list(errors)
 
@@ -227,10 +240,8 @@ def sweep(
 _BUSY = "busy"
 
 
-def _one(key: RunKey, results: Path, device: str, sharing: int | None, wait: bool) -> tuple[RunKey, str | None]:
+def _one(key: RunKey, results: Path, device: str, wait: bool) -> tuple[RunKey, str | None]:
     """One run in a worker: its key and what went wrong, if anything. An error must not end the other runs."""
-    if sharing:  # no more threads than the user allows (OMP_NUM_THREADS): other sweeps may run beside this one
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // sharing)))
     try:
         run(key, results, device, progress=False, wait=wait)
     except RunInProgressError:

@@ -2,14 +2,16 @@
 
 All arms of a comparison are paired by seed: with the same seed they start from the same weights, see the same batches
 in the same order and draw the same dropout masks. That holds because every source of randomness is seeded from (seed,
-epoch, purpose) alone, and because a meta-update leaves the random number generators as it found them. It also makes a
-run that was killed go on to the same result from the checkpoint of its last whole epoch.
+epoch, purpose) alone, because a meta-update leaves the random number generators as it found them, and because a run
+computes on one CPU thread: how many there are decides in which order sums are added up. It also makes a run that was
+killed go on to the same result from the checkpoint of its last whole epoch.
 """
 
 import contextlib
 import copy
 import io
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,8 +52,10 @@ EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
 _EACH = partial(F.cross_entropy, reduction="none")
 _MACHINE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError), DataError)
-_CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
-"""On a CPU torch says so in a plain RuntimeError."""
+_MACHINE_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "CUDA error", "CUBLAS_", "CUDNN_")
+"""What plain RuntimeErrors say that are the machine's fault: of memory on a CPU, and of libraries on a GPU."""
+_ONE_RUN = threading.Lock()
+"""torch's random number generator is the whole process's; two runs in threads of one would draw from it in turns."""
 
 
 class RunInProgressError(RuntimeError):
@@ -82,8 +86,8 @@ def run(
         raised an error that is not the machine's fault).
 
     Raises:
-        ValueError: for an unknown task, variant or device, settings of another kind of task, or a variant that the task
-            or its protocol does not go with.
+        ValueError: for an unknown task, variant or device, settings of another kind of task, a variant that the task
+            or its protocol does not go with, or ``settings`` other than those that the record was made with.
         RunInProgressError: if another process is at this run.
     """
     check_choice("task", key.task, (*TASKS, *NOISY, *lope_study.NOISE))
@@ -92,18 +96,35 @@ def run(
         how = lope_study.settings(key.profile) if settings is None else settings
         if not isinstance(how, LoPESettings):
             raise ValueError(f"settings are {type(how).__name__}; {key.task} needs LoPESettings")
-        return _recorded(key, results, device, wait, lambda: lope_study.make(key, how, torch.device(device), progress))
+        record = _recorded(
+            key, results, device, wait, lambda: lope_study.make(key, how, torch.device(device), progress)
+        )
+        return record if settings is None else _made_with(how, record, key.path(results))
     task = TASKS.get(key.task) or NOISY[key.task]
     if key.task in NOISY:
         check_choice("protocol (of a task with wrong labels)", key.protocol, ("clean",))
     if isinstance(settings, LoPESettings):
         raise ValueError(f"settings are LoPESettings; {key.task} needs Settings")
-    settings = changed(settings or task.settings(key.profile), key.variant)
-    if settings.lilaw is not None and task.inputs_and_labels is None:
+    mine = changed(settings or task.settings(key.profile), key.variant)
+    if mine.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
-    return _recorded(
-        key, results, device, wait, lambda: _Run(task, key, settings, results, torch.device(device)).make(progress)
+    record = _recorded(
+        key, results, device, wait, lambda: _Run(task, key, mine, results, torch.device(device)).make(progress)
     )
+    return record if settings is None else _made_with(mine, record, key.path(results))
+
+
+def _made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record, if it was made with these settings, as far as it names them (older ones lack some)."""
+    asked, made = _plain(asdict(settings)), record["settings"]
+    other = [name for name in asked if name in made and made[name] != asked[name]]
+    if other:
+        raise ValueError(
+            f"{path} was made with other settings ("
+            + ", ".join(f"{name} {made[name]!r} instead of {asked[name]!r}" for name in other)
+            + "); use another folder of results"
+        )
+    return record
 
 
 def check_device(name: str) -> None:
@@ -130,12 +151,36 @@ def _recorded(
             for leftover in path.parent.glob(f"{key.stem}.*.part"):  # of a process that was killed while it wrote
                 leftover.unlink()
             if not path.exists():  # it may have been finished while we came here
-                write_record(make(), key, results)
+                with _ONE_RUN, _one_cpu_thread():
+                    record = make()
+                write_record(record, key, results)
                 key.path(results, ".ckpt").unlink(missing_ok=True)
     except Timeout:
         raise RunInProgressError(f"{key} is being made by another process (lock {lock.lock_file})") from None
     key.path(results, ".lock").unlink(missing_ok=True)
     return read_record(path)
+
+
+@contextmanager
+def _one_cpu_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def abandoned(key: RunKey, results: Path) -> bool:
+    """Whether a process began this run and is gone: it has no record, and a lock that nobody holds."""
+    path = key.path(results, ".lock")
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path).acquire(blocking=False):
+            return not key.path(results).exists()
+    except Timeout:
+        return False
 
 
 def make_optimizer(
@@ -239,6 +284,7 @@ class _Run:
         self.best_weights: dict[str, Tensor] = {}
         self.meta_updates = 0
         self.history: dict[str, list[dict[str, Any]]] = {"epochs": [], "meta_updates": [], "trace": [], "lilaw": []}
+        self.environments = [environment(device)]  # of each process that had a part in the run, if they differ
 
     def make(self, progress: bool) -> dict[str, Any]:
         """Train until the last epoch, an early stop or a loss that is not finite; return the record."""
@@ -258,7 +304,7 @@ class _Run:
             except _MACHINE_ERRORS:
                 raise
             except (ArithmeticError, RuntimeError, ValueError) as error:
-                if any(words in str(error) for words in _CPU_OUT_OF_MEMORY):
+                if any(words in str(error) for words in _MACHINE_WORDS):
                     raise
                 return self._record("failed") | {"error": f"{type(error).__name__}: {error}"}
         return self._record(status)
@@ -467,6 +513,7 @@ class _Run:
                 "history": self.history,
                 "lilaw": None if self.lilaw is None else self.lilaw.state_dict(),
                 "samples": None if self.samples is None else self.samples.state_dict(),
+                "environments": self.environments,
             },
             buffer,
         )
@@ -483,6 +530,8 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.best_weights, self.meta_updates = state["best_weights"], state["meta_updates"]
         self.history = state["history"]
+        before = state["environments"]
+        self.environments = before if self.environments[0] == before[-1] else before + self.environments
         if self.lilaw is not None:
             self.lilaw.load_state_dict(state["lilaw"])
         if self.samples is not None:
@@ -508,13 +557,15 @@ class _Run:
             "test": None,
             "epochs": epochs,
             "peak_memory_mib": peak_memory_mib(self.device),
-            "environment": environment(self.device),
+            "environment": self.environments[-1],
         }
+        if len(self.environments) > 1:
+            record["earlier_environments"] = self.environments[:-1]
         if self.samples is not None:
             record |= self._found_wrong(self.samples)
         if self.lilaw is not None:
             record["lilaw"] = self.history["lilaw"]
-        if self.data.test is not None and finite:
+        if self.data.test is not None and finite and status != "failed":  # what failed may fail again
             if self.samples is not None:  # memorised labels show in the last epoch, not in the one that validates best
                 record["last"] = measure(self.task, self.model, self.data.test)._asdict()
             self.model.load_state_dict(self.best_weights)

@@ -150,15 +150,16 @@ def changed(settings: Settings, variant: str) -> Settings:
         ValueError: for an unknown variant, or one that would change nothing.
     """
     check_choice("optimizer", variant, VARIANTS)
+    if variant in ARMS:
+        return settings
     if variant in _TUNED:
-        return replace(settings, lr=_TUNED[variant])
-    if variant in WEIGHTED:
-        return WEIGHTED[variant](settings)
-    if variant in ABLATIONS:
-        if not differs(settings, variant):
-            raise ValueError(f"optimizer is {variant!r}, which is what 'metaadamw' is on this task (Table 4); use that")
-        return ABLATIONS[variant].change(settings)
-    return settings
+        new = replace(settings, lr=_TUNED[variant])
+    else:
+        new = (WEIGHTED[variant] if variant in WEIGHTED else ABLATIONS[variant].change)(settings)
+    if new == settings:
+        plain = "metaadamw" if variant in ABLATIONS else "adamw"
+        raise ValueError(f"optimizer is {variant!r}, which is what {plain!r} is on this task; use that")
+    return new
 
 
 def differs(settings: Settings, variant: str) -> bool:
