@@ -78,6 +78,14 @@ def test_lope_is_set_beside_each_recorded_arm_and_not_beside_itself():
     assert list(relatives.shown(table)["difference (%)"]) == ["+0.0 [+0.0, +0.0]"] * 2
 
 
+def test_arms_that_start_from_different_models_are_pointed_out():
+    records = [adaptation(arm, 0, 90.0) for arm in ("lope", "lora")]
+    assert "same model" not in relatives.accuracy_statement(relatives.adaptations_frame(records))
+    records[0]["epochs"][0]["perplexity"] *= 1.001
+    says = relatives.accuracy_statement(relatives.adaptations_frame(records))
+    assert "it was pretrained 2 times, and perplexities before adaptation differ by up to 0.1 %" in says
+
+
 def test_lope_is_judged_after_a_correction_for_all_arms_and_noises():
     made = [adaptation("lope", k, 90.0 + k) for k in range(3)]
     made += [adaptation("lora", k, 92.0 + 1.5 * k) for k in range(3)]

@@ -425,7 +425,8 @@ def adaptations_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def accuracy_statement(runs: pd.DataFrame) -> str:
     """Where the runs start from, and whether any of them tells good reviews from bad ones at all (Markdown)."""
-    before = runs[runs["at"] == "pretrained"][["perplexity", "accuracy"]].mean()
+    start = runs[runs["at"] == "pretrained"]
+    before = start[["perplexity", "accuracy"]].mean()
     low, high = runs[runs["final"]]["accuracy"].agg(["min", "max"])
     says = (
         f"Before any adaptation: perplexity {before['perplexity']:.0f}, accuracy {before['accuracy']:.1f} %. "
@@ -433,6 +434,13 @@ def accuracy_statement(runs: pd.DataFrame) -> str:
     )
     if high < 55:
         says += ": **no arm reads the sentiment** at this size. What can be compared is perplexity"
+    models = sorted(start["perplexity"].unique())
+    if len(models) > 1:
+        spread = 100 * (models[-1] / models[0] - 1)
+        says += (
+            f".\n\n**Not all arms start from the same model**: it was pretrained {len(models)} times, and perplexities "
+            f"before adaptation differ by up to {spread:.1g} %. Small differences between arms may come from that"
+        )
     return says + "."
 
 
