@@ -100,6 +100,14 @@ class Evidence:
             d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
             says = report.noted(f"the claim that MetaAdamW is better: **{report.verdict(d)}**", profile)
             lines.append(f"* Protocol `{protocol}`: {d}; {says}.")
+        if self.profiles["paper"] == "paper":
+            whole = self.runs.query("protocol == 'paper'").set_index("variant")["outcome"]
+            arms = [
+                f"{figures.LABELS[arm]} {whole[[arm]].min():.4g} to {whole[[arm]].max():.4g} "
+                f"(the paper's run: {self.paper[arm]:.4g})"
+                for arm in ARMS[:2]
+            ]
+            lines.append(f"* {self.unit[0].upper()}{self.unit[1:]}, protocol `paper`: {'; '.join(arms)}.")
         lines.append("* " + self.factors_statement())
         short = self._shortened()
         if short:
@@ -187,7 +195,7 @@ class Evidence:
             says.append(
                 f"In {equal.sum()} of {len(table)} `{profile}` runs all groups had the same α, to within 0.1, from "
                 f"beginning to end. The mean α of a run lay between {low:.2f} and {high:.2f}. Meta-learning changed α "
-                f"by at most {moved['alpha_moved']:.0e} and β by at most {moved['beta_moved']:.0e}."
+                f"by at most {moved['alpha_moved']:.1g} and β by at most {moved['beta_moved']:.1g}."
             )
         return " ".join(says)
 

@@ -71,7 +71,7 @@ def plot_curves(
             palette=COLOURS,
             errorbar=("pi", 100),
             ax=ax,
-            legend=ax is axes[0][0],
+            legend=ax is axes[0][-1],
         )
         if protocol == "paper":
             for arm, value in (reference or {}).items():
@@ -79,11 +79,11 @@ def plot_curves(
         note = " (log scale)" if scale == "log" else ""
         ax.set(yscale=scale, xlabel="epoch", ylabel=f"validation {metric}", title=f"protocol: {protocol}{note}")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    legend = axes[0][0].get_legend()
+    legend = axes[0][-1].get_legend()
     if legend is not None:
-        legend.set_title("")
         for text in legend.get_texts():
             text.set_text(LABELS[text.get_text()])
+        sns.move_legend(axes[0][-1], "upper left", bbox_to_anchor=(1, 1), title="")  # beside the curves, not over them
     return figure
 
 
