@@ -28,6 +28,15 @@ from metaadamw_lite.experiments.studies import missing, study_runs, sweep
 from metaadamw_lite.experiments.training import RunInProgressError, run
 from metaadamw_lite.experiments.variants import ARMS
 
+EMPTY = {
+    "settings": {},
+    "status": "finished",
+    "data": "made",
+    "epochs": [],
+    "best": None,
+    "test": None,
+    "environment": {},
+}
 COMMAND = [sys.executable, "-m", "metaadamw_lite.experiments"]
 
 
@@ -317,7 +326,7 @@ def test_early_stopping_waits_for_patience(tmp_path):
 
 def test_records_hold_json_and_nothing_half_written(tmp_path):
     key = RunKey("etth1", "adamw", "paper", "lite", 4)
-    record = {"settings": {}, "status": "finished", "epochs": [{"val_loss": float("nan")}], "environment": {}}
+    record = {**EMPTY, "epochs": [{"val_loss": float("nan")}]}
     path = write_record(record, key, tmp_path)
     assert path == tmp_path / "etth1" / "adamw" / "paper-lite-seed4.json"
     assert json.loads(path.read_text())["epochs"] == [{"val_loss": None}]
@@ -370,8 +379,7 @@ def test_run_prints_the_record_and_the_result(tmp_path, capsys):
 
 
 def test_status_tells_what_is_missing(tmp_path, capsys):
-    record = {"settings": {}, "status": "finished", "epochs": [], "environment": {}}
-    write_record(record, RunKey("etth1", "adamw", "paper", "paper", 1), tmp_path)
+    write_record(EMPTY, RunKey("etth1", "adamw", "paper", "paper", 1), tmp_path)
     assert main(["status", "--results", str(tmp_path)]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0] == list(TASKS)
@@ -549,9 +557,11 @@ def test_runs_in_threads_of_one_process_do_not_disturb_each_other(smoke, tmp_pat
         assert [e["val_loss"] for e in record["epochs"]] == [e["val_loss"] for e in expected]
 
 
-def test_a_worker_that_is_killed_ends_its_run_only(tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_ends_no_sweep(tmp_path, monkeypatch):
+    runs = [RunKey("etth1", arm, "paper", "smoke", seed) for seed in (0, 1) for arm in ("adamw", "metaadamw")]
+
     def killed(key, results, device, wait):
-        if key.variant == "adamw":
+        if key == runs[0]:
             path = key.path(results, ".lock")
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path):
@@ -559,11 +569,15 @@ def test_a_worker_that_is_killed_ends_its_run_only(tmp_path, monkeypatch):
         run(key, results, device, progress=False)
         return key, None
 
-    monkeypatch.setattr(studies, "_one", killed)
-    runs = [RunKey("etth1", arm, "paper", "smoke", 0) for arm in ("adamw", "metaadamw")]
     monkeypatch.setattr(studies, "study_runs", lambda *_: runs)
-    assert sweep("smoke", tmp_path, jobs=1, progress=False) == [runs[0]] or sys.platform != "linux"
-    assert runs[1].path(tmp_path).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "_one", killed)
+        failed = sweep("smoke", tmp_path, jobs=2, progress=False)
+    assert runs[0] in failed
+    assert set(failed) <= set(runs[:2]), "those that were under way"
+    assert all(key.path(tmp_path).exists() for key in runs[2:])
+    assert sweep("smoke", tmp_path, jobs=2, progress=False) == []
+    assert all(key.path(tmp_path).exists() for key in runs)
 
 
 def test_a_sweep_to_a_device_that_is_not_there_is_refused(tmp_path, capsys):
