@@ -174,8 +174,8 @@ def test_a_page_with_whole_runs_under_one_protocol_says_what_rests_on_shortened_
     assert set(evidence.runs.groupby("protocol")["profile"].unique().map(list).map(tuple)) == {("paper",), ("lite",)}
     assert "What is under protocol `clean` comes from shortened runs" in evidence.label()
     says = evidence.verdict()["MetaAdamW improves on AdamW"]
-    assert "lite runs" in says["clean"]
-    assert "lite runs" not in says["paper"]
+    assert "lite runs" in says["clean (lite runs)"]
+    assert "lite runs" not in says["paper (paper runs)"]
     assert "The runs under `clean` are shortened" in evidence.conclusion()
     assert evidence.curves().get_suptitle() == "IMDB sentiment, profile: paper (protocol paper), lite (protocol clean)"
     monkeypatch.setattr(report, "recorded", lambda task: short)

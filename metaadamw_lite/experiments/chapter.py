@@ -225,5 +225,8 @@ class Evidence:
         return figure
 
     def _named(self, table: pd.DataFrame) -> pd.DataFrame:
-        """A table with the names of the arms, and the profile in its corner."""
-        return table.rename(index=figures.LABELS).rename_axis(columns=f"profile: {self._profile()}")
+        """A table with the names of the arms, and the profile in its corner, or the profiles beside the protocols."""
+        table = table.rename(index=figures.LABELS)
+        if len(set(self.profiles.values())) == 1:
+            return table.rename_axis(columns=f"profile: {self._profile()}")
+        return table.rename(index={p: f"{p} ({profile} runs)" for p, profile in self.profiles.items()})
