@@ -214,10 +214,8 @@ def test_arms_are_paired(smoke):
 
 def test_with_zero_ranges_the_whole_run_is_that_of_adamw(smoke, tmp_path):
     """Meta-updates included: they must not disturb the batches, the dropout masks or the moments."""
-    from dataclasses import replace
-
     settings = etth1.settings("smoke")
-    settings = replace(settings, metaadamw={**settings.metaadamw, "alpha_range": 0, "beta_range": 0})
+    settings = dataclasses.replace(settings, metaadamw={**settings.metaadamw, "alpha_range": 0, "beta_range": 0})
     key = RunKey("etth1", "metaadamw", "paper", "smoke", 0)
     ours = run(key, tmp_path, progress=False, settings=settings)
     theirs = read_record(RunKey("etth1", "adamw", "paper", "smoke", 0).path(smoke))
@@ -263,13 +261,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(smoke, tmp_path):
     assert sorted(p.name for p in key.path(tmp_path).parent.iterdir()) == [key.path(tmp_path).name]
 
 
-@pytest.mark.parametrize(("task", "variant"), [("etth1", "metaadamw"), ("cifar10-symmetric40", "metaadamw-lilaw")])
-def test_going_on_from_a_checkpoint_is_exact(tmp_path, monkeypatch, task, variant):
-    from metaadamw_lite.experiments import training
-
-    key = RunKey(task, variant, "clean", "smoke", 3)
-    expected = run(key, tmp_path / "a", progress=False)
-
+def interrupt_before_the_second_epoch(key, results, monkeypatch):
+    """Leaves the run with the checkpoint of its first epoch."""
     whole = training._Run._epoch
 
     def interrupted(self, epoch, bar):
@@ -277,21 +270,26 @@ def test_going_on_from_a_checkpoint_is_exact(tmp_path, monkeypatch, task, varian
             raise KeyboardInterrupt
         whole(self, epoch, bar)
 
-    monkeypatch.setattr(training._Run, "_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(key, tmp_path / "b", progress=False)
-    monkeypatch.setattr(training._Run, "_epoch", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(key, results, progress=False)
+
+
+@pytest.mark.parametrize(("task", "variant"), [("etth1", "metaadamw"), ("cifar10-symmetric40", "metaadamw-lilaw")])
+def test_going_on_from_a_checkpoint_is_exact(tmp_path, monkeypatch, task, variant):
+    key = RunKey(task, variant, "clean", "smoke", 3)
+    expected = run(key, tmp_path / "a", progress=False)
+    interrupt_before_the_second_epoch(key, tmp_path / "b", monkeypatch)
     assert_same(results_of(run(key, tmp_path / "b", progress=False)), results_of(expected))
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(tmp_path):
-    from dataclasses import replace
-
     key = RunKey("etth1", "adamw", "paper", "smoke", 0)
     key.path(tmp_path).parent.mkdir(parents=True)
     torch.save({"settings": {"epochs": 99}}, key.path(tmp_path, ".ckpt"))
     with pytest.raises(ValueError, match="other settings; delete it"):
-        run(key, tmp_path, progress=False, settings=replace(etth1.settings("smoke"), epochs=1))
+        run(key, tmp_path, progress=False, settings=dataclasses.replace(etth1.settings("smoke"), epochs=1))
 
 
 def test_two_processes_do_not_make_the_same_run(tmp_path):
@@ -303,9 +301,7 @@ def test_two_processes_do_not_make_the_same_run(tmp_path):
 
 
 def test_a_run_that_diverges_is_recorded_as_such(tmp_path):
-    from dataclasses import replace
-
-    settings = replace(etth1.settings("smoke"), lr=1e30)
+    settings = dataclasses.replace(etth1.settings("smoke"), lr=1e30)
     record = run(RunKey("etth1", "metaadamw", "clean", "smoke", 0), tmp_path, progress=False, settings=settings)
     assert record["status"] == "diverged"
     assert record["epochs"][-1]["val_loss"] is None
@@ -313,9 +309,7 @@ def test_a_run_that_diverges_is_recorded_as_such(tmp_path):
 
 
 def test_early_stopping_waits_for_patience(tmp_path):
-    from dataclasses import replace
-
-    settings = replace(etth1.settings("smoke"), epochs=6, min_delta=1e9, patience=2)
+    settings = dataclasses.replace(etth1.settings("smoke"), epochs=6, min_delta=1e9, patience=2)
     record = run(RunKey("etth1", "adamw", "paper", "smoke", 0), tmp_path, progress=False, settings=settings)
     assert record["status"] == "stopped early"
     assert len(record["epochs"]) == 3, "the first epoch improves on nothing, the next two do not"
@@ -612,17 +606,7 @@ def test_the_record_tells_the_source_that_the_run_began_with(tmp_path, monkeypat
     revisions = iter(["a", "b", "c"])
     monkeypatch.setattr(records, "_revision", lambda: next(revisions))
     key = RunKey("etth1", "adamw", "paper", "smoke", 0)
-    whole = training._Run._epoch
-
-    def interrupted(self, epoch, bar):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        whole(self, epoch, bar)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_epoch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(key, tmp_path, progress=False)
+    interrupt_before_the_second_epoch(key, tmp_path, monkeypatch)
     record = run(key, tmp_path, progress=False)
     assert record["environment"]["revision"] == "b"
     assert [e["revision"] for e in record["earlier_environments"]] == ["a"]
