@@ -86,7 +86,10 @@ class FeatureConfig:
 
 
 def time_feature(step: int, total_steps: int | None) -> float:
-    """Training progress: t/T where the number of steps T is known, else 2σ(t/1000) − 1, which rises from 0 to 1."""
+    """Training progress: t/T where the number of steps T is known, else 2σ(t/1000) − 1, which rises from 0 to 1.
+
+    ``step`` is how many steps were taken before this one, so that a run begins with 0.
+    """
     if total_steps is not None:
         return step / total_steps
     return math.tanh(step / 2000)  # 2σ(x) − 1 = tanh(x/2)

@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from metaadamw_lite import LiLAW
 from metaadamw_lite.checks import check_choice
@@ -46,9 +47,9 @@ def recorded(study: Sequence[RunKey]) -> list[dict[str, Any]]:
 def runs_frame(records: Records) -> pd.DataFrame:
     """One row for each run, accuracies and shares in percent.
 
-    Columns beside the run's key: noise (what is wrong), ``wrong`` (how many training labels are), ``best`` (test
-    accuracy in the epoch that validated best), ``last`` (in the last epoch), ``memorised`` (wrong training labels that
-    the model repeats in the end), and the last alpha, delta and beta of LiLAW.
+    Columns beside the run's key: noise (what is wrong), ``wrong`` (how many of the ``train`` labels are), ``best``
+    (test accuracy in the epoch that validated best), ``last`` (in the last epoch), ``memorised`` (wrong training labels
+    that the model repeats in the end), ``meta_steps`` of LiLAW after its warm-up, and its last alpha, delta and beta.
     """
     rows = []
     for r in records:
@@ -59,10 +60,12 @@ def runs_frame(records: Records) -> pd.DataFrame:
                 **r["run"],
                 "noise": noise_name(r["run"]["task"]),
                 "wrong": r["wrong_labels"],
+                "train": r["samples"]["train"],
                 "status": r["status"],
                 "best": 100 * r["test"]["metric"] if r["test"] else np.nan,
                 "last": 100 * r["last"]["metric"] if "last" in r else np.nan,
                 "memorised": 100 * (np.nan if last.get("memorised") is None else last["memorised"]),
+                "meta_steps": (len(r["epochs"]) - 1) * -(-r["samples"]["train"] // r["settings"]["batch_size"]),
                 **{name: end.get(name, np.nan) for name in ("alpha", "delta", "beta")},
             }
         )
@@ -130,28 +133,37 @@ def _corrected(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.DataFr
     """
     p = table["difference"].map(lambda d: d.p)
     corrected = report.holm(p.where(~table.index.isin(list(control))))
-    verdicts = [judged(replace(d, p=q)) for d, q in zip(table["difference"], corrected.fillna(p), strict=True)]
+    verdicts = [judged(d, q) for d, q in zip(table["difference"], corrected.fillna(p), strict=True)]
     return table.assign(p_holm=corrected, verdict=verdicts)
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The same as text, for a page: mean with interval, both p, number of seeds, verdict."""
+    """The same as text, for a page: mean with Student's interval, both p, number of seeds, verdict."""
     differences = table["difference"]
     unit = differences.iloc[0].unit if len(table) else "points"
     text = table.drop(columns=["difference", "p_holm", "verdict"])
-    text[f"difference ({unit})"] = differences.map(lambda d: f"{d.mean:+.1f} {d.interval}" if d.seeds else "–")
+    text[f"difference ({unit})"] = differences.map(student)
     text["p (t)"] = differences.map(lambda d: report.p_value(d.p))
     text["p (Holm)"] = table["p_holm"].map(report.p_value)
     text["seeds"] = differences.map(lambda d: d.seeds)
     return text.assign(**{"better?": table["verdict"]})
 
 
-def judged(difference: PairedDifference) -> str:
-    """The verdict on "it is better", once all seeds that were planned are there."""
+def student(difference: PairedDifference) -> str:
+    """A mean with Student's interval, since one by bootstrap is far too narrow for three pairs."""
+    if not difference.seeds:
+        return "–"
+    enough = difference.seeds >= report.ENOUGH_SEEDS
+    return f"{difference.mean:+.1f} {difference.t_interval if enough else difference.interval}"
+
+
+def judged(difference: PairedDifference, corrected: float) -> str:
+    """The verdict on "it is better" by a corrected p, once all seeds that were planned are there."""
     planned = len(FEW_SEEDS)
     if difference.seeds < planned:
         return f"{NEVER}: {difference.seeds} of {planned} seeds"
-    return report.verdict(difference)
+    before, says = report.verdict(difference), report.verdict(replace(difference, p=corrected))
+    return says if says == before else "not decided after the correction"
 
 
 def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -159,6 +171,10 @@ def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         runs: from ``runs_frame``, of one task; only seeds that every setting has count.
+
+    Returns:
+        Steps of the meta-descent, how far W got at most, where the scalars ended, differences (``PairedDifference`` in
+        points), seeds.
     """
     seeds = runs.groupby("seed")["variant"].nunique()
     runs = runs[runs["seed"].isin(seeds[seeds == runs["variant"].nunique()].index)]
@@ -170,16 +186,56 @@ def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
             continue
         baseline = f"adamw-batch{setting[2]}" if setting[1] == "-batch" else "adamw"
         part = runs[runs["variant"] == variant]
-        row: dict[str, object] = {
+        row: dict[str, object] = {"meta-steps": f"{part['meta_steps'].mean():.0f}"}
+        row |= {
             f"{symbol} at the end": f"{part[column].mean():.2f}"
             for symbol, column in {"α": "alpha", "δ": "delta", "β": "beta"}.items()
         }
+        row["largest change of W"] = f"{weights_moved(part).max():.2f}"
         for column in ("best", "last", "memorised"):
-            d = points(runs, column, variant, baseline)
             what = "wrong labels repeated" if column == "memorised" else f"accuracy, {column} epoch"
-            row[f"{what} (points)"] = f"{d.mean:+.1f} {d.interval}"
+            row[f"{what} (points)"] = points(runs, column, variant, baseline)
         rows[names[setting[1]] + setting[2]] = row | {"seeds": part["seed"].nunique()}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def sensitivity_statement(table: pd.DataFrame) -> str:
+    """How many of the differences of ``sensitivity_table`` are more than chance explains (Markdown)."""
+    p = pd.Series([d.p for column in table for d in table[column] if isinstance(d, PairedDifference)], dtype=float)
+    small, corrected = (int((q < 1 - report.CONFIDENCE).sum()) for q in (p, report.holm(p)))
+    return f"Of these {len(p)} differences **{small}** have $p<0.05$, and **{corrected}** after Holm's correction."
+
+
+def possible_probabilities(points: int = 201, band: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """A grid of (s[ỹ], max s), and where on it such a pair is possible for some number of classes.
+
+    Either the given label is the one believed most, s[ỹ] = max s (the diagonal), or the two probabilities belong to
+    different classes and sum to at most one (the triangle). With C classes max s is 1/C at least.
+
+    Args:
+        points: along each axis.
+        band: how far from the diagonal still counts, so that a picture shows it.
+    """
+    grid = torch.linspace(0, 1, points)
+    given, largest = torch.meshgrid(grid, grid, indexing="xy")
+    return given, largest, (given + largest <= 1) & (given <= largest) | ((given - largest).abs() <= band)
+
+
+def weights_moved(runs: pd.DataFrame) -> "pd.Series[float]":
+    """The largest change of W since the start, over all possible probabilities, for each run that has a LiLAW.
+
+    Args:
+        runs: from ``runs_frame``.
+    """
+    given, largest, possible = possible_probabilities()
+    start = LiLAW()
+
+    def total(*scalars: float) -> Tensor:
+        return weights_of(given, largest, *(torch.tensor(x) for x in scalars)).total[possible]
+
+    before = total(start.alpha.item(), start.delta.item(), start.beta.item())
+    ends = runs.dropna(subset=["alpha", "delta", "beta"])[["alpha", "delta", "beta"]]
+    return pd.Series({k: float((total(*end) - before).abs().max()) for k, *end in ends.itertuples()}, dtype=float)
 
 
 def detection_frame(records: Records) -> pd.DataFrame:
@@ -193,18 +249,19 @@ def detection_frame(records: Records) -> pd.DataFrame:
     )
 
 
-def detection_against(found: pd.DataFrame) -> pd.DataFrame:
+def detection_against(found: pd.DataFrame, area: str = "auroc") -> pd.DataFrame:
     """LiLAW's easy weight against the best of the other methods, for each noise.
 
     The others are taken from trainings with and from those without LiLAW, each by itself, and the best is the one with
-    the highest mean AUROC over the seeds: one method for all seeds, not the best of each.
+    the highest mean area over the seeds: one method for all seeds, not the best of each.
 
     Args:
         found: from ``detection_frame``, of both arms.
+        area: "auroc" or "auprc".
 
     Returns:
         Indexed by noise: best (the method, and what it was trained with), difference (a ``PairedDifference`` in
-        points of AUROC; positive: LiLAW is better), p_holm (over the kinds of noise), and the verdict by that.
+        points of the area; positive: LiLAW is better), p_holm (over the kinds of noise), and the verdict by that.
     """
     if found.empty:
         return _corrected(pd.DataFrame(columns=["best", "difference"]))
@@ -214,13 +271,20 @@ def detection_against(found: pd.DataFrame) -> pd.DataFrame:
     others = found[~lilaws].assign(way=found["method"] + " (" + found["variant"].map(LABELS) + ")")
     rows = {}
     for noise, part in easy.groupby("noise", sort=False):
-        lilaw = 100 * part.set_index("seed")["auroc"].astype(float)
+        lilaw = 100 * part.set_index("seed")[area].astype(float)
         same = others[(others["noise"] == noise) & others["seed"].isin(lilaw.index)]
-        areas = 100 * same.pivot(index="seed", columns="way", values="auroc").astype(float)
+        areas = 100 * same.pivot(index="seed", columns="way", values=area).astype(float)
         areas = areas.reindex(lilaw.index).dropna(axis=1)  # what has not all of these seeds yet cannot be the best
         best = str(areas.mean().idxmax())
         rows[noise] = {"best": best, "difference": paired_difference(lilaw - areas[best], "points")}
     return _corrected(pd.DataFrame.from_dict(rows, orient="index", columns=["best", "difference"]))
+
+
+EPOCH_LABELS = {
+    "memorised": "wrong labels repeated (%)",
+    "val_loss": "validation loss (nats)",
+    "metric": "validation accuracy (%)",
+}
 
 
 def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw")) -> Figure:
@@ -228,11 +292,12 @@ def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "
 
     Args:
         records: of the runs.
-        column: "memorised", how much of the wrong training labels is learned by heart, or "val_loss".
+        column: "memorised", how much of the wrong training labels is learned by heart, "val_loss", or "metric", the
+            accuracy on validation labels.
         arms: the variants.
     """
     epochs = report.epochs_frame(r for r in records if r["run"]["variant"] in arms).dropna(subset=column)
-    epochs = epochs.assign(value=epochs[column].astype(float) * (100 if column == "memorised" else 1))
+    epochs = epochs.assign(value=epochs[column].astype(float) * (1 if column == "val_loss" else 100))
     tasks = list(dict.fromkeys(epochs["task"]))
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -255,8 +320,7 @@ def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "
             ax=ax,
             legend=ax is axes.flat[0],
         )
-        label = "wrong labels repeated (%)" if column == "memorised" else "validation loss (nats)"
-        ax.set(title=noise_name(task).replace(", ", ",\n"), xlabel="epoch", ylabel=label)
+        ax.set(title=noise_name(task).replace(", ", ",\n"), xlabel="epoch", ylabel=EPOCH_LABELS[column])
     axes.flat[0].set_ylim(bottom=0)
     _legend_below(figure, axes.flat[0], columns=len(arms))
     return figure
@@ -316,14 +380,8 @@ def plot_detection(found: pd.DataFrame, order: Sequence[str]) -> Figure:
 
 
 def plot_weights(lilaw: LiLAW) -> Figure:
-    """W_α, W_δ, W_β and their sum over (s[ỹ], max s), where that pair is possible at all.
-
-    Either the given label is the one believed most, s[ỹ] = max s (the diagonal, drawn as a band), or the two
-    probabilities belong to different classes and sum to at most one (the triangle).
-    """
-    grid = torch.linspace(0, 1, 201)
-    given, largest = torch.meshgrid(grid, grid, indexing="xy")
-    possible = (given + largest <= 1) & (given <= largest) | ((given - largest).abs() < 0.012)
+    """W_α, W_δ, W_β and their sum over (s[ỹ], max s), where ``possible_probabilities`` has that pair."""
+    given, largest, possible = possible_probabilities(band=0.012)
     with torch.no_grad():
         w = weights_of(given, largest, lilaw.alpha, lilaw.delta, lilaw.beta)
     panels = {"W_α (easy)": w.easy, "W_δ (moderate)": w.moderate, "W_β (hard)": w.hard, "W": w.total}
@@ -444,24 +502,46 @@ def accuracy_statement(runs: pd.DataFrame) -> str:
     return says + "."
 
 
-def masking_statement(runs: pd.DataFrame) -> str:
-    """What masking takes from LoPE, beside what adaptation had given it; a line for each noise (Markdown)."""
-    lines = []
-    for noise, part in runs[runs["variant"] == "lope"].groupby("noise", sort=False):
-        at = part.groupby("at")["perplexity"].mean()
-        gained, lost = at["pretrained"] - at["2"], at["masked"] - at["2"]
-        says = (
-            f"* {noise} noise: perplexity {at['pretrained']:.0f} before adaptation, {at['2']:.0f} after both stages, "
-            f"**{at['masked']:.0f}** with the expert masked: "
-        )
-        if gained <= 0:
-            says += "adaptation gained nothing."
-        elif lost <= 0:
-            says += "masking costs nothing."
-        else:
-            says += f"masking takes {100 * lost / gained:.0f} % of what adaptation had gained."
-        lines.append(says)
-    return "\n".join(lines)
+def masking_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """What masking takes of what adaptation had gained, by mean perplexities: a row for each arm, a column a noise.
+
+    Args:
+        runs: from ``adaptations_frame``.
+    """
+    at = runs.groupby(["variant", "noise", "at"], sort=False)["perplexity"].mean().unstack()
+    at = at.reindex(columns=["pretrained", "2", "masked"]).dropna()
+    gained, taken = at["pretrained"] - at["2"], at["masked"] - at["2"]
+    share = (100 * taken / gained).map("{:.0f} %".format).where(gained > 0, "nothing gained").unstack()
+    arms = [arm for arm in LOPE_LABELS if arm in share.index]
+    return share.reindex(arms).fillna("–").rename(index=LOPE_LABELS).rename_axis(index=None, columns="noise")
+
+
+def noise_cost_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """How much more perplexity an arm ends with where a fifth of the words it adapts to are noisy, a row for each arm.
+
+    Args:
+        runs: from ``adaptations_frame``; only final tests count.
+
+    Returns:
+        Indexed by arm: noise costs (in percent of the perplexity without noise, mean ± standard deviation), difference
+        (a ``PairedDifference`` in points; positive: noise costs LoPE less than this arm), p_holm (over the other
+        arms) and the verdict by that.
+    """
+    final = runs[runs["final"]].pivot_table(index=["variant", "seed"], columns="noise", values="perplexity")
+    clean, noisy = (f"{100 * share:.0f} %" for share in (min(NOISE.values()), max(NOISE.values())))
+    final = final.reindex(columns=[clean, noisy]).dropna()
+    costs = 100 * (final[noisy] / final[clean] - 1)
+    rows = {}
+    for arm, label in LOPE_LABELS.items():
+        if arm in costs.index:
+            of_arm = costs[arm]
+            both = of_arm - costs["lope"] if arm != "lope" and "lope" in costs.index else of_arm.iloc[:0]
+            text = f"{of_arm.mean():+.1f}" + (f" ± {of_arm.std():.1f}" if len(of_arm) > 1 else "")
+            rows[label] = {"noise costs (%)": text, "difference": paired_difference(both, "points")}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["noise costs (%)", "difference"])
+    table = _corrected(table.rename_axis("LoPE against"))
+    table.loc[table.index == LOPE_LABELS["lope"], "verdict"] = "–"
+    return table
 
 
 def lope_against(runs: pd.DataFrame, arm: str) -> PairedDifference:
@@ -592,8 +672,9 @@ def claims_table() -> pd.DataFrame:
 
     * accuracy: test accuracy with LiLAW against without, in points, on the task; with p after Holm's correction over
       all kinds of noise.
-    * detection: AUROC of LiLAW's easy weight against the best other method, for each kind of noise.
+    * detection: both areas of LiLAW's easy weight against the best other method, for each kind of noise.
     * adaptation: perplexity of LoPE against that of the arm named in ``against``, on the task.
+    * noise cost: how much less LoPE's perplexity rises with noise than that of the arm named in ``against``.
     * scale: needs models or data that are not at hand; not tested.
     """
     claims = pd.read_csv(report.repository() / "data" / "paper" / "claims_relatives.csv", dtype=str)
@@ -611,7 +692,7 @@ def claims_table() -> pd.DataFrame:
 
 def _claimed(claim: "pd.Series[str]", records: Records) -> tuple[str, str]:
     """What the lite runs of a method's study show about a claim, with what it was measured on, and the verdict."""
-    check_choice("kind (of a claim)", claim["kind"], ("accuracy", "detection", "adaptation"))
+    check_choice("kind (of a claim)", claim["kind"], ("accuracy", "detection", "adaptation", "noise cost"))
     if not records:
         return "–", NEVER
     row: Any
@@ -619,17 +700,28 @@ def _claimed(claim: "pd.Series[str]", records: Records) -> tuple[str, str]:
         table = lope_table(adaptations_frame(records))
         row = noise_share(claim["task"]), LOPE_LABELS[claim["against"]]
         what = f"lower perplexity, {row[0]} noise"
+    elif claim["kind"] == "noise cost":
+        table, row = noise_cost_table(adaptations_frame(records)), LOPE_LABELS[claim["against"]]
+        what = "less rise of perplexity from 0 to 20 % noise"
     elif claim["kind"] == "accuracy":
         runs = runs_frame([r for r in records if r["run"]["variant"] in ("adamw", "adamw-lilaw")])
         table, row = accuracy_table(runs, "best"), noise_name(claim["task"])
         what = row
     else:
-        table = detection_against(detection_frame(records))
-        counts = table["verdict"].map(lambda says: report.noted(says, "lite")).value_counts()
-        spans = "<br>".join(f"{noise}: {d}" for noise, d in table["difference"].items())
-        return spans or "–", "; ".join(f"{v} on {n} of {len(table)} kinds" for v, n in counts.items()) or NEVER
+        tables = {area.upper(): detection_against(detection_frame(records), area) for area in ("auroc", "auprc")}
+        spans = pd.DataFrame({area: table["difference"].map(student) for area, table in tables.items()})
+        lines = [f"{noise}: {'; '.join(row)}" for noise, *row in spans.itertuples()]
+        counts = [
+            f"{area}: {report.noted(str(says), 'lite')} on {n} of {len(table)} kinds"
+            for area, table in tables.items()
+            for says, n in table["verdict"].value_counts().items()
+        ]
+        if not lines:
+            return "–", NEVER
+        return "<br>".join([f"points of {' and of '.join(tables)}:", *lines]), "<br>".join(counts)
     if row not in table.index:
         return "–", NEVER
     found: Any = table.loc[row]
-    p = f"p {report.p_value(found['difference'].p)}, after Holm's correction {report.p_value(found['p_holm'])}"
-    return f"{found['difference']}, {p} ({what}; lite runs)", report.noted(found["verdict"], "lite")
+    d = found["difference"]
+    p = f"{d.seeds} seeds, p {report.p_value(d.p)}, after Holm's correction {report.p_value(found['p_holm'])}"
+    return f"{student(d)} {d.unit}, {p} ({what}; lite runs)", report.noted(found["verdict"], "lite")
