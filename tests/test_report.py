@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite.experiments import TASKS, figures, report
 from metaadamw_lite.experiments.chapter import Evidence
 from metaadamw_lite.experiments.report import PairedDifference, improvement, verdict
-from metaadamw_lite.experiments.studies import SEARCH_SEEDS
+from metaadamw_lite.experiments.studies import SEARCH_SEEDS, SEEDS
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS
 
 
@@ -26,10 +26,25 @@ def test_improvement_is_paired_by_seed_and_relative_to_the_baseline():
     assert up.mean == pytest.approx(-d.mean)
 
 
-def test_equal_differences_are_a_decision():
-    d = improvement(series([0.9, 1.8, 3.6]), series([1.0, 2.0, 4.0]), lower_is_better=True)
-    assert (d.low, d.high) == pytest.approx((10, 10))
+def test_equal_differences_are_a_decision_once_there_are_enough_of_them():
+    baseline = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    d = improvement(series([0.5 * x for x in baseline]), series(baseline), lower_is_better=True)
+    assert (d.low, d.high) == pytest.approx((50, 50))
+    assert d.p == pytest.approx(2 / 2**6), "of a sign test"
     assert verdict(d) == "holds"
+    few = improvement(series([0.5, 1.0, 2.0]), series(baseline[:3]), lower_is_better=True)
+    assert verdict(few) == "not decided: within chance", "three equal small integers are no rarity"
+
+
+def test_the_bootstrap_intervals_have_the_width_they_should():
+    values = {"a": pd.Series([1.0, 2, 3, 4, 50]), "b": pd.Series([-1.0, 5, 9, 0, 2])}
+    iqm, better = report.over_tasks(values).values()
+    assert iqm.value == pytest.approx(np.sort([1, 2, 3, 4, 50, -1, 5, 9, 0, 2])[2:8].mean())
+    assert iqm.low < iqm.value - 0.5
+    assert iqm.high > iqm.value + 0.5
+    assert 0.3 < better.high - better.low < 0.6
+    d = report.paired_difference(pd.Series([-1.0, 0, 1, 2, 3]), "%")
+    assert (d.low, d.high) == pytest.approx((-0.2, 2.2), abs=0.25), "as scipy's BCa interval of five numbers"
 
 
 def test_seeds_without_a_partner_are_left_out():
@@ -176,7 +191,11 @@ def test_a_page_with_whole_runs_under_one_protocol_says_what_rests_on_shortened_
     says = evidence.verdict()["MetaAdamW improves on AdamW"]
     assert "lite runs" in says["clean (lite runs)"]
     assert "lite runs" not in says["paper (paper runs)"]
-    assert "The runs under `clean` are shortened" in evidence.conclusion()
+    says = evidence.conclusion()
+    assert "The runs under `clean` are shortened" in says
+    assert "of 5 `paper` runs all groups had the same α" in says
+    assert "of 5 `lite` runs all groups had the same α" in says
+    assert "nan" not in says
     assert evidence.curves().get_suptitle() == "IMDB sentiment, profile: paper (protocol paper), lite (protocol clean)"
     monkeypatch.setattr(report, "recorded", lambda task: short)
     assert "Everything recorded on this page comes from shortened runs" in Evidence(TASKS["imdb"], "share").label()
@@ -267,18 +286,21 @@ def test_two_pairs_are_not_tested():
     assert math.isnan(d.p_wilcoxon)
 
 
-def test_a_run_without_a_finite_metric_leaves_its_pair_out():
+def test_pairs_that_are_lost_are_counted_and_leave_nothing_decided():
     outcome = pd.DataFrame(
         {
             "protocol": "paper",
-            "variant": ["adamw"] * 3 + ["metaadamw"] * 3,
-            "seed": [0, 1, 2] * 2,
-            "outcome": [1.0, 2.0, 9.0, 1.0, 2.0, None],
+            "variant": ["adamw"] * 5 + ["metaadamw"] * 5,
+            "seed": [0, 1, 2, 3, 4] * 2,
+            "outcome": [1.0, 2.0, 9.0, 4.0, 3.0, 0.9, 1.7, 8.2, 3.4, None],
         }
     )
     arm, baseline = report.by_seed(outcome, "paper", "metaadamw", "adamw")
-    assert arm.index.tolist() == [0, 1]
-    assert improvement(arm, baseline, lower_is_better=True).seeds == 2
+    d = improvement(arm, baseline, lower_is_better=True)
+    assert (d.seeds, d.lost) == (4, 1)
+    assert d.low > 0, "the four that are left went well"
+    assert verdict(d) == "not decided: 1 of 5 pairs lost"
+    assert "4 seeds; lost without a finite result: 1 of 5" in str(d)
 
 
 def test_a_difference_can_be_seen_from_the_other_side():
@@ -340,11 +362,12 @@ def made(variant, seed, metrics, task="etth1", profile="paper", protocol="paper"
     }
 
 
-def verdict_on(monkeypatch, claim, ours, adamw):
-    """The verdict on a claim of the ETTh1 task where each arm has these metrics by seed and epoch."""
-    records = [made("metaadamw", k, m) for k, m in enumerate(ours)] + [made("adamw", k, m) for k, m in enumerate(adamw)]
+def verdict_on(monkeypatch, claim, ours, adamw, task="etth1"):
+    """The verdict on a claim about a task where each arm has these metrics by seed and epoch."""
+    arms = {"metaadamw": ours, "adamw": adamw}
+    records = [made(arm, k, m, task) for arm, metrics in arms.items() for k, m in enumerate(metrics)]
     records += [r | {"run": r["run"] | {"protocol": "clean"}} for r in records]
-    monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
+    monkeypatch.setattr(report, "recorded", lambda name: records if name == task else [])
     return report.claims_table().set_index("claim").loc[claim]
 
 
@@ -358,6 +381,56 @@ def test_claims_on_the_length_of_training(monkeypatch):
     row = verdict_on(monkeypatch, LONG, many, few)
     assert row["verdict"] == "does not hold: it is the other way round"
     assert row["ours"].startswith("epochs: +")
+    assert "0 of 10 runs went on to the last epoch allowed, 8" in row["ours"]
+    longer = "Trains for more epochs on IMDB instead of stopping too early"
+    assert verdict_on(monkeypatch, longer, many, few, "imdb")["verdict"] == "holds"
+    assert verdict_on(monkeypatch, longer, few, many, "imdb")["verdict"] == "does not hold: it is the other way round"
+
+
+def test_a_run_that_diverges_is_not_one_that_takes_less_time(monkeypatch):
+    short = [made("metaadamw", k, [3.0, 8.0]) | {"status": "diverged"} for k in range(5)]
+    records = short + [made("adamw", k, [3.0, 2.5, 2.0, 1.5, 1.2, 1.1 + k]) for k in range(5)]
+    monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
+    verdicts = report.claims_table().set_index("claim")["verdict"]
+    assert verdicts[LONG] == "not decided: 5 of 5 pairs lost"
+
+
+@pytest.mark.parametrize(("task", "gain"), [("etth1", 10), ("cifar10", -10)])
+def test_table_2_and_its_claims_have_the_sign_of_the_papers_formula(monkeypatch, task, gain):
+    sizes = {"adamw": 1.0, "metaadamw": 0.9, "metaadamw-frozen": 2.0}
+    records = [
+        made(arm, k, [size * (1 + k / 10 + (k % 2) * (arm == "metaadamw") / 100)], task)
+        for arm, size in sizes.items()
+        for k in range(5)
+    ]
+    monkeypatch.setattr(report, "recorded", lambda name: records if name == task else [])
+    row = report.table_of_tasks().loc[task]
+    assert row["difference"].mean == pytest.approx(gain, abs=1)
+    assert row["arm_mean"] == pytest.approx(0.9 * row["baseline_mean"], rel=0.02)
+    claims = report.claims_table().set_index("claim")
+    claim = {"etth1": "Lower error on ETTh1", "cifar10": "Higher accuracy on CIFAR-10"}[task]
+    assert claims.loc[claim, "verdict"] == ("holds" if gain > 0 else "does not hold: it is worse")
+    learning = claims.loc["Meta-learning adapts Φ to the task, which leads to better generalization", "ours"]
+    assert ("+5" in learning) == (gain > 0), "against the control"
+    runs = report.outcomes(report.runs_frame(records))
+    table = report.comparison_table(runs, TASKS[task].lower_is_better, dict.fromkeys(sizes, "arm"))
+    assert (table["improvement (%)"].iloc[0][0] == "+") == (gain > 0)
+
+
+def test_table_2_is_corrected_over_its_tasks():
+    table = report.table_of_tasks()
+    assert table["p_holm"].tolist() == report.holm(table["p"]).tolist()
+    assert (table["p_holm"] > table["p"]).any()
+
+
+def test_a_tuned_baseline_is_judged_by_seeds_that_it_was_not_chosen_by():
+    table = report.tuned_table()
+    assert all(d.seeds <= len(SEEDS) for column in ("tuned", "difference") for d in table[column].dropna())
+
+
+def test_what_is_called_the_last_epoch_is_the_last():
+    frame = report.runs_frame([made("adamw", 0, [3.0, 1.0, 2.0])])
+    assert frame[["best", "last", "best_epoch"]].iloc[0].tolist() == [1.0, 2.0, 2]
 
 
 def test_a_component_is_necessary_only_if_it_is_after_the_correction(monkeypatch):
@@ -387,7 +460,8 @@ def test_claims_on_who_is_first(monkeypatch):
     assert verdict_on(monkeypatch, SHORT, late, soon)["verdict"] == "does not hold: it is later or never"
     same = verdict_on(monkeypatch, SHORT, late, late)
     assert same["verdict"] == "not decided: within chance", "a tie is no defeat"
-    never = verdict_on(monkeypatch, SHORT, [[3.0, 2.9, 2.8, 2.7]] * 4 + [[3.0] * 5], late)
+    latest = [*late[:3], [3.0, 1.0, 2.0, 2.0], [3.0, 1.0, 2.0, 2.0]]
+    never = verdict_on(monkeypatch, SHORT, [[3.0, 2.9, 2.8, 2.7]] * 5, latest)
     assert never["verdict"] == "does not hold: it is later or never"
 
 
@@ -447,3 +521,22 @@ def test_the_statement_on_the_tuned_baseline_counts_what_was_tested():
     assert f"{(table['p_holm'] < 0.05).sum()} of them are left" in count
     assert "IMDB" in gained
     assert "`clean`" in missing
+
+
+def dots(ax):
+    """Where the dots of a picture are along its horizontal axis."""
+    return sorted(x for collection in ax.collections for x in collection.get_offsets()[:, 0])
+
+
+def test_pictures_show_the_numbers_of_their_tables():
+    pairs = pd.DataFrame({"task": "made", "improvement": [1.0, -2.0, 30.0], "paper": 4.0})
+    assert set(dots(figures.plot_improvements(pairs).axes[0])) == {-2.0, 1.0, 4.0, 30.0}
+
+    table = report.ablation_table("etth1", "lite")
+    tested = table[~table["baseline"] & table["difference"].map(lambda d: d.seeds >= 3)]
+    means = figures.plot_ablations(table).axes[0].lines[0].get_xdata()
+    assert list(means) == [d.mean for d in tested["difference"]]
+
+    epochs = report.epochs_frame(made("adamw", k, [3.0 + k, 2.0 - k / 10]) for k in range(3))
+    band = figures.plot_curves(epochs, ["paper"], "error").axes[0].collections[0].get_paths()[0].vertices
+    assert {(1.0, 3.0), (1.0, 5.0), (2.0, 1.8), (2.0, 2.0)} <= {(x, round(y, 9)) for x, y in band}, "lowest to highest"

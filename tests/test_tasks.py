@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torchvision.transforms.functional import normalize
 
-from metaadamw_lite.experiments import TASKS, cifar10, imdb, multi30k, training, wikitext2
+from metaadamw_lite.experiments import TASKS, cifar10, etth1, imdb, multi30k, training, wikitext2
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.datasets import DataError, Table, held_out, prepared, read_table
 from metaadamw_lite.experiments.task import Score, accuracy, part_of, perplexity
@@ -902,6 +902,8 @@ def test_real_imdb(real):
     for words, labels, lengths in (data.train, data.val):
         assert (len(labels), labels.sum()) == (25_000, 12_500)
         assert (words.max() < 25_000, lengths.min() >= 1, lengths.max()) == (True, True, 256)
+    train, test = (read_table(table) for table in (imdb.TRAIN, imdb.TEST))
+    assert test["text"].isin(set(train["text"])).sum() == 123, "as chapter 10 says"
 
 
 @pytest.mark.slow
@@ -918,3 +920,67 @@ def test_real_cifar10(real):
     clean = real("cifar10", "clean")
     assert torch.equal(clean.val[1], labels[-5_000:])
     assert torch.equal(clean.test[0], data.val[0])
+
+
+@pytest.mark.parametrize(
+    ("task", "loop", "model"),
+    [
+        ("etth1", (8, 64, 2, 1e-4, 1), {"d_model": 128, "heads": 4, "layers": 2, "feed_forward": 512, "dropout": 0.2}),
+        (
+            "wikitext2",
+            (15, 64, 2, 1e-3, 1),
+            {"d_model": 128, "heads": 4, "layers": 2, "feed_forward": 512, "dropout": 0.2},
+        ),
+        (
+            "multi30k",
+            (25, 64, 2, 1e-3, 1),
+            {"d_model": 256, "heads": 8, "layers": 4, "feed_forward": 1024, "dropout": 0.2},
+        ),
+        ("cifar10", (15, 128, 2, 1e-3, 1), {"dropout": 0.2}),
+        ("imdb", (15, 64, 2, 1e-3, 1), {"embedding": 32, "hidden": 64, "layers": 2, "dropout": 0.2}),
+    ],
+)
+def test_training_and_models_are_those_of_the_paper_and_the_released_code(task, loop, model):
+    s = TASKS[task].settings("paper")
+    assert (s.epochs, s.batch_size, s.patience, s.min_delta, s.warmup_epochs) == loop
+    assert dict(s.model) == model
+
+
+def test_the_order_of_hours_matters_and_layers_start_as_xavier_says():
+    torch.manual_seed(0)
+    model = etth1.TimeSeriesTransformer(**etth1.settings("paper").model).eval()
+    hours = torch.randn(4, 96)
+    earlier_reversed = torch.cat([hours[:, :95].flip(1), hours[:, 95:]], dim=1)
+    with torch.no_grad():
+        assert (model(hours) - model(earlier_reversed)).abs().min() > 1e-4
+    code = etth1.sinusoidal_positions(64, 8)
+    assert code[3, 2].item() == pytest.approx(math.sin(3 / 10000 ** (2 / 8)))
+    assert code[3, 5].item() == pytest.approx(math.cos(3 / 10000 ** (4 / 8)))
+    for layer in model.layers:
+        weight = layer.linear1.weight.detach()
+        assert weight.abs().max() <= math.sqrt(6 / (128 + 512))
+        assert weight.std() == pytest.approx(math.sqrt(2 / (128 + 512)), rel=0.05)
+
+
+def test_words_are_scaled_before_their_positions_and_norms_come_after():
+    settings = TASKS["multi30k"].settings("smoke")
+    data = load("multi30k", "clean")
+    model = TASKS["multi30k"].build(settings, data).eval()
+    layers = [*model.transformer.encoder.layers, *model.transformer.decoder.layers]
+    assert not any(layer.norm_first for layer in layers)
+    heard = []
+    model.transformer.encoder.layers[0].register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    words = data.train[0][:4].long()
+    model.encode(words)
+    width = settings.model["d_model"]
+    expected = model.embedding(words) * math.sqrt(width) + etth1.sinusoidal_positions(words.shape[1], width)
+    assert torch.allclose(heard[0], expected, atol=1e-6)
+
+
+def test_the_sentiment_model_drops_what_its_output_layer_reads():
+    settings = TASKS["imdb"].settings("smoke")
+    data = load("imdb", "clean")
+    model = TASKS["imdb"].build(replace(settings, model={**settings.model, "dropout": 1.0}), data).train()
+    words, _, lengths = (x[:4] for x in data.train)
+    scores = model(words.long(), lengths)
+    assert torch.allclose(scores, model.output.bias.expand_as(scores))

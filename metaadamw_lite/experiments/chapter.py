@@ -18,6 +18,14 @@ from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS
 
 
+def rounded_up(x: float) -> str:
+    """A number that is not negative, with two digits and not rounded down, for sentences with "at most"."""
+    if x == 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(x)) - 1)
+    return f"{math.ceil(x / unit * (1 - 1e-12)) * unit:.2g}"
+
+
 class Evidence:
     """The committed runs of a task's three arms, under each protocol at the best profile with enough seeds.
 
@@ -170,22 +178,24 @@ class Evidence:
 
     def factors(self) -> pd.DataFrame:
         """For each run of MetaAdamW the smallest, mean and largest α and β, and how far meta-learning moved them."""
+        moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved", "phi_moved"]].max()
+        names = {"alpha_moved": "α moved by", "beta_moved": "β moved by", "phi_moved": "Φ moved by"}
+        return self._named(self._factors().join(moved.map("{:.0e}".format).rename(columns=names)))
+
+    def _factors(self) -> pd.DataFrame:
         traced = report.factors_frame(self.records)
         trained = traced[traced["variant"] == "metaadamw"].groupby(["protocol", "seed"])
-        table = pd.DataFrame(
+        return pd.DataFrame(
             {
                 f"{s} ({how})": trained[c].agg(how)
                 for c, s in (("alpha", "α"), ("beta", "β"))
                 for how in ("min", "mean", "max")
             }
         ).round(3)
-        moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved", "phi_moved"]].max()
-        names = {"alpha_moved": "α moved by", "beta_moved": "β moved by", "phi_moved": "Φ moved by"}
-        return self._named(table.join(moved.map("{:.0e}".format).rename(columns=names)))
 
     def factors_statement(self) -> str:
         """What the factors did, in a few sentences for each profile (Markdown)."""
-        whole, says = self.factors(), []
+        whole, says = self._factors(), []
         for profile in dict.fromkeys(self.profiles.values()):
             protocols = [protocol for protocol, p in self.profiles.items() if p == profile]
             table = whole[whole.index.get_level_values("protocol").isin(protocols)]
@@ -195,7 +205,7 @@ class Evidence:
             says.append(
                 f"In {equal.sum()} of {len(table)} `{profile}` runs all groups had the same α, to within 0.1, from "
                 f"beginning to end. The mean α of a run lay between {low:.2f} and {high:.2f}. Meta-learning changed α "
-                f"by at most {moved['alpha_moved']:.1g} and β by at most {moved['beta_moved']:.1g}."
+                f"by at most {rounded_up(moved['alpha_moved'])} and β by at most {rounded_up(moved['beta_moved'])}."
             )
         return " ".join(says)
 

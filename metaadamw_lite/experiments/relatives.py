@@ -81,7 +81,8 @@ def noise_name(task: str) -> str:
 def points(runs: pd.DataFrame, column: str, arm: str, baseline: str) -> PairedDifference:
     """How many percentage points an arm is above another in a column, paired by seed."""
     first, second = (runs[runs["variant"] == v].set_index("seed")[column].astype(float) for v in (arm, baseline))
-    return paired_difference(first - second, "points")
+    both = first.index.intersection(second.index)
+    return paired_difference(first[both] - second[both], "points")
 
 
 def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -160,7 +161,7 @@ def student(difference: PairedDifference) -> str:
 def judged(difference: PairedDifference, corrected: float) -> str:
     """The verdict on "it is better" by a corrected p, once all seeds that were planned are there."""
     planned = len(FEW_SEEDS)
-    if difference.seeds < planned:
+    if difference.seeds + difference.lost < planned:
         return f"{NEVER}: {difference.seeds} of {planned} seeds"
     before, says = report.verdict(difference), report.verdict(replace(difference, p=corrected))
     return says if says == before else "not decided after the correction"

@@ -64,7 +64,7 @@ def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", bas
     """
 
     def pairs(profile: str) -> int:
-        return len(_pairs(*by_seed(outcomes(runs[runs["profile"] == profile]), protocol, arm, baseline)))
+        return len(_pairs(*by_seed(outcomes(runs[runs["profile"] == profile]), protocol, arm, baseline)).dropna())
 
     return "paper" if pairs("paper") >= ENOUGH_SEEDS or not pairs("lite") else "lite"
 
@@ -135,7 +135,8 @@ class PairedDifference:
         mean: over the seeds.
         low, high: bootstrap interval (BCa) for the mean at 95 % confidence; NaN with fewer than three seeds. From so
             few pairs it is too narrow: its true coverage is below 90 %.
-        p: of a paired t-test against no difference; NaN with fewer than three seeds, as all tests and intervals.
+        p: of a paired t-test against no difference (of a sign test where all differences are equal); NaN with fewer
+            than three seeds, as all tests and intervals.
         seeds: how many pairs.
         p_wilcoxon: of Wilcoxon's signed-rank test; with five pairs it cannot fall below 1/16.
         t_low, t_high: Student's interval, which goes with ``p``.
@@ -143,6 +144,8 @@ class PairedDifference:
             is a percentage; a factor of two is 69. With the arms exchanged it only changes its sign, which the mean of
             relative differences does not: with a large spread each arm can look worse than the other.
         p_log: of a t-test on these logarithms.
+        lost: pairs that do not count, since a run of theirs has no finite result. With any, nothing is decided: those
+            that are left may be left because they went well.
     """
 
     mean: float
@@ -156,11 +159,13 @@ class PairedDifference:
     t_high: float = float("nan")
     log_ratio: float = float("nan")
     p_log: float = float("nan")
+    lost: int = 0
 
     def __str__(self) -> str:
+        lost = f"; lost without a finite result: {self.lost} of {self.seeds + self.lost}" if self.lost else ""
         if not self.seeds:
-            return "no pairs yet"
-        return f"{self.mean:+.1f} {self.unit} {self.interval}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
+            return "no pairs yet" + lost
+        return f"{self.mean:+.1f} {self.unit} {self.interval}, {self.seeds} seed{'s' if self.seeds > 1 else ''}{lost}"
 
     def reversed(self) -> "PairedDifference":
         """The same for the claim that the baseline is the better one: everything with the other sign."""
@@ -180,12 +185,12 @@ class PairedDifference:
 
 
 def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> PairedDifference:
-    """The improvement of an arm over a baseline, both indexed by seed; seeds that one of them lacks are left out.
+    """The improvement of an arm over a baseline, both indexed by seed; seeds that one of them lacks do not count.
 
     Each pair's difference is taken relative to its baseline run, as in the paper's Table 2.
     """
     difference = paired_difference(_improvements(arm, baseline, lower_is_better), "%")
-    pairs = _pairs(arm, baseline)
+    pairs = _pairs(arm, baseline).dropna()
     if not (len(pairs) and (pairs > 0).all(axis=None)):
         return difference
     logarithms = paired_difference((pairs["arm"] / pairs["baseline"]).map(math.log), "")
@@ -194,12 +199,12 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
 
 
 def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDifference:
-    """The mean of some differences, one for each seed, with its interval and tests."""
+    """The mean of some differences, one for each seed, with its interval and tests; NaN is a pair that is lost."""
     values = np.sort(differences.dropna().to_numpy()) + 0.0  # which makes 0 of −0; the bootstrap minds the order
     low = high = t_low = t_high = p = p_wilcoxon = float("nan")
     if len(values) >= ENOUGH_SEEDS and np.ptp(values) == 0:  # no test is defined without any spread
         low = high = t_low = t_high = float(values[0])
-        p = 0.0 if low else 1.0
+        p = 2 * 0.5 ** len(values) if low else 1.0
     elif len(values) >= ENOUGH_SEEDS:
         test = stats.ttest_1samp(values, 0)
         p = float(test.pvalue)
@@ -211,12 +216,13 @@ def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDiffe
     if len(values) >= ENOUGH_SEEDS and values.any():
         p_wilcoxon = float(stats.wilcoxon(values).pvalue)
     mean = float(values.mean()) if len(values) else float("nan")
-    return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit, t_low, t_high)
+    lost = len(differences) - len(values)
+    return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit, t_low, t_high, lost=lost)
 
 
 def _pairs(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> pd.DataFrame:
-    """The seeds that both have, a column for each."""
-    return pd.DataFrame({"arm": arm, "baseline": baseline}).astype(float).dropna()
+    """The seeds that both have, a column for each; NaN where a run has no finite result."""
+    return pd.concat([arm.rename("arm"), baseline.rename("baseline")], axis=1, join="inner").astype(float)
 
 
 def _improvements(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> "pd.Series[float]":
@@ -232,8 +238,8 @@ def compare(outcome: pd.DataFrame, protocol: str, arm: str, baseline: str, lower
 
 
 def by_seed(outcome: pd.DataFrame, protocol: str, *arms: str) -> "list[pd.Series[float]]":
-    """The outcomes of some arms under a protocol, each indexed by seed; runs without a finite one are left out."""
-    part = outcome[(outcome["protocol"] == protocol) & outcome["outcome"].notna()]
+    """The outcomes of some arms under a protocol, each indexed by seed; NaN for runs without a finite one."""
+    part = outcome[outcome["protocol"] == protocol]
     return [part[part["variant"] == arm].set_index("seed")["outcome"].astype(float) for arm in arms]
 
 
@@ -248,6 +254,8 @@ def verdict(difference: PairedDifference) -> str:
     A decision takes both an interval without zero and p < 0.05, since with a handful of seeds the bootstrap interval
     alone is too narrow.
     """
+    if difference.lost:
+        return f"not decided: {difference.lost} of {difference.seeds + difference.lost} pairs lost"
     if np.isnan(difference.low):
         return NEVER
     if difference.p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:
@@ -351,20 +359,19 @@ def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: st
         profile = best_evidence(runs, protocol, arm, baseline)
         outcome = outcomes(runs[runs["profile"] == profile])
         first, second = by_seed(outcome, protocol, arm, baseline)
-        paired = first.index.intersection(second.index)  # AdamW has runs with the seeds of its search, too
-        first, second = first[paired], second[paired]
+        pairs = _pairs(first, second).dropna()  # AdamW has runs with the seeds of its search, too
         d = improvement(first, second, task.lower_is_better)
         rows[name] = {
             "profile": profile,
             "seeds": d.seeds,
-            "baseline_mean": second.mean(),
-            "baseline_std": second.std(),
-            "arm_mean": first.mean(),
-            "arm_std": first.std(),
+            "baseline_mean": pairs["baseline"].mean(),
+            "baseline_std": pairs["baseline"].std(),
+            "arm_mean": pairs["arm"].mean(),
+            "arm_std": pairs["arm"].std(),
             "difference": d,
             "p": d.p,
             "p_wilcoxon": d.p_wilcoxon,
-            "improvements": _improvements(first, second, task.lower_is_better),
+            "improvements": _improvements(first, second, task.lower_is_better).dropna(),
         }
     if not rows:
         raise FileNotFoundError("no run is recorded; make them by `sweep main/lite`")
@@ -640,10 +647,14 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
         return f"{d}; positive is earlier; never counts as epoch {never}", verdict(d).replace(
             "it is worse", "it is later or never"
         )
-    arm, baseline = by_seed(mine.assign(outcome=mine["epochs"]), "paper", "metaadamw", "adamw")
+    whole = mine["status"].isin(["finished", "stopped early"])  # a run that diverges is not one that took less time
+    arm, baseline = by_seed(mine.assign(outcome=mine["epochs"].where(whole)), "paper", "metaadamw", "adamw")
     d = improvement(arm, baseline, lower_is_better=False)
     says = verdict(d.reversed()) if kind == "epochs" else verdict(d)
-    return f"epochs: {d}", says.replace("it is worse", "it is the other way round")
+    limit = TASKS[task].settings(profile).epochs
+    pairs = _pairs(arm, baseline)
+    cut = f"{int((pairs == limit).to_numpy().sum())} of {pairs.size} runs went on to the last epoch allowed, {limit}"
+    return f"epochs: {d}; {cut}", says.replace("it is worse", "it is the other way round")
 
 
 def main_records(task: str, protocol: str, profile: str) -> list[dict[str, Any]]:
@@ -672,16 +683,19 @@ REMOVALS = (
 
 def _judged_parts(task: str) -> tuple[str, str]:
     """Every row of a task's Table 3 that is run and takes something away: is it worse, after Holm's correction?"""
+    found = {}
     for profile in ("paper", "lite"):
         table = ablation_table(task, profile)
         differences = table[table["variant"].isin(REMOVALS)]["difference"]
-        differences = differences[differences.map(lambda d: d.seeds >= ENOUGH_SEEDS)]
-        if len(differences):
-            corrected = holm(differences.map(lambda d: d.p))
-            verdicts = pd.Series([worse(replace(d, p=p)) for d, p in zip(differences, corrected, strict=True)])
-            counts = "; ".join(f"{v} for {n}" for v, n in verdicts.value_counts().items())
-            return f"taken away one at a time: {len(differences)}", noted(f"after Holm's correction: {counts}", profile)
-    return "–", NEVER
+        found[profile] = differences[differences.map(lambda d: d.seeds >= ENOUGH_SEEDS)]
+    profile = max(found, key=lambda p: len(found[p]))  # "paper" once it has as many rows
+    differences = found[profile]
+    if differences.empty:
+        return "–", NEVER
+    corrected = holm(differences.map(lambda d: d.p))
+    verdicts = pd.Series([worse(replace(d, p=p)) for d, p in zip(differences, corrected, strict=True)])
+    counts = "; ".join(f"{v} for {n}" for v, n in verdicts.value_counts().items())
+    return f"taken away one at a time: {len(differences)}", noted(f"after Holm's correction: {counts}", profile)
 
 
 def bench_record(device: str = "cpu") -> dict[str, Any] | None:
