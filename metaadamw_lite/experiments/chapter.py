@@ -18,14 +18,6 @@ from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS
 
 
-def rounded_up(x: float) -> str:
-    """A number that is not negative, with two digits and not rounded down, for sentences with "at most"."""
-    if x == 0:
-        return "0"
-    unit = 10.0 ** (math.floor(math.log10(x)) - 1)
-    return f"{math.ceil(x / unit * (1 - 1e-12)) * unit:.2g}"
-
-
 class Evidence:
     """The committed runs of a task's three arms, under each protocol at the best profile with enough seeds.
 
@@ -205,7 +197,7 @@ class Evidence:
             says.append(
                 f"In {equal.sum()} of {len(table)} `{profile}` runs all groups had the same α, to within 0.1, from "
                 f"beginning to end. The mean α of a run lay between {low:.2f} and {high:.2f}. Meta-learning changed α "
-                f"by at most {rounded_up(moved['alpha_moved'])} and β by at most {rounded_up(moved['beta_moved'])}."
+                f"by up to about {moved['alpha_moved']:.2g} and β by up to about {moved['beta_moved']:.2g}."
             )
         return " ".join(says)
 
