@@ -428,7 +428,28 @@ def test_a_tuned_baseline_is_judged_by_seeds_that_it_was_not_chosen_by():
     assert all(d.seeds <= len(SEEDS) for column in ("tuned", "difference") for d in table[column].dropna())
 
 
-def test_what_is_called_the_last_epoch_is_the_last():
+def test_a_tuned_baseline_and_what_is_set_beside_it_have_the_right_signs(monkeypatch):
+    errors = {"adamw": 2.0, "adamw-lr0.001": 1.0, "metaadamw": 0.9}
+    records = [made(arm, k, [x + k / 100]) for arm, x in errors.items() for k in (*range(5), *SEARCH_SEEDS)]
+    monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
+    found = {("etth1", "paper", "paper"): "adamw-lr0.001"}
+    monkeypatch.setattr(report, "searched", lambda *which: (None, found.get(which)))
+    row = report.tuned_table().iloc[0]
+    assert row["difference"].mean == pytest.approx(10, abs=0.5)
+    assert row["tuned"].mean == pytest.approx(50, abs=1)
+    assert row["difference"].seeds == 5
+
+
+def test_what_is_called_the_last_epoch_is_the_last(monkeypatch):
+    records = [
+        made(arm, k, [3.0, 1.0 + k / 10, last + k / 10], protocol=protocol)
+        for arm, last in (("adamw", 2.0), ("metaadamw", 4.0), ("metaadamw-frozen", 2.0))
+        for protocol in ("paper", "clean")
+        for k in range(3)
+    ]
+    monkeypatch.setattr(report, "recorded", lambda task: records)
+    says = Evidence(TASKS["etth1"], "MSE").last_epoch()
+    assert "Last epoch, MetaAdamW against AdamW: -9" in says, "twice the error"
     frame = report.runs_frame([made("adamw", 0, [3.0, 1.0, 2.0])])
     assert frame[["best", "last", "best_epoch"]].iloc[0].tolist() == [1.0, 2.0, 2]
 
