@@ -254,13 +254,17 @@ def test_what_noise_costs_is_measured_against_the_same_arm_without_noise():
         ]
 
     only = adaptation("lora", 7, 1.0, task="lope-noise20")  # without a partner
-    runs = relatives.adaptations_frame([*ended("lope", 200.0, 210.0), *ended("lora", 100.0, 115.0), only])
+    made = [*ended("lope", 200.0, 210.0), *ended("lora", 100.0, 115.0), only]
+    runs = relatives.adaptations_frame(made)
     table = relatives.noise_cost_table(runs)
     assert table.loc["LoPE", "noise costs (%)"].startswith("+5.0 ± ")
     assert table.loc["LoRA (peft)", "noise costs (%)"].startswith("+14.9 ± ")
     assert table.loc["LoRA (peft)", "difference"].mean == pytest.approx(14.85 - 4.975, abs=0.01)
     assert table.loc["LoRA (peft)", "verdict"] == "holds"
     assert table.loc["LoPE", "verdict"] == "–"
+    made += [adaptation("lora", 8, 1.0, task=task) for task in ("lope-noise0", "lope-noise20")]
+    more = relatives.noise_cost_table(relatives.adaptations_frame(made)).loc["LoRA (peft)", "difference"]
+    assert (more.seeds, more.lost) == (3, 0), "a seed that LoPE lacks is not lost"
 
 
 def test_accuracies_at_chance_are_called_that():

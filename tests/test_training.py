@@ -86,11 +86,16 @@ def test_every_epoch_has_masks_of_its_own_and_every_run_weights_of_its_own(tmp_p
     assert len({derived_seed(run_seed, 0, "weights") for run_seed in range(5)}) == 5
 
 
-def test_the_factors_that_are_traced_are_those_of_the_step():
+def metaadamw(seed):
+    """MetaAdamW as a run of ETTh1 would have it, and its model."""
     task = TASKS["etth1"]
     settings = task.settings("smoke")
     model = task.build(settings, task.load("paper", settings, "synthetic"))
-    optimizer = training.make_optimizer("metaadamw", model, settings, 10, seed=0)
+    return training.make_optimizer("metaadamw", model, settings, 10, seed), model
+
+
+def test_the_factors_that_are_traced_are_those_of_the_step():
+    optimizer, model = metaadamw(seed=0)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -103,12 +108,7 @@ def test_the_factors_that_are_traced_are_those_of_the_step():
 
 
 def test_each_seed_has_a_phi_of_its_own():
-    task = TASKS["etth1"]
-    settings = task.settings("smoke")
-    model = task.build(settings, task.load("paper", settings, "synthetic"))
-    first, again, second = (
-        training.make_optimizer("metaadamw", model, settings, 10, seed).modulator.output.weight for seed in (0, 0, 1)
-    )
+    first, again, second = (metaadamw(seed)[0].modulator.output.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
 

@@ -318,8 +318,8 @@ def test_unknown_tasks_are_quoted(tmp_path):
 
 def record(metric, key, results):
     best = None if metric is None else {"epoch": 1, "val_loss": 1.0, "metric": metric}
-    content = {"settings": {}, "status": "finished", "data": "made", "epochs": [], "environment": {}, "best": best}
-    content["test"] = None
+    content = {"settings": {}, "status": "finished", "data": "made", "epochs": [], "environment": {}}
+    content |= {"best": best, "test": None}
     return write_record(content, key, results)
 
 

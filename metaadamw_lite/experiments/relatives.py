@@ -81,8 +81,13 @@ def noise_name(task: str) -> str:
 def points(runs: pd.DataFrame, column: str, arm: str, baseline: str) -> PairedDifference:
     """How many percentage points an arm is above another in a column, paired by seed."""
     first, second = (runs[runs["variant"] == v].set_index("seed")[column].astype(float) for v in (arm, baseline))
-    both = first.index.intersection(second.index)
-    return paired_difference(first[both] - second[both], "points")
+    return _difference(first, second)
+
+
+def _difference(first: "pd.Series[float]", second: "pd.Series[float]") -> PairedDifference:
+    """How many points the first is above the second, both indexed by seed."""
+    pairs = report.pairs_by_seed(first, second)
+    return paired_difference(pairs["arm"] - pairs["baseline"], "points")
 
 
 def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -528,17 +533,21 @@ def noise_cost_table(runs: pd.DataFrame) -> pd.DataFrame:
         (a ``PairedDifference`` in points; positive: noise costs LoPE less than this arm), p_holm (over the other
         arms) and the verdict by that.
     """
-    final = runs[runs["final"]].pivot_table(index=["variant", "seed"], columns="noise", values="perplexity")
-    clean, noisy = (f"{100 * share:.0f} %" for share in (min(NOISE.values()), max(NOISE.values())))
-    final = final.reindex(columns=[clean, noisy]).dropna()
-    costs = 100 * (final[noisy] / final[clean] - 1)
-    rows = {}
+    clean, noisy = (noise_share(min(NOISE, key=NOISE.__getitem__)), noise_share(max(NOISE, key=NOISE.__getitem__)))
+    final = runs[runs["final"]].set_index("seed")
+
+    def costs(arm: str) -> "pd.Series[float]":
+        of_arm = final[final["variant"] == arm]
+        without, with_noise = (of_arm[of_arm["noise"] == noise]["perplexity"] for noise in (clean, noisy))
+        return report.improvements_by_seed(with_noise, without, lower_is_better=False)
+
+    lope, rows = costs("lope"), {}
     for arm, label in LOPE_LABELS.items():
-        if arm in costs.index:
-            of_arm = costs[arm]
-            both = of_arm - costs["lope"] if arm != "lope" and "lope" in costs.index else of_arm.iloc[:0]
+        of_arm = costs(arm)
+        if len(of_arm):
+            difference = _difference(of_arm, lope if arm != "lope" else lope.iloc[:0])
             text = f"{of_arm.mean():+.1f}" + (f" ± {of_arm.std():.1f}" if len(of_arm) > 1 else "")
-            rows[label] = {"noise costs (%)": text, "difference": paired_difference(both, "points")}
+            rows[label] = {"noise costs (%)": text, "difference": difference}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["noise costs (%)", "difference"])
     table = _corrected(table.rename_axis("LoPE against"))
     table.loc[table.index == LOPE_LABELS["lope"], "verdict"] = "–"
@@ -709,7 +718,8 @@ def _claimed(claim: "pd.Series[str]", records: Records) -> tuple[str, str]:
         table, row = accuracy_table(runs, "best"), noise_name(claim["task"])
         what = row
     else:
-        tables = {area.upper(): detection_against(detection_frame(records), area) for area in ("auroc", "auprc")}
+        areas = detection_frame(records)
+        tables = {area.upper(): detection_against(areas, area) for area in ("auroc", "auprc")}
         spans = pd.DataFrame({area: table["difference"].map(student) for area, table in tables.items()})
         lines = [f"{noise}: {'; '.join(row)}" for noise, *row in spans.itertuples()]
         counts = [

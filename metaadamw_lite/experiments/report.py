@@ -64,7 +64,9 @@ def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", bas
     """
 
     def pairs(profile: str) -> int:
-        return len(_pairs(*by_seed(outcomes(runs[runs["profile"] == profile]), protocol, arm, baseline)).dropna())
+        return len(
+            pairs_by_seed(*by_seed(outcomes(runs[runs["profile"] == profile]), protocol, arm, baseline)).dropna()
+        )
 
     return "paper" if pairs("paper") >= ENOUGH_SEEDS or not pairs("lite") else "lite"
 
@@ -189,8 +191,8 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
 
     Each pair's difference is taken relative to its baseline run, as in the paper's Table 2.
     """
-    difference = paired_difference(_improvements(arm, baseline, lower_is_better), "%")
-    pairs = _pairs(arm, baseline).dropna()
+    difference = paired_difference(improvements_by_seed(arm, baseline, lower_is_better), "%")
+    pairs = pairs_by_seed(arm, baseline).dropna()
     if not (len(pairs) and (pairs > 0).all(axis=None)):
         return difference
     logarithms = paired_difference((pairs["arm"] / pairs["baseline"]).map(math.log), "")
@@ -220,14 +222,16 @@ def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDiffe
     return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit, t_low, t_high, lost=lost)
 
 
-def _pairs(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> pd.DataFrame:
+def pairs_by_seed(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> pd.DataFrame:
     """The seeds that both have, a column for each; NaN where a run has no finite result."""
     return pd.concat([arm.rename("arm"), baseline.rename("baseline")], axis=1, join="inner").astype(float)
 
 
-def _improvements(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> "pd.Series[float]":
+def improvements_by_seed(
+    arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool
+) -> "pd.Series[float]":
     """The improvement of each pair in percent, by seed."""
-    pairs = _pairs(arm, baseline)
+    pairs = pairs_by_seed(arm, baseline)
     return (-1 if lower_is_better else 1) * 100 * (pairs["arm"] / pairs["baseline"] - 1)
 
 
@@ -359,7 +363,7 @@ def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: st
         profile = best_evidence(runs, protocol, arm, baseline)
         outcome = outcomes(runs[runs["profile"] == profile])
         first, second = by_seed(outcome, protocol, arm, baseline)
-        pairs = _pairs(first, second).dropna()  # AdamW has runs with the seeds of its search, too
+        pairs = pairs_by_seed(first, second).dropna()  # AdamW has runs with the seeds of its search, too
         d = improvement(first, second, task.lower_is_better)
         rows[name] = {
             "profile": profile,
@@ -371,7 +375,7 @@ def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: st
             "difference": d,
             "p": d.p,
             "p_wilcoxon": d.p_wilcoxon,
-            "improvements": _improvements(first, second, task.lower_is_better).dropna(),
+            "improvements": improvements_by_seed(first, second, task.lower_is_better).dropna(),
         }
     if not rows:
         raise FileNotFoundError("no run is recorded; make them by `sweep main/lite`")
@@ -652,7 +656,7 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
     d = improvement(arm, baseline, lower_is_better=False)
     says = verdict(d.reversed()) if kind == "epochs" else verdict(d)
     limit = TASKS[task].settings(profile).epochs
-    pairs = _pairs(arm, baseline)
+    pairs = pairs_by_seed(arm, baseline)
     cut = f"{int((pairs == limit).to_numpy().sum())} of {pairs.size} runs went on to the last epoch allowed, {limit}"
     return f"epochs: {d}; {cut}", says.replace("it is worse", "it is the other way round")
 
