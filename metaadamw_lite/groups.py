@@ -87,24 +87,35 @@ def places_by_class(model: nn.Module) -> dict[str, Place]:
     return {name: Place(t, depth) for name, t, depth in zip(shapes, types, positions, strict=True)}
 
 
-def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list[dict[str, Place]]:
-    """The place of every parameter where only names and shapes are known; one dictionary for each parameter group.
+def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list[list[Place]]:
+    """The place of every parameter where only names and shapes are known; one list for each parameter group.
 
     Two facts help: of the common layers only a norm has a one-dimensional ``weight``, and ``linear1`` beside
     ``self_attn`` is the feed-forward part of a Transformer layer.
     """
-    joined = depths([name for named in param_groups for name, _ in named])
+    joined = iter(depths([name for named in param_groups for name, _ in named]))
     result = []
     for named in param_groups:
-        shapes = {name: tuple(p.shape) for name, p in named}
-        depth_of = dict(zip(shapes, joined[: len(named)], strict=False))
-        joined = joined[len(named) :]
-        if any(block_index(name) is not None for name in shapes):
+        names = [name for name, _ in named]
+        positions = [next(joined) for _ in named]
+        if any(block_index(name) is not None for name in names):
             # Weights and biases may come in groups of their own: what is before or after the blocks shows within each.
-            within = zip(shapes, depths(list(shapes)), strict=True)
-            depth_of |= {name: depth for name, depth in within if block_index(name) is None}
-        result.append({name: Place(_type_by_name(name, shapes, by_shape=True), depth_of[name]) for name in shapes})
+            within = zip(names, positions, depths(names), strict=True)
+            positions = [mine if block_index(name) is None else depth for name, depth, mine in within]
+        shapes = [s for part in _models(named) for s in [{n: tuple(p.shape) for n, p in part}] * len(part)]
+        types = [_type_by_name(name, beside, by_shape=True) for name, beside in zip(names, shapes, strict=True)]
+        result.append([Place(t, depth) for t, depth in zip(types, positions, strict=True)])
     return result
+
+
+def _models(named: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
+    """Named parameters, cut where a name comes again: they are of several models then, one after the other."""
+    parts: list[dict[str, Tensor]] = [{}]
+    for name, p in named:
+        if name in parts[-1]:
+            parts.append({})
+        parts[-1][name] = p
+    return [list(part.items()) for part in parts]
 
 
 def _type_by_class(name: str, model: nn.Module) -> str | None:
@@ -192,8 +203,9 @@ def fine_grained_groups(
         model: the model, for deciding by module class. Without it names and shapes decide.
     """
     named = list(named_parameters)
-    places = places_by_name([named])[0] | ({} if model is None else places_by_class(model))
-    return form_groups([(p, places[name], is_bias(name)) for name, p in named])
+    known = {} if model is None else places_by_class(model)
+    places = zip(named, places_by_name([named])[0], strict=True)
+    return form_groups((p, known.get(name, place), is_bias(name)) for (name, p), place in places)
 
 
 def form_groups(members: Iterable[tuple[Tensor, Place, bool]]) -> list[ModulationGroup]:

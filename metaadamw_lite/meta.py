@@ -41,6 +41,8 @@ from metaadamw_lite.sharding import (
 )
 
 OBJECTIVES = ("combined", "gradient", "loss_decrease", "gen_gap")
+ROUNDING = 100
+"""Times the machine's ε: where a group's part in the norm of the whole gradient is smaller, it is rounding."""
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -78,7 +80,8 @@ def gradient_alignment(
         params: the parameters; needed where they are sharded, and g and g_prime are this process's parts.
 
     A group's gradient is that of all its tensors laid end to end. The cosine with a zero gradient is 0, and so is its
-    derivative.
+    derivative. As zero counts what is only rounding: a bias in front of a batch norm has no gradient, and the 1e-8 that
+    come out instead point anywhere; but the cosine does not look at size, and its derivative grows as 1/‖g′‖.
     """
     like = modulation.lambda1
     rows = [torch.stack([(x * x).sum(), (x * y).sum(), (y * y).sum()]) for x, y in zip(g, g_prime, strict=True)]
@@ -88,7 +91,10 @@ def gradient_alignment(
     # The clamp stands inside the root, whose slope at zero is infinite.
     tiny = torch.finfo(like.dtype).tiny
     norms = square_g.sqrt() * square.clamp_min(tiny).sqrt()
-    cosine = dot / norms.clamp_min(tiny)
+    precision = max(min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps) for x in g)
+    least = (ROUNDING * precision) ** 2
+    points_anywhere = (square_g <= least * square_g.sum()) | (square <= least * square.sum())
+    cosine = (dot / norms.clamp_min(tiny)).masked_fill(points_anywhere, 0)
     return (modulation.lambda1 * square - modulation.lambda2 * cosine).mean()
 
 
@@ -134,7 +140,7 @@ class HypotheticalStep:
 
 @dataclass
 class Evaluator:
-    """Losses of a model on batches, all under the same random numbers, so that only θ makes a difference.
+    """Losses of a model on batches, all from the same random numbers and buffers, so that only θ makes a difference.
 
     Attributes:
         model, loss_fn: what is evaluated. Of ``DistributedDataParallel`` it is the model inside, since its reducer
@@ -143,6 +149,7 @@ class Evaluator:
         processes: groups of processes that train together, each with batches of its own: losses and gradients are means
             over them, as if the batches had been joined. Empty for a single process.
         sharded: whether each process holds only parts of the parameters.
+        put_back: called before every loss, to undo what the one before has changed beside θ.
     """
 
     model: nn.Module
@@ -150,6 +157,7 @@ class Evaluator:
     devices: list[torch.device]
     processes: Sequence["dist.ProcessGroup"] = ()
     sharded: bool = False
+    put_back: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, model: nn.Module, loss_fn: LossFn, params: Sequence[Tensor]) -> "Evaluator":
@@ -182,6 +190,7 @@ class Evaluator:
         Its value is the mean over the processes, its graph that of this process.
         """
         torch.clear_autocast_cache()  # autocast keeps copies of the weights, which do not follow them to θ′
+        self.put_back()
         with same_random_numbers(self.devices):
             loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -223,13 +232,16 @@ class Evaluator:
         if not (params and loss.requires_grad):
             return [None] * len(params)
         if not self.sharded:
-            return torch.autograd.grad(loss, params, allow_unused=True)
+            found = torch.autograd.grad(loss, params, allow_unused=True)
+            if any(x is None for x in found):
+                _refuse_reentrant_checkpoints(loss)
+            return found
         torch.autograd.backward(loss)  # FSDP joins the gradients in hooks that only this calls
-        found = [None if p.grad is None else local_gradient(p.grad, p) for p in params]
+        parts = [None if p.grad is None else local_gradient(p.grad, p) for p in params]
         for p in (*self.model.parameters(), *params):
             p.grad = None
         reshard(self.model)  # which ``set_reshard_after_backward(False)`` leaves out
-        return found
+        return parts
 
     def _joined(self, x: Tensor) -> Tensor:
         return x if self.sharded else self.mean(x)
@@ -330,31 +342,115 @@ def same_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
         np.random.set_state(numpy_state)  # noqa: NPY002
 
 
+def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
+    """A RuntimeError for a graph with ``checkpoint(..., use_reentrant=True)``.
+
+    Such a checkpoint hides its parameters from ``torch.autograd.grad``, which then takes them for unused.
+    """
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "the model uses torch.utils.checkpoint with use_reentrant=True, which hides parameters from a "
+                "meta-update; pass use_reentrant=False"
+            )
+        seen.add(node)
+        todo.extend(parent for parent, _ in node.next_functions)
+
+
+class Surroundings:
+    """What a forward pass may change beside θ: buffers, and parameters that are not trained (a MoCo's key encoder).
+
+    Args:
+        model: whose.
+        params: what is trained, θ. Other parameters are copied where they are no larger than these in all; a large
+            frozen model below a small adapter would double its memory.
+    """
+
+    def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
+        self._tables = [(module, dict(module._buffers)) for module in model.modules()]
+        buffers = {buffer for _, named in self._tables for buffer in named.values() if buffer is not None}
+        trained = set(params)
+        others = {name: local(p).detach() for name, p in model.named_parameters() if p not in trained}
+        few = sum(p.numel() for p in others.values()) <= sum(local(p).numel() for p in params)
+        kept = [*buffers, *(others.values() if few else ())]
+        self._values = [(x, x.clone()) for x in kept if not _is_expanded(x)]
+        self._versions = {} if few else {n: (p, p._version) for n, p in others.items() if not p.is_inference()}
+
+    def refuse_changes(self) -> None:
+        """A RuntimeError if a parameter has changed that was too large to be copied."""
+        for name, (p, version) in self._versions.items():
+            if p._version != version:
+                raise RuntimeError(
+                    f"a forward pass changes the parameter {name}, which this optimizer does not train; a meta-update "
+                    "cannot put it back, since the parameters that are not trained are larger than those that are"
+                )
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make everything as it was at the start; only what has changed is written to."""
+        for module, named in self._tables:
+            table = module._buffers
+            for name in [name for name in table.keys() if name not in named]:  # noqa: SIM118
+                del table[name]
+            for name, buffer in named.items():  # one by one: a ScriptModule's table of buffers can do no more
+                if table[name] is not buffer:
+                    table[name] = buffer
+        for x, value in self._values:
+            if not _alike(x, value):
+                with torch.inference_mode(x.is_inference()):
+                    x.data.copy_(value)  # a graph that is not yet used up may hold x, and torch would refuse that
+
+
 def _is_expanded(x: Tensor) -> bool:
     """Whether elements share memory; torch writes to no such tensor, so it cannot have changed."""
+    if x.layout != torch.strided:
+        return False
     return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
 
 
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors, dense or sparse, hold the same numbers."""
+    return all(torch.equal(a, b) for a, b in zip(_dense_parts(x), _dense_parts(y), strict=True))
+
+
+def _dense_parts(x: Tensor) -> tuple[Tensor, ...]:
+    if x.layout == torch.sparse_coo:
+        return x._indices(), x._values()
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return x.crow_indices(), x.col_indices(), x.values()
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return x.ccol_indices(), x.row_indices(), x.values()
+    return (x,)
+
+
 @contextmanager
-def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Callable[[], None]]]:
     """Leave parameters, gradients, buffers and train/eval modes as they are, whatever the block does or raises.
 
     Inside the block every ``.grad`` is None, so that nothing can be added to the gradients of the caller.
 
     Yields:
-        Copies of the values of ``params``; where they are sharded, of this process's parts.
+        Copies of the values of ``params`` (where they are sharded, of this process's parts), and a function that puts
+        everything else back that a forward pass may have changed.
     """
     parts = [local(p) for p in params]
     theta = [part.detach().clone() for part in parts]
     grads = {p: p.grad for p in (*model.parameters(), *params)}
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    held = {buffer for _, named in buffers for buffer in named.values() if buffer is not None}
-    values = [(buffer, buffer.clone()) for buffer in held if not _is_expanded(buffer)]
+    surroundings = Surroundings(model, params)
+
+    def put_back() -> None:
+        surroundings.refuse_changes()
+        surroundings.put_back()
+
     try:
         for p in grads:
             p.grad = None
-        yield theta
+        yield theta, put_back
     finally:
         for p, grad in grads.items():
             p.grad = grad
@@ -363,11 +459,5 @@ def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[list[Tensor
         reshard(model)
         with torch.no_grad():
             _write(parts, theta)
-            for module, named in buffers:
-                for name in [name for name in module._buffers.keys() if name not in named]:  # noqa: SIM118
-                    del module._buffers[name]
-                for name, buffer in named.items():  # one by one: a ScriptModule's table of buffers can do no more
-                    module._buffers[name] = buffer
-            for buffer, value in values:
-                buffer.copy_(value)
+        surroundings.put_back()
         torch.clear_autocast_cache()

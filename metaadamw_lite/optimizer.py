@@ -374,7 +374,7 @@ class MetaAdamW(torch.optim.AdamW):
             sums = sum_over_shards(sums, params)
         measured = tensor_statistics(sums[:, :5])
         if enhanced:
-            sizes = sums.new_tensor([p.numel() for p in params]).unsqueeze(1)
+            sizes = sums.new_tensor([max(p.numel(), 1) for p in params]).unsqueeze(1)  # an empty tensor has no zeros
             measured = torch.cat([measured, sums[:, 5:] / sizes], dim=1)
         time = time_feature(self._t, self._total_steps)
         return group_features(self._feature_config, self.groups, members, measured, time)
@@ -406,7 +406,8 @@ class MetaAdamW(torch.optim.AdamW):
 
         Everything but Φ, its optimizer and the uncertainty weights is left as it was: parameters, ``.grad``, moments,
         buffers, train/eval mode and random number generators, also when ``loss_fn`` raises. The losses are taken in the
-        mode (train or eval) the model is in, under the same random numbers, so dropout does not blur the differences.
+        mode (train or eval) the model is in, from the same random numbers and buffers, so that only θ makes a
+        difference. (Parameters are written to and put back: a graph that was made before cannot be used after.)
 
         Under ``DistributedDataParallel`` and ``fully_shard`` every process calls this with batches of its own; losses
         and gradients are means over the processes, so Φ stays the same in all of them. Under ``fully_shard`` call it
@@ -423,6 +424,8 @@ class MetaAdamW(torch.optim.AdamW):
         Raises:
             ValueError: without a ``val_batch`` that the objective needs, or if a loss or the gradient of Φ is not
                 finite. Φ stays as it was.
+            RuntimeError: for checkpoints with ``use_reentrant=True``, and for a forward pass that changes parameters
+                which are not trained and too large to be copied. Φ stays as it was.
         """
         objective = self._meta_objective
         if val_batch is None and objective != "gradient":
@@ -431,7 +434,8 @@ class MetaAdamW(torch.optim.AdamW):
         evaluate = Evaluator.of(model, loss_fn, params)
         if double_backward and evaluate.processes:
             raise ValueError("double_backward is for checking, and does not work with several processes")
-        with torch.enable_grad(), as_found(model, params) as theta:
+        with torch.enable_grad(), as_found(model, params) as (theta, put_back):
+            evaluate.put_back = put_back
             loss1 = evaluate.loss("batch1", batch1)
             g = evaluate.gradient_of_used(loss1, params)
             if not g:
@@ -563,9 +567,9 @@ class MetaAdamW(torch.optim.AdamW):
             named_groups = [list(zip(ns, ps, strict=True)) for ns, ps in zip(names, params, strict=True)]
             by_name = places_by_name(named_groups)
             self.groups = form_groups(
-                (p, (unknown | known)[name], is_bias(name))
-                for named, unknown, known in zip(named_groups, by_name, self._group_places, strict=True)
-                for name, p in named
+                (p, known.get(name, place), is_bias(name))
+                for named, places, known in zip(named_groups, by_name, self._group_places, strict=True)
+                for (name, p), place in zip(named, places, strict=True)
             )
         else:
             self.groups = native_groups(params, names)
@@ -651,6 +655,13 @@ class MetaAdamW(torch.optim.AdamW):
                 raise ValueError(f"the state's {name} is {theirs.get(name)!r}, this optimizer's {mine_is!r}")
         if (meta["huw"] is None) != (self.huw is None):
             raise ValueError("the state and this optimizer differ in whether they use uncertainty weighting")
+        sizes, sizes_saved = (
+            [len(group["params"]) for group in saved["meta_optimizer_state"]["param_groups"]] for saved in (mine, meta)
+        )
+        if sizes != sizes_saved:
+            raise ValueError(
+                f"the state's meta-optimizer has groups of {sizes_saved} parameters, this one's of {sizes}"
+            )
 
         meta = copy.deepcopy(meta)
         # torch keeps the caller's tensors where it need not convert them, and would then train into them.

@@ -12,7 +12,9 @@ from metaadamw_lite.groups import block_index, depth_third, depths, is_bias, pla
 
 
 def type_of(model: nn.Module, by_class: bool) -> dict[str, str]:
-    places = places_by_class(model) if by_class else places_by_name([list(model.named_parameters())])[0]
+    names = dict(model.named_parameters())
+    by_name = dict(zip(names, places_by_name([list(names.items())])[0], strict=True))
+    places = places_by_class(model) if by_class else by_name
     return {name: place.layer_type for name, place in places.items()}
 
 
@@ -167,3 +169,28 @@ def test_fallback_and_original_strategy_are_the_native_groups():
     original = MetaAdamW(model.named_parameters(), group_strategy="original")
     assert len(original.groups) == 1
     assert len(original.groups[0].params) == len(list(model.parameters()))
+
+
+def test_names_that_come_again_are_of_another_model():
+    """As in ``chain(encoder.named_parameters(), decoder.named_parameters())``."""
+    first = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    second = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2))
+    both = [*first.named_parameters(), *second.named_parameters()]
+    types = [place.layer_type for place in places_by_name([both])[0]]
+    assert types == ["other", "other", "norm", "norm", "norm", "norm", "other", "other"]
+    groups = MetaAdamW(both).groups
+    norms = {p for group in groups if group.name.startswith("norm") for p in group.params}
+    assert norms == {*first[1].parameters(), *second[0].parameters()}
+
+
+def test_a_group_knows_the_mean_depth_and_the_share_of_biases_of_its_tensors():
+    blocks = nn.Sequential(*(nn.Linear(2, 2) for _ in range(7)))
+    groups = {group.name: group for group in fine_grained_groups(blocks.named_parameters(), blocks)}
+    assert groups["other/shallow/weight"].depth == pytest.approx((0 + 1 / 6) / 2)
+    assert groups["other/deep/bias"].depth == pytest.approx((5 / 6 + 1) / 2)
+    assert (groups["other/deep/bias"].bias_ratio, groups["other/deep/weight"].bias_ratio) == (1, 0)
+    native = MetaAdamW(blocks.named_parameters(), group_strategy="original").groups
+    assert (native[0].depth, native[0].bias_ratio) == (pytest.approx(0.5), 0.5)
+    only_biases = [("6.bias", blocks[6].bias), ("0.bias", blocks[0].bias), ("0.weight", blocks[0].weight)]
+    native = MetaAdamW([{"params": only_biases[:1]}, {"params": only_biases[1:]}], group_strategy="original").groups
+    assert [(g.depth, g.bias_ratio) for g in native] == [(1, 1), (0, 0.5)]

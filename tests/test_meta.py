@@ -77,6 +77,39 @@ def test_a_zero_gradient_has_cosine_0_and_a_finite_slope():
     assert torch.isfinite(zero.grad).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_that_is_only_rounding_counts_as_zero(dtype):
+    """A bias in front of a batch norm has no gradient, and what comes out instead points anywhere."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8)).to(dtype)
+    samples = [(torch.randn(32, 6, dtype=dtype), torch.randint(0, 8, (32,))) for _ in range(6)]
+    optimizer = MetaAdamW(model.named_parameters(), meta_lr=1.0, meta_weight_decay=0.0, meta_objective="gradient")
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    for sample in samples[:3]:
+        optimizer.zero_grad()
+        loss(model, sample).backward()
+        optimizer.step()
+    assert 0 < model[0].bias.grad.norm() < 1e-6 * model[0].weight.grad.norm(), "the case is there"
+    gradients = []
+    for double_backward in (False, True):
+        twin, twin_optimizer = copy.deepcopy((model, optimizer))
+        before = phi_vector(twin_optimizer)
+        twin_optimizer.update_attention(twin, *samples[3:5], loss, double_backward=double_backward)
+        gradients.append(phi_vector(twin_optimizer) - before)
+    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert error < (0.1 if dtype == torch.float32 else 1e-6)
+
+
+def test_a_small_gradient_that_is_no_rounding_counts():
+    modulation = Modulation(*(torch.ones(2) for _ in range(4)))
+    small = 1e-4 * torch.ones(2)
+    value = gradient_alignment(modulation, [0, 1], [torch.ones(2), small], [torch.zeros(2), small])
+    assert value.item() == pytest.approx(-1 / 2, abs=1e-6), "the mean of 0 and −1"
+
+
 def test_the_reported_losses_are_equations_10_to_13(batches):
     """Computed the long way: a copy of the model takes the hypothetical step with the optimizer's own step()."""
     model, optimizer = trained(batches, huw_priorities=(1.0, 2.0, 5.0))
@@ -219,10 +252,17 @@ def test_gates_are_trained(batches):
 
 
 def test_meta_weight_decay_shrinks_phi_but_not_the_variances(batches):
-    model, optimizer = trained(batches, meta_objective="gen_gap", meta_lr=0.1, meta_weight_decay=0.5)
-    before = phi_vector(optimizer)
-    optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
-    torch.testing.assert_close(phi_vector(optimizer), before * (1 - 0.1 * 0.5))
+    moved = {}
+    for decay in (0.0, 0.5):
+        model, optimizer = trained(batches, meta_lr=0.1, meta_weight_decay=decay)
+        with torch.no_grad():
+            optimizer.huw.log_var.copy_(torch.tensor([0.7, -0.4, 0.5]))
+        before = phi_vector(optimizer)
+        optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
+        moved[decay] = phi_vector(optimizer) - before
+    shrunk = moved[0.5] - moved[0.0]
+    torch.testing.assert_close(shrunk[:-3], -0.1 * 0.5 * before[:-3])
+    assert torch.equal(shrunk[-3:], torch.zeros(3, dtype=torch.float64)), "log σ² stands last"
 
 
 def test_many_meta_updates_lower_the_meta_loss(batches):
@@ -351,6 +391,108 @@ def test_a_part_that_torchscript_made_is_left_as_found(batches):
 
     MetaAdamW(list(model.named_parameters())).update_attention(model, *samples[:2], loss, samples[2])
     assert_same(model.state_dict(), before)
+
+
+class Centred(nn.Module):
+    """A model whose forward pass moves a buffer (a DINO's centre), and frozen weights (a MoCo's key encoder)."""
+
+    def __init__(self, write=torch.Tensor.copy_):
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 3), nn.Linear(4, 3).requires_grad_(False)
+        self.register_buffer("centre", torch.zeros(3))
+        self.write = write
+
+    def forward(self, x):
+        with torch.no_grad():
+            for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                self.write(key, 0.9 * key + 0.1 * query)
+            self.write(self.centre, 0.9 * self.centre + 0.1 * self.key(x).mean(0))
+        return self.query(x) - self.centre + self.key(x)
+
+
+def centred_loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("write", [torch.Tensor.copy_, lambda x, y: x.data.copy_(y)], ids=["counted", "by .data"])
+@pytest.mark.parametrize("whole", [True, False], ids=["frozen ones in the optimizer", "trained ones only"])
+def test_what_a_forward_pass_moves_is_the_same_for_every_loss_and_put_back(write, whole):
+    torch.manual_seed(0)
+    model = Centred(write).double()
+    samples = [(torch.randn(8, 4).double(), torch.randint(0, 3, (8,))) for _ in range(3)]
+    params = list((model if whole else model.query).named_parameters())
+    before = copy.deepcopy(model.state_dict())
+    losses = MetaAdamW(params, lr=0.0).update_attention(model, *samples[:2], centred_loss, samples[2])
+    assert losses.loss_decrease == 0, "θ′ is θ where the learning rate is zero"
+    assert_same(model.state_dict(), before)
+
+    def failing(model, batch):
+        centred_loss(model, batch)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        MetaAdamW(params).update_attention(model, *samples[:2], failing, samples[2])
+    assert_same(model.state_dict(), before)
+
+
+def test_a_large_frozen_model_that_the_forward_pass_changes_is_refused_by_name():
+    """It is not copied: below a small adapter that would double the memory."""
+    torch.manual_seed(0)
+    model = Centred()
+    samples = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(3)]
+    optimizer = MetaAdamW([("query.bias", model.query.bias)])
+    phi = phi_vector(optimizer)
+    model.query.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"changes the parameter key\.weight"):
+        optimizer.update_attention(model, *samples[:2], centred_loss, samples[2])
+    assert torch.equal(phi_vector(optimizer), phi)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_that_hides_its_parameters_is_refused(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    samples = [(torch.randn(8, 4, requires_grad=True), torch.randint(0, 3, (8,))) for _ in range(3)]
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model[1](checkpoint(model[0], batch[0], use_reentrant=reentrant)), batch[1])
+
+    optimizer = MetaAdamW(model.named_parameters())
+    phi = phi_vector(optimizer)
+    if reentrant:
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            optimizer.update_attention(model, *samples[:2], loss, samples[2])
+        assert torch.equal(phi_vector(optimizer), phi)
+    else:
+        optimizer.update_attention(model, *samples[:2], loss, samples[2])
+        assert not torch.equal(phi_vector(optimizer), phi)
+
+
+def sparse(layout):
+    return torch.eye(4).to_sparse_coo() if layout == "coo" else getattr(torch.eye(4), f"to_sparse_{layout}")()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS")
+@pytest.mark.parametrize("kind", ["coo", "csr", "csc", "inference"])
+def test_buffers_of_every_kind_are_no_obstacle(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    if kind == "inference":
+        with torch.inference_mode():
+            model.register_buffer("extra", torch.ones(4))
+    else:
+        model.register_buffer("extra", sparse(kind))
+    samples = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(3)]
+
+    def loss(model, batch):
+        extra = model.extra if kind == "inference" else (model.extra @ torch.ones(4, 1)).flatten()
+        return nn.functional.cross_entropy(model(batch[0] * extra), batch[1])
+
+    before = copy.deepcopy(model[1].state_dict())
+    MetaAdamW(model.named_parameters()).update_attention(model, *samples[:2], loss, samples[2])
+    assert_same(model[1].state_dict(), before)
 
 
 def test_a_buffer_that_shares_memory_is_no_obstacle(batches):

@@ -102,6 +102,19 @@ def test_a_state_of_other_features_is_refused(batches):
         MetaAdamW(tiny().named_parameters(), include_time_step=False, attn_heads=5).load_state_dict(other.state_dict())
 
 
+def test_a_state_whose_meta_optimizer_lacks_a_group_is_refused_before_anything_is_changed(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    train(model, optimizer, batches[:2])
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["meta"]["meta_optimizer_state"]["param_groups"][1]
+    other = MetaAdamW(tiny().named_parameters(), **SETTINGS)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="meta-optimizer has groups of"):
+        other.load_state_dict(state)
+    assert_same(other.state_dict(), before)
+
+
 @pytest.mark.parametrize("part", ["t", "alpha", "modulator", "huw", "meta_optimizer", "meta_optimizer_state"])
 def test_a_state_with_a_part_missing_is_refused_by_name(batches, part):
     model = tiny()
