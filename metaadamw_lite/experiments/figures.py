@@ -253,6 +253,28 @@ def plot_ablations(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def plot_one_setting_apart(pairs: pd.DataFrame) -> Figure:
+    """How far apart logged runs are that differ in one setting, in units of the paper's gain: a dot for each pair.
+
+    Args:
+        pairs: from ``released.one_setting_apart``.
+    """
+    order = pairs.groupby("setting")["of_gain"].max().sort_values().index
+    figure, ax = plt.subplots(figsize=(7.6, 0.3 * len(order) + 1.4))
+    sns.stripplot(
+        pairs, x="of_gain", y="setting", order=order, hue="task", palette="colorblind", jitter=False, alpha=0.8, ax=ax
+    )
+    ax.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    ax.set_xscale("symlog", linthresh=0.1)
+    ticks = [0, 0.1, 0.3, 1, 3]
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.set(xlim=(-0.01, 1.2 * pairs["of_gain"].max()), ylabel="")
+    ax.set_xlabel("change / the paper's gain on the task (log scale from 0.1 on)")
+    ax.grid(visible=True, axis="y")
+    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title="", fontsize="small")
+    return figure
+
+
 def plot_moved(runs: pd.DataFrame) -> Figure:
     """How far meta-learning moved α in each variant of Table 3: a dot for each run, on a logarithmic axis.
 

@@ -595,7 +595,7 @@ def claims_table() -> pd.DataFrame:
     * earlier: how many epochs earlier than AdamW MetaAdamW is as good as AdamW's best, paired by seed; where it never
       is, one after the last epoch that the task allows.
     * trained: MetaAdamW against itself with an untrained Φ, on all tasks.
-    * memory, time, update, statistics, module: the bench's record against the range that the paper gives.
+    * memory, time, update, updates, statistics, module: the bench's record against the range that the paper gives.
     """
     claims = pd.read_csv(repository() / "data" / "paper" / "claims.csv", dtype=str)
     main = table_of_tasks()
@@ -613,7 +613,7 @@ def chapter_link(page: Any) -> str:
 
 def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) -> tuple[str, str]:
     kind, task = claim["kind"], claim["task"]
-    if kind in ("memory", "time", "update", "statistics", "module"):
+    if kind in ("memory", "time", "update", "updates", "statistics", "module"):
         return _judged_cost(claim)
     if kind in ("all", "trained"):
         table = main if kind == "all" else control
@@ -719,7 +719,7 @@ def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
     rows = pd.DataFrame(record["rows"])
     parts = pd.DataFrame(record["parts"]).pivot(index="measure", columns="part", values="seconds")
     found: dict[str, Any] = {}
-    kind, unit = claim["kind"], "×"
+    kind, unit, number = claim["kind"], "×", "{:.2f}"
     if kind == "memory":
         peaks = rows[rows["measure"].str.startswith("peak memory")]
         found = {
@@ -729,19 +729,21 @@ def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
     elif kind == "update":
         updates = rows[rows["measure"] == "meta-update / training step, ETTh1 model"]
         found = {row["who"]: pd.Series([row["ratio"]]) for row in updates.to_dict("records")}
+    elif kind == "updates":
+        unit, number = "%", "{:+.1f}"
+        updates = rows[rows["measure"].str.startswith("meta-update / training step")]
+        found = {f"{who}, every 100 steps": ratios for who, ratios in updates.groupby("who")["ratio"]}
     elif kind in ("statistics", "module"):
         part = "Φ" if kind == "module" else "statistics"
         found = {"ours, of an AdamW step": parts[part] / parts["AdamW"]}
     else:
-        unit = "%"
+        unit, number = "%", "{:+.0f}"
         epochs = rows[rows["measure"].str.startswith("whole epoch")]["ratio"]
         found = {"ours, epochs": 100 * (epochs - 1), "the paper's Table 5, totals": paper_table(5)["overhead_percent"]}
     low, high = float(claim["low"]), float(claim["high"])
     ours, says = [], []
     for what, values in found.items():
-        span = f"{values.min():.2f}" if unit == "×" else f"{values.min():+.0f}"
-        if len(values) > 1:
-            span += f" to {values.max():.2f}" if unit == "×" else f" to {values.max():+.0f}"
+        span = " to ".join(number.format(value) for value in sorted({values.min(), values.max()}))
         ours.append(f"{what}: {span} {unit}")
         where = np.select([values < low, values > high], ["below the range", "above the range"], "holds")
         counts = pd.Series(where).value_counts()

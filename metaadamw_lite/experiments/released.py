@@ -1,0 +1,141 @@
+"""What the logs in the released code's comments say: single runs of MetaAdamW, each with all of its settings.
+
+They are more than the paper's Table 3 prints. They tell which run stands behind each of its numbers, and hold pairs of
+runs that differ in one setting only. ``data/paper/released_log.csv`` has them as facts; none of that code is here.
+"""
+
+from itertools import combinations
+from typing import Any
+
+import pandas as pd
+
+from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments.report import paper_table, repository
+
+SETTINGS = {
+    "max_epochs": "limit of epochs",
+    "meta_every": "meta-update every (steps)",
+    "warmup_epochs": "first epoch with meta-updates",
+    "group_strategy": "groups",
+    "features": "features (columns)",
+    "include_time_step": "time column",
+    "use_v_norms": "norm of v",
+    "use_feature_gating": "gates",
+    "attn_layers": "layers of Φ",
+    "attn_hidden_dim": "hidden size of Φ",
+    "attn_heads": "heads of Φ",
+    "encoder_dropout": "dropout in Φ",
+    "total_steps": "length of the run",
+    "lambdas": "λ₁, λ₂",
+    "objective": "objective",
+}
+"""Columns of ``released_log`` and what tables call them. The time column of Φ's features depends on the limit of
+epochs, and the loss weights belong to the objective."""
+
+
+def released_log(task: str) -> pd.DataFrame:
+    """The logged runs of a task, as the log has them (text), in its order; a run that stands there twice is kept once.
+
+    Returns:
+        A row for each run: "value" (best validation metric, as printed), "best_epoch", and the columns of ``SETTINGS``.
+    """
+    path = repository() / "data" / "paper" / "released_log.csv"
+    log = pd.read_csv(path, dtype=str, keep_default_na=False).query("task == @task")
+    weights = log["fixed_weights"].radd("plain sum ").where(log["huw"] == "No", log["huw_priorities"].radd("HUW "))
+    combined = log["meta_objective"] == "combined"
+    log = log.assign(
+        objective=log["meta_objective"].where(~combined, "combined, " + weights),
+        features=log["feature_version"] + " (" + log["feature_dim"] + ")",
+        lambdas=log["lambdas"].replace("auto", "by Φ"),
+    )
+    return log[["value", "best_epoch", *SETTINGS]].drop_duplicates(ignore_index=True)
+
+
+def different_settings(first: "pd.Series[Any]", second: "pd.Series[Any]") -> list[str]:
+    """In which of the ``SETTINGS`` two runs of a ``released_log`` differ."""
+    return [name for name in SETTINGS if first[name] != second[name]]
+
+
+def one_setting_apart() -> pd.DataFrame:
+    """All pairs of logged runs of a task that differ in one setting.
+
+    Returns:
+        A row for each pair, in the log's order: "task", "setting" (as in tables), "first", "second" (its two values),
+        "value_first", "value_second" (the runs' metrics, as printed), "change": from the first to the second, in
+        percent of the first (negative is worse), and "of_gain": the size of that over the task's gain in Table 2.
+    """
+    gains: Any = paper_table(2)["improvement_percent"]
+    rows = []
+    for task in TASKS.values():
+        sign = -1 if task.lower_is_better else 1
+        for (_, first), (_, second) in combinations(released_log(task.name).iterrows(), 2):
+            different = different_settings(first, second)
+            if len(different) == 1:
+                (name,) = different
+                change = sign * 100 * (float(second["value"]) / float(first["value"]) - 1)
+                values = first[name], second[name], first["value"], second["value"]
+                rows.append((task.title, SETTINGS[name], *values, change, abs(change) / gains[task.name]))
+    columns = ["task", "setting", "first", "second", "value_first", "value_second", "change", "of_gain"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def behind_table3() -> pd.DataFrame:
+    """The logged run behind each number of Table 3, and how it differs from the task's published best run.
+
+    Returns:
+        A row for each number of an ablation: "task", "row" (factor and value), "number" (as printed), "settings" (how
+        many differ; missing where no logged run has the number) and "which" (their names and the run's values).
+    """
+    printed: Any = paper_table(3)
+    rows = []
+    for name, task in TASKS.items():
+        log = released_log(name)
+        values = log["value"].astype(float)
+        cells = printed[name].drop(index="MetaAdamW", level="factor").dropna()
+        best = log[values == float(printed.loc[("MetaAdamW", "MetaAdamW (baseline)"), name])].iloc[0]
+        for (factor, value), number in cells[cells != "baseline"].items():
+            row = {"task": task.title, "row": f"{factor}: {value}", "number": number}
+            runs = [run for _, run in log[values == float(number)].iterrows()]
+            if runs:
+                run = min(runs, key=lambda r: len(different_settings(best, r)))
+                different = different_settings(best, run)
+                which = "; ".join(f"{SETTINGS[setting]}: {run[setting]}" for setting in different)
+                row |= {"settings": len(different), "which": which}
+            rows.append(row)
+    return pd.DataFrame(rows, columns=["task", "row", "number", "settings", "which"])
+
+
+def statement(pairs: pd.DataFrame) -> str:
+    """What the pairs say about three claims of section 4.3, and what a single group achieves (Markdown).
+
+    Args:
+        pairs: from ``one_setting_apart``.
+    """
+    wikitext2 = TASKS["wikitext2"].title
+    weighted = "combined, HUW 1.0 1.0 1.0"
+    against = pairs[(pairs["setting"] == "objective") & (pairs["task"] == wikitext2) & (pairs["second"] == weighted)]
+    against = against[~against["first"].str.startswith("combined, HUW")]
+    groups = pairs[pairs["setting"] == "groups"]
+    gained = groups["change"].where(groups["second"] == "fine_grained", -groups["change"])
+    limits = [
+        f"{p.task}, {p.first} → {p.second}: {p.value_first} → {p.value_second} ({p.change:+.2f} %)"
+        for p in pairs[pairs["setting"] == "limit of epochs"].itertuples()
+    ]
+    one_token = released_log("wikitext2").query("group_strategy == 'original'")["value"].astype(float)
+    paper: Any = paper_table(2).loc["wikitext2"]
+    share = (paper["adamw"] - one_token.min()) / (paper["adamw"] - paper["metaadamw"])
+    return "\n".join(
+        [
+            "* **The combined objective with uncertainty weighting** against one term alone or the plain sum "
+            f"({wikitext2}): {len(against)} pairs; it is better in {(against['change'] > 0).sum()} of them, and the "
+            f"changes are {against['change'].min():+.2f} to {against['change'].max():+.2f} %.",
+            f"* **Fine-grained groups** against the optimizer's own: {len(groups)} pairs; they are better in "
+            f"{(gained > 0).sum()}, by {gained.min():.2f} to {gained.max():.2f} %.",
+            f"* **Only the limit of epochs**: {'; '.join(limits)}.",
+            "* **A single group.** The experiment on WikiText-2 gives the optimizer one parameter group. So in its "
+            f"{len(one_token)} runs with `original` groups Φ sees one token, and MetaAdamW is AdamW with one factor on "
+            f"the learning rate and one on the decay. They reach {one_token.min():.2f} to {one_token.max():.2f}, where "
+            f"AdamW has {paper['adamw']:.2f} and the best MetaAdamW {paper['metaadamw']:.2f}: **one factor for the "
+            f"whole model gives up to {100 * share:.0f} % of the paper's gain** on this task.",
+        ]
+    )

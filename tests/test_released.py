@@ -1,0 +1,66 @@
+"""What the released logs say: which run is behind a number of Table 3, and which pairs differ in one setting."""
+
+import pandas as pd
+import pytest
+
+from metaadamw_lite.experiments import TASKS, released, report
+
+
+def test_every_number_of_table_3_is_traced_to_a_logged_run():
+    traced = released.behind_table3().set_index(["task", "row"])
+    cells = report.paper_table(3).drop(index="MetaAdamW", level="factor")[list(TASKS)]
+    assert len(traced) == (cells.notna() & (cells != "baseline")).sum().sum()
+    assert (traced["settings"] >= 1).all(), "none is the best run itself"
+    shared = traced[traced["number"] == "116.13"]
+    assert len(shared) == 4
+    assert shared["which"].nunique() == 1, "four rows share one run"
+    assert "groups: original" in shared["which"].iloc[0]
+    assert "objective: gradient" in shared["which"].iloc[0]
+    frequency = traced.loc[(TASKS["cifar10"].title, "Meta-update frequency: Once per epoch")]
+    assert (frequency["settings"], frequency["which"]) == (1, "meta-update every (steps): 391")
+
+
+def test_a_number_without_a_logged_run_is_kept_and_says_so(monkeypatch):
+    log = released.released_log
+    monkeypatch.setattr(released, "released_log", lambda task: log(task).query("value != '0.8776'"))
+    missing = released.behind_table3().query("number == '0.8776'")
+    assert len(missing) == 1
+    assert missing["settings"].isna().all()
+
+
+@pytest.mark.parametrize(("task", "best"), list(report.paper_table(2)["metaadamw"].items()))
+def test_the_log_has_the_papers_best_run_once_and_nothing_better(task, best):
+    values = released.released_log(task)["value"].astype(float)
+    assert (values == best).sum() == 1
+    assert best == (values.min() if TASKS[task].lower_is_better else values.max())
+
+
+def test_pairs_differ_in_one_setting_and_worse_is_negative():
+    pairs = released.one_setting_apart()
+    weighting = pairs[pairs["second"] == "combined, HUW 1.0 1.0 1.0"]
+    plain = weighting[weighting["first"] == "combined, plain sum 1.0 1.0 1.0"].iloc[0]
+    assert (plain["value_first"], plain["value_second"]) == ("116.57", "116.78")
+    assert plain["change"] == pytest.approx(100 * (1 - 116.78 / 116.57))
+    assert plain["of_gain"] == pytest.approx(abs(plain["change"]) / 4.12)
+    accuracy = pairs[(pairs["setting"] == "limit of epochs") & (pairs["value_second"] == "0.8279")].iloc[0]
+    assert accuracy["change"] == pytest.approx(100 * (0.8279 / 0.8183 - 1)), "more is better here"
+
+
+def test_the_statement_counts_pairs_whichever_side_a_setting_is_on():
+    def pair(setting, first, second, change):
+        row = {"task": TASKS["wikitext2"].title, "setting": setting, "first": first, "second": second}
+        return row | {"value_first": "1", "value_second": "2", "change": change, "of_gain": 1.0}
+
+    says = released.statement(
+        pd.DataFrame(
+            [
+                pair("groups", "original", "fine_grained", 2.0),
+                pair("groups", "fine_grained", "original", -1.0),
+                pair("groups", "fine_grained", "original", 0.5),
+                pair("objective", "gradient", "combined, HUW 1.0 1.0 1.0", -3.0),
+                pair("objective", "combined, HUW 3.0 5.0 1.0", "combined, HUW 1.0 1.0 1.0", 7.0),
+            ]
+        )
+    )
+    assert "3 pairs; they are better in 2, by -0.50 to 2.00 %" in says
+    assert "1 pairs; it is better in 0 of them, and the changes are -3.00 to -3.00 %" in says
