@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metaadamw_lite.experiments import TASKS, figures, report
+from metaadamw_lite.experiments import TASKS, figures, paired, report
 from metaadamw_lite.experiments.chapter import Evidence
-from metaadamw_lite.experiments.report import PairedDifference, improvement, verdict
+from metaadamw_lite.experiments.claims import REMOVALS, _judged_parts, claims_table
+from metaadamw_lite.experiments.paired import PairedDifference, improvement, verdict
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS, SEEDS
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS
 
@@ -38,12 +39,12 @@ def test_equal_differences_are_a_decision_once_there_are_enough_of_them():
 
 def test_the_bootstrap_intervals_have_the_width_they_should():
     values = {"a": pd.Series([1.0, 2, 3, 4, 50]), "b": pd.Series([-1.0, 5, 9, 0, 2])}
-    iqm, better = report.over_tasks(values).values()
+    iqm, better = paired.over_tasks(values).values()
     assert iqm.value == pytest.approx(np.sort([1, 2, 3, 4, 50, -1, 5, 9, 0, 2])[2:8].mean())
     assert iqm.low < iqm.value - 0.5
     assert iqm.high > iqm.value + 0.5
     assert 0.3 < better.high - better.low < 0.6
-    d = report.paired_difference(pd.Series([-1.0, 0, 1, 2, 3]), "%")
+    d = paired.paired_difference(pd.Series([-1.0, 0, 1, 2, 3]), "%")
     assert (d.low, d.high) == pytest.approx((-0.2, 2.2), abs=0.25), "as scipy's BCa interval of five numbers"
 
 
@@ -115,22 +116,22 @@ def test_the_wilcoxon_test_is_that_of_the_pairs():
 
 
 def test_holm_multiplies_the_smallest_by_the_number_of_tests():
-    corrected = report.holm(pd.Series({"a": 0.01, "b": 0.04, "c": math.nan, "d": 0.03}))
+    corrected = paired.holm(pd.Series({"a": 0.01, "b": 0.04, "c": math.nan, "d": 0.03}))
     assert corrected.dropna().to_dict() == pytest.approx({"a": 0.03, "b": 0.06, "d": 0.06})
     assert math.isnan(corrected["c"])
 
 
 def test_the_interquartile_mean_forgets_the_extremes():
-    assert report.interquartile_mean(np.array([-1000.0, 1.0, 3.0, 50_000.0])) == 2
+    assert paired.interquartile_mean(np.array([-1000.0, 1.0, 3.0, 50_000.0])) == 2
 
 
 def test_over_tasks_weighs_tasks_alike_and_counts_ties_half():
     improvements = {"a": series([1.0, 2.0, 3.0, 4.0]), "b": series([-1.0, 0.0])}
-    together = report.over_tasks(improvements)
+    together = paired.over_tasks(improvements)
     assert together["probability of improvement"].value == pytest.approx((1 + 0.25) / 2)
     for estimate in together.values():
         assert estimate.low <= estimate.value <= estimate.high
-    again = report.over_tasks(improvements)
+    again = paired.over_tasks(improvements)
     assert str(again["interquartile mean"]) == str(together["interquartile mean"]), "the same each time"
 
 
@@ -165,8 +166,8 @@ def test_evidence_is_of_the_papers_settings_once_there_are_enough_seeds():
             ]
         )
 
-    assert report.best_evidence(runs(report.ENOUGH_SEEDS), "paper") == "paper"
-    assert report.best_evidence(runs(report.ENOUGH_SEEDS - 1), "paper") == "lite"
+    assert report.best_evidence(runs(paired.ENOUGH_SEEDS), "paper") == "paper"
+    assert report.best_evidence(runs(paired.ENOUGH_SEEDS - 1), "paper") == "lite"
     assert report.best_evidence(runs(5).query("protocol == 'paper'"), "paper") == "paper"
     whole = runs(5)["profile"] == "paper"
     missing = runs(5)[~(whole & (runs(5)["protocol"] == "clean"))]
@@ -208,7 +209,7 @@ def test_the_search_stays_out_of_the_comparison():
 
 
 def test_every_claim_has_a_verdict_and_lite_runs_say_so():
-    claims = report.claims_table()
+    claims = claims_table()
     table = report.table_of_tasks()
     assert set(claims["evidence"].str.extract(r"\((.*)\)")[0].dropna()) <= {
         p.name for p in (report.repository() / "notebooks").iterdir()
@@ -216,7 +217,7 @@ def test_every_claim_has_a_verdict_and_lite_runs_say_so():
     for task, row in table.iterrows():
         claim = claims[claims["evidence"].str.contains(task)]
         tested = claim["verdict"].iloc[0] != "not yet tested"
-        assert tested == (row["seeds"] >= report.ENOUGH_SEEDS)
+        assert tested == (row["seeds"] >= paired.ENOUGH_SEEDS)
         if tested:
             assert ("lite runs" in claim["verdict"].iloc[0]) == (row["profile"] == "lite")
 
@@ -244,15 +245,15 @@ def test_ablations_are_paired_with_metaadamw():
 
 def test_the_order_of_the_pairs_does_not_matter():
     values = [-100.0, 3.0, -20.0, 8.0, 1.0]
-    one, other = (report.paired_difference(pd.Series(x), "%") for x in (values, values[::-1]))
+    one, other = (paired.paired_difference(pd.Series(x), "%") for x in (values, values[::-1]))
     assert one == other
 
 
 def test_students_interval_goes_with_its_p():
-    d = report.paired_difference(pd.Series([1.0, 2.0, 3.0, 2.5, 1.5]), "%")
+    d = paired.paired_difference(pd.Series([1.0, 2.0, 3.0, 2.5, 1.5]), "%")
     assert d.t_low < d.mean < d.t_high
     assert (d.t_low > 0) == (d.p < 0.05)
-    wide = report.paired_difference(pd.Series([-1.0, 2.0, 3.0, -2.5, 1.5]), "%")
+    wide = paired.paired_difference(pd.Series([-1.0, 2.0, 3.0, -2.5, 1.5]), "%")
     assert wide.t_low < 0 < wide.t_high
     assert wide.p > 0.05
 
@@ -309,7 +310,7 @@ def test_a_difference_can_be_seen_from_the_other_side():
     assert (back.mean, back.low, back.high, back.p) == (-d.mean, -d.high, -d.low, d.p)
     assert (back.t_low, back.t_high, back.log_ratio) == (-d.t_high, -d.t_low, -d.log_ratio)
     assert back.reversed() == d
-    assert report.worse(d) == verdict(d).replace("holds", "does not hold: it is better")
+    assert paired.worse(d) == verdict(d).replace("holds", "does not hold: it is better")
 
 
 def test_means_of_table_2_are_over_the_pairs():
@@ -350,12 +351,12 @@ def test_every_number_of_table_3_is_a_claim_with_the_printed_change():
 
 
 def test_an_ablation_claim_has_the_sign_of_the_papers_table():
-    claims = report.claims_table().set_index("claim")
+    claims = claims_table().set_index("claim")
     table = report.ablation_table("etth1", "lite")
     row = claims.loc["Feature gating is effective (ETTh1)"]
     assert row["ours"] == f"{table.loc[('Feature gating', 'Disable'), 'difference']} (lite runs)"
     parts = claims.loc["Every component is necessary (judged on ETTh1, our choice: grouping, objective, HUW, gating)"]
-    tested = table[table["variant"].isin(report.REMOVALS)]
+    tested = table[table["variant"].isin(REMOVALS)]
     assert parts["ours"] == f"taken away one at a time: {len(tested)}"
     assert table["p_holm"].notna().sum() == len(table[~table["baseline"]])
     assert math.isnan(table.loc[("MetaAdamW", "MetaAdamW (baseline)"), "p_holm"]), "it is not compared with itself"
@@ -381,7 +382,7 @@ def verdict_on(monkeypatch, claim, ours, adamw, task="etth1"):
     records = [made(arm, k, m, task) for arm, metrics in arms.items() for k, m in enumerate(metrics)]
     records += [r | {"run": r["run"] | {"protocol": "clean"}} for r in records]
     monkeypatch.setattr(report, "recorded", lambda name: records if name == task else [])
-    return report.claims_table().set_index("claim").loc[claim]
+    return claims_table().set_index("claim").loc[claim]
 
 
 LONG, SHORT = "Shorter training on ETTh1 (earlier stop)", "Reaches a better optimum earlier (ETTh1)"
@@ -404,7 +405,7 @@ def test_a_run_that_diverges_is_not_one_that_takes_less_time(monkeypatch):
     short = [made("metaadamw", k, [3.0, 8.0]) | {"status": "diverged"} for k in range(5)]
     records = short + [made("adamw", k, [3.0, 2.5, 2.0, 1.5, 1.2, 1.1 + k]) for k in range(5)]
     monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
-    verdicts = report.claims_table().set_index("claim")["verdict"]
+    verdicts = claims_table().set_index("claim")["verdict"]
     assert verdicts[LONG] == "not decided: 5 of 5 pairs lost"
 
 
@@ -420,7 +421,7 @@ def test_table_2_and_its_claims_have_the_sign_of_the_papers_formula(monkeypatch,
     row = report.table_of_tasks().loc[task]
     assert row["difference"].mean == pytest.approx(gain, abs=1)
     assert row["arm_mean"] == pytest.approx(0.9 * row["baseline_mean"], rel=0.02)
-    claims = report.claims_table().set_index("claim")
+    claims = claims_table().set_index("claim")
     claim = {"etth1": "Lower error on ETTh1", "cifar10": "Higher accuracy on CIFAR-10"}[task]
     assert claims.loc[claim, "verdict"] == ("holds" if gain > 0 else "does not hold: it is worse")
     learning = claims.loc["Meta-learning adapts Φ to the task, which leads to better generalization", "ours"]
@@ -432,7 +433,7 @@ def test_table_2_and_its_claims_have_the_sign_of_the_papers_formula(monkeypatch,
 
 def test_table_2_is_corrected_over_its_tasks():
     table = report.table_of_tasks()
-    assert table["p_holm"].tolist() == report.holm(table["p"]).tolist()
+    assert table["p_holm"].tolist() == paired.holm(table["p"]).tolist()
     assert (table["p_holm"] > table["p"]).any()
 
 
@@ -469,7 +470,7 @@ def test_what_is_called_the_last_epoch_is_the_last(monkeypatch):
 
 def test_a_component_is_necessary_only_if_it_is_after_the_correction(monkeypatch):
     def verdict_with(worse_by):
-        removed = [v for v in report.REMOVALS if v in set(report.ablation_table("etth1", "lite")["variant"])]
+        removed = [v for v in REMOVALS if v in set(report.ablation_table("etth1", "lite")["variant"])]
         spread = [0.1, -0.2, 0.15, -0.1, 0.05]
         records = [made("metaadamw", k, [1.0], profile="lite") for k in range(5)]
         for variant in removed[:-1]:  # within chance
@@ -477,7 +478,7 @@ def test_a_component_is_necessary_only_if_it_is_after_the_correction(monkeypatch
         records += [made(removed[-1], k, [1.0 + worse_by + x / 5], profile="lite") for k, x in enumerate(spread)]
         monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
         table = report.ablation_table("etth1", "lite").set_index("variant").loc[removed[-1]]
-        return table["difference"].p, report._judged_parts("etth1")[1]
+        return table["difference"].p, _judged_parts("etth1")[1]
 
     p, says = verdict_with(0.04)
     assert 0.01 < p < 0.05, "one of six, uncorrected"
@@ -507,7 +508,7 @@ def test_an_ablation_holds_where_the_change_is_worse(monkeypatch):
             made("gating-off", k, [(1.0 + k / 10) * (variant_error + k / 100)], profile="lite") for k in range(5)
         ]
         monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
-        return report.claims_table().set_index("claim").loc["Feature gating is effective (ETTh1)"]
+        return claims_table().set_index("claim").loc["Feature gating is effective (ETTh1)"]
 
     assert row(1.3)["verdict"] == "holds (lite runs)"
     assert row(1.3)["ours"].startswith("-"), "as the paper prints it"
@@ -539,14 +540,14 @@ def test_what_training_phi_brings_is_taken_against_the_same_phi_untrained(monkey
 
 def test_the_statement_on_the_tuned_baseline_counts_what_was_tested():
     def difference(values):
-        return report.paired_difference(pd.Series(values, dtype=float), "%")
+        return paired.paired_difference(pd.Series(values, dtype=float), "%")
 
     where = [("etth1", "paper"), ("imdb", "paper"), ("cifar10", "paper"), ("imdb", "clean")]
     index = pd.MultiIndex.from_tuples([(*w, "lite") for w in where], names=["task", "protocol", "profile"])
     differences = [difference(x) for x in ([-5, -5.1, -4.9, -5.2], [3, 2.5, 2, 1.5], [1, -1, 2, -2], [])]
     table = pd.DataFrame({"difference": differences}, index=index)
     table["tuned"] = [None, difference([5, 5.1, 4.9]), None, None]
-    table["p_holm"] = report.holm(table["difference"].map(lambda d: d.p))
+    table["p_holm"] = paired.holm(table["difference"].map(lambda d: d.p))
     better, worse, count, gained, missing = report.tuned_statement(table).split("\n")
     assert "ETTh1" in worse
     assert "IMDB" not in worse

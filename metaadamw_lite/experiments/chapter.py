@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from metaadamw_lite.experiments import figures, report
+from metaadamw_lite.experiments import figures, paired, report
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.task import PROTOCOLS, Task
 from metaadamw_lite.experiments.training import run
@@ -98,7 +98,7 @@ class Evidence:
         lines = []
         for protocol, profile in self.profiles.items():
             d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
-            says = report.noted(f"the claim that MetaAdamW is better: **{report.verdict(d)}**", profile)
+            says = report.noted(f"the claim that MetaAdamW is better: **{paired.verdict(d)}**", profile)
             lines.append(f"* Protocol `{protocol}`: {d}; {says}.")
         if self.profiles["paper"] == "paper":
             whole = self.runs.query("protocol == 'paper'").set_index("variant")["outcome"]
@@ -209,7 +209,7 @@ class Evidence:
             rows[protocol] = {
                 "paper (1 seed)": f"{self.paper['improvement_percent']:+.2f} %" if protocol == "paper" else "–",
                 "ours (paired)": report.noted(str(d), profile),
-                "MetaAdamW improves on AdamW": report.noted(report.verdict(d), profile),
+                "MetaAdamW improves on AdamW": report.noted(paired.verdict(d), profile),
             }
         return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
 

@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from metaadamw_lite.experiments.report import ENOUGH_SEEDS
+from metaadamw_lite.experiments.paired import ENOUGH_SEEDS
 
 _ARMS = ("adamw", "metaadamw", "metaadamw-frozen", "adamw-lilaw", "metaadamw-lilaw")
 COLOURS = dict(zip(_ARMS, sns.color_palette("colorblind", len(_ARMS)), strict=True))

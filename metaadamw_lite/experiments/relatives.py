@@ -15,11 +15,12 @@ from torch import Tensor
 
 from metaadamw_lite import LiLAW
 from metaadamw_lite.checks import check_choice
-from metaadamw_lite.experiments import NOISY, report
+from metaadamw_lite.experiments import NOISY, paired, report
+from metaadamw_lite.experiments.claims import chapter_link
 from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS
 from metaadamw_lite.experiments.lope_study import NOISE
+from metaadamw_lite.experiments.paired import NEVER, PairedDifference, paired_difference
 from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.report import NEVER, PairedDifference, paired_difference
 from metaadamw_lite.experiments.studies import FEW_SEEDS, study_runs
 from metaadamw_lite.lilaw import weights_of
 
@@ -86,7 +87,7 @@ def points(runs: pd.DataFrame, column: str, arm: str, baseline: str) -> PairedDi
 
 def _difference(first: "pd.Series[float]", second: "pd.Series[float]") -> PairedDifference:
     """How many points the first is above the second, both indexed by seed."""
-    pairs = report.pairs_by_seed(first, second)
+    pairs = paired.pairs_by_seed(first, second)
     return paired_difference(pairs["arm"] - pairs["baseline"], "points")
 
 
@@ -138,7 +139,7 @@ def _corrected(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.DataFr
         control: rows that are no part of the question; they are neither corrected nor counted.
     """
     p = table["difference"].map(lambda d: d.p)
-    corrected = report.holm(p.where(~table.index.isin(list(control))))
+    corrected = paired.holm(p.where(~table.index.isin(list(control))))
     verdicts = [judged(d, q) for d, q in zip(table["difference"], corrected.fillna(p), strict=True)]
     return table.assign(p_holm=corrected, verdict=verdicts)
 
@@ -149,8 +150,8 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     unit = differences.iloc[0].unit if len(table) else "points"
     text = table.drop(columns=["difference", "p_holm", "verdict"])
     text[f"difference ({unit})"] = differences.map(student)
-    text["p (t)"] = differences.map(lambda d: report.p_value(d.p))
-    text["p (Holm)"] = table["p_holm"].map(report.p_value)
+    text["p (t)"] = differences.map(lambda d: paired.p_value(d.p))
+    text["p (Holm)"] = table["p_holm"].map(paired.p_value)
     text["seeds"] = differences.map(lambda d: d.seeds)
     return text.assign(**{"better?": table["verdict"]})
 
@@ -159,7 +160,7 @@ def student(difference: PairedDifference) -> str:
     """A mean with Student's interval, since one by bootstrap is far too narrow for three pairs."""
     if not difference.seeds:
         return "–"
-    enough = difference.seeds >= report.ENOUGH_SEEDS
+    enough = difference.seeds >= paired.ENOUGH_SEEDS
     return f"{difference.mean:+.1f} {difference.t_interval if enough else difference.interval}"
 
 
@@ -168,7 +169,7 @@ def judged(difference: PairedDifference, corrected: float) -> str:
     planned = len(FEW_SEEDS)
     if difference.seeds + difference.lost < planned:
         return f"{NEVER}: {difference.seeds} of {planned} seeds"
-    before, says = report.verdict(difference), report.verdict(replace(difference, p=corrected))
+    before, says = paired.verdict(difference), paired.verdict(replace(difference, p=corrected))
     return says if says == before else "not decided after the correction"
 
 
@@ -208,7 +209,7 @@ def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
 def sensitivity_statement(table: pd.DataFrame) -> str:
     """How many of the differences of ``sensitivity_table`` are more than chance explains (Markdown)."""
     p = pd.Series([d.p for column in table for d in table[column] if isinstance(d, PairedDifference)], dtype=float)
-    small, corrected = (int((q < 1 - report.CONFIDENCE).sum()) for q in (p, report.holm(p)))
+    small, corrected = (int((q < 1 - paired.CONFIDENCE).sum()) for q in (p, paired.holm(p)))
     return f"Of these {len(p)} differences **{small}** have $p<0.05$, and **{corrected}** after Holm's correction."
 
 
@@ -539,7 +540,7 @@ def noise_cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     def costs(arm: str) -> "pd.Series[float]":
         of_arm = final[final["variant"] == arm]
         without, with_noise = (of_arm[of_arm["noise"] == noise]["perplexity"] for noise in (clean, noisy))
-        return report.improvements_by_seed(with_noise, without, lower_is_better=False)
+        return paired.improvements_by_seed(with_noise, without, lower_is_better=False)
 
     lope, rows = costs("lope"), {}
     for arm, label in LOPE_LABELS.items():
@@ -563,7 +564,7 @@ def lope_against(runs: pd.DataFrame, arm: str) -> PairedDifference:
     """
     final = runs[runs["final"]]
     lope, other = (final[final["variant"] == v].set_index("seed")["perplexity"].astype(float) for v in ("lope", arm))
-    return report.improvement(lope, other, lower_is_better=True)
+    return paired.improvement(lope, other, lower_is_better=True)
 
 
 def lope_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -695,7 +696,7 @@ def claims_table() -> pd.DataFrame:
         ours, says = "–", f"not tested: {claim['why']}"
         if claim["kind"] != "scale":
             ours, says = _claimed(claim, records[claim["method"]])
-        link = report.chapter_link(claim["evidence"])
+        link = chapter_link(claim["evidence"])
         rows.append((claim["method"], claim["claim"], claim["number"], ours, says, link))
     return pd.DataFrame(rows, columns=["method", "claim", "paper", "ours", "verdict", "evidence"])
 
@@ -734,5 +735,5 @@ def _claimed(claim: "pd.Series[str]", records: Records) -> tuple[str, str]:
         return "–", NEVER
     found: Any = table.loc[row]
     d = found["difference"]
-    p = f"{d.seeds} seeds, p {report.p_value(d.p)}, after Holm's correction {report.p_value(found['p_holm'])}"
+    p = f"{d.seeds} seeds, p {paired.p_value(d.p)}, after Holm's correction {paired.p_value(found['p_holm'])}"
     return f"{student(d)} {d.unit}, {p} ({what}; lite runs)", report.noted(found["verdict"], "lite")

@@ -1,0 +1,176 @@
+"""The claims of the paper, each with its number, ours, and the verdict that the records give by a rule."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from metaadamw_lite.checks import check_choice
+from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite.experiments.paired import (
+    ENOUGH_SEEDS,
+    NEVER,
+    holm,
+    improvement,
+    paired_difference,
+    pairs_by_seed,
+    verdict,
+    worse,
+)
+
+
+def claims_table() -> pd.DataFrame:
+    """One row for each claim in ``data/paper/claims.csv``: the paper's number, ours, the verdict and the evidence.
+
+    How the kinds of claims are judged, under the paper's protocol:
+
+    * improvement: MetaAdamW against AdamW, paired by seed; ``all``: such a claim must hold on all tasks.
+    * ablation: the variant's change against MetaAdamW; the claim is that the variant is worse.
+    * necessary: the same for every variant of a task that takes something away, after Holm's correction.
+    * epochs, longer: fewer, or more, epochs than AdamW until early stopping, paired by seed.
+    * earlier: how many epochs earlier than AdamW MetaAdamW is as good as AdamW's best, paired by seed; where it never
+      is, one after the last epoch that the task allows.
+    * trained: MetaAdamW against itself with an untrained Φ, on all tasks.
+    * memory, time, update, updates, statistics, module: the bench's record against the range that the paper gives.
+    """
+    claims = pd.read_csv(report.repository() / "data" / "paper" / "claims.csv", dtype=str)
+    main = report.table_of_tasks()
+    control = report.table_of_tasks(baseline="metaadamw-frozen")
+    judged = [_judged(claim, main, control) for _, claim in claims.iterrows()]
+    ours, says = ([j[k] for j in judged] for k in (0, 1))
+    links = claims["evidence"].map(chapter_link)
+    return claims[["section", "claim"]].assign(paper=claims["number"], ours=ours, verdict=says, evidence=links)
+
+
+def chapter_link(page: Any) -> str:
+    """A link to the notebook with the evidence for a claim (Markdown); a dash where there is none."""
+    return "–" if pd.isna(page) else f"[chapter {int(page.split('_')[0])}]({page}.ipynb)"
+
+
+def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) -> tuple[str, str]:
+    kind, task = claim["kind"], claim["task"]
+    if kind in ("memory", "time", "update", "updates", "statistics", "module"):
+        return _judged_cost(claim)
+    if kind in ("all", "trained"):
+        table = main if kind == "all" else control
+        verdicts = [report.noted(verdict(d), p) for d, p in zip(table["difference"], table["profile"], strict=True)]
+        count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
+        says = "; ".join(f"{v} on {n}" for v, n in count.items())
+        ours = "<br>".join(f"{TASKS[str(t)].title}: {d}" for t, d in table["difference"].items())
+        return ours, f"of {len(TASKS)} tasks: {says}"
+    if task not in main.index:
+        return "–", NEVER
+    if kind == "improvement":
+        row = main.loc[task]
+        return report.noted(str(row["difference"]), row["profile"]), report.noted(
+            verdict(row["difference"]), row["profile"]
+        )
+    runs = report.runs_frame(report.recorded(task))
+    if kind == "ablation":
+        for profile in ("paper", "lite"):
+            variant, metaadamw = report.by_seed(
+                report.outcomes(runs[runs["profile"] == profile]), "paper", claim["variant"], "metaadamw"
+            )
+            d = improvement(variant, metaadamw, TASKS[task].lower_is_better)
+            if d.seeds >= ENOUGH_SEEDS:
+                return report.noted(str(d), profile), report.noted(worse(d), profile)
+        return "–", NEVER
+    if kind == "necessary":
+        return _judged_parts(task)
+    check_choice("kind (of a claim)", kind, ("epochs", "longer", "earlier"))
+    profile = report.best_evidence(runs, "paper")
+    if profile == "lite":  # when a shortened run stops says nothing about a whole one
+        return "–", NEVER
+    mine = runs[runs["profile"] == profile]
+    if kind == "earlier":
+        reached = report.time_to_best(
+            report.epochs_frame(report.main_records(task, "paper", profile)), TASKS[task].lower_is_better
+        )
+        never = TASKS[task].settings(profile).epochs + 1
+        d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
+        return f"{d}; positive is earlier; never counts as epoch {never}", verdict(d).replace(
+            "it is worse", "it is later or never"
+        )
+    whole = mine["status"].isin(["finished", "stopped early"])  # a run that diverges is not one that took less time
+    arm, baseline = report.by_seed(mine.assign(outcome=mine["epochs"].where(whole)), "paper", "metaadamw", "adamw")
+    d = improvement(arm, baseline, lower_is_better=False)
+    says = verdict(d.reversed()) if kind == "epochs" else verdict(d)
+    limit = TASKS[task].settings(profile).epochs
+    pairs = pairs_by_seed(arm, baseline)
+    cut = f"{int((pairs == limit).to_numpy().sum())} of {pairs.size} runs went on to the last epoch allowed, {limit}"
+    return f"epochs: {d}; {cut}", says.replace("it is worse", "it is the other way round")
+
+
+REMOVALS = (
+    "grouping-original",
+    "features-basic",
+    "objective-gradient",
+    "objective-loss_decrease",
+    "objective-gen_gap",
+    "huw-none",
+    "huw-equal",
+    "gating-off",
+)
+"""The rows of Table 3 that take something away, where they are not a task's own setting."""
+
+
+def _judged_parts(task: str) -> tuple[str, str]:
+    """Every row of a task's Table 3 that is run and takes something away: is it worse, after Holm's correction?"""
+    found = {}
+    for profile in ("paper", "lite"):
+        table = report.ablation_table(task, profile)
+        differences = table[table["variant"].isin(REMOVALS)]["difference"]
+        found[profile] = differences[differences.map(lambda d: d.seeds >= ENOUGH_SEEDS)]
+    profile = max(found, key=lambda p: len(found[p]))  # "paper" once it has as many rows
+    differences = found[profile]
+    if differences.empty:
+        return "–", NEVER
+    corrected = holm(differences.map(lambda d: d.p))
+    verdicts = pd.Series([worse(replace(d, p=p)) for d, p in zip(differences, corrected, strict=True)])
+    counts = "; ".join(f"{v} for {n}" for v, n in verdicts.value_counts().items())
+    return f"taken away one at a time: {len(differences)}", report.noted(f"after Holm's correction: {counts}", profile)
+
+
+def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
+    """The range that the paper gives (columns "low" and "high") against what the bench measured on a CPU."""
+    record = report.bench_record()
+    if record is None:
+        return "–", NEVER
+    rows = pd.DataFrame(record["rows"])
+    parts = pd.DataFrame(record["parts"]).pivot(index="measure", columns="part", values="seconds")
+    found: dict[str, Any] = {}
+    kind, unit, number = claim["kind"], "×", "{:.2f}"
+    if kind == "memory":
+        peaks = rows[rows["measure"].str.startswith("peak memory")]
+        found = {
+            f"{row['who']}, {row['measure'].split(', ')[2]}": pd.Series([row["ratio"]])
+            for row in peaks.to_dict("records")
+        }
+    elif kind == "update":
+        updates = rows[rows["measure"] == "meta-update / training step, ETTh1 model"]
+        found = {row["who"]: pd.Series([row["ratio"]]) for row in updates.to_dict("records")}
+    elif kind == "updates":
+        unit, number = "%", "{:+.1f}"
+        updates = rows[rows["measure"].str.startswith("meta-update / training step")]
+        found = {f"{who}, every 100 steps": ratios for who, ratios in updates.groupby("who")["ratio"]}
+    elif kind in ("statistics", "module"):
+        part = "Φ" if kind == "module" else "statistics"
+        found = {"ours, of an AdamW step": parts[part] / parts["AdamW"]}
+    else:
+        unit, number = "%", "{:+.0f}"
+        epochs = rows[rows["measure"].str.startswith("whole epoch")]["ratio"]
+        found = {
+            "ours, epochs": 100 * (epochs - 1),
+            "the paper's Table 5, totals": report.paper_table(5)["overhead_percent"],
+        }
+    low, high = float(claim["low"]), float(claim["high"])
+    ours, says = [], []
+    for what, values in found.items():
+        span = " to ".join(number.format(value) for value in sorted({values.min(), values.max()}))
+        ours.append(f"{what}: {span} {unit}")
+        where = np.select([values < low, values > high], ["below the range", "above the range"], "holds")
+        counts = pd.Series(where).value_counts()
+        of = f" for {{}} of {len(values)}" if len(values) > 1 else ""
+        says.append(f"{what}: " + ", ".join(f"{v}{of.format(n)}" for v, n in counts.items()))
+    return "<br>".join(ours), "<br>".join(says)

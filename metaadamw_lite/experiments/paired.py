@@ -1,0 +1,200 @@
+"""Pairs of runs with the same seed: their differences, with intervals, tests and what these say about a claim.
+
+Arms with the same seed share weights, batches and dropout masks, so only their difference is evidence. Intervals and
+tests come from scipy, Holm's correction from statsmodels. Nothing here reads a file.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+CONFIDENCE = 0.95
+
+ENOUGH_SEEDS = 3
+"""Pairs that an interval needs."""
+
+NEVER = "not yet tested"
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """An improvement over a baseline, paired by seed (positive: better): relative and in percent, unless it says other.
+
+    Attributes:
+        mean: over the seeds.
+        low, high: bootstrap interval (BCa) for the mean at 95 % confidence; NaN with fewer than three seeds. From so
+            few pairs it is too narrow: its true coverage is below 90 %.
+        p: of a paired t-test against no difference (of a sign test where all differences are equal); NaN with fewer
+            than three seeds, as all tests and intervals.
+        seeds: how many pairs.
+        p_wilcoxon: of Wilcoxon's signed-rank test; with five pairs it cannot fall below 1/16.
+        t_low, t_high: Student's interval, which goes with ``p``.
+        log_ratio: of an ``improvement``: the mean logarithm of the ratios, times 100 (positive: better). Near zero it
+            is a percentage; a factor of two is 69. With the arms exchanged it only changes its sign, which the mean of
+            relative differences does not: with a large spread each arm can look worse than the other.
+        p_log: of a t-test on these logarithms.
+        lost: pairs that do not count, since a run of theirs has no finite result. With any, nothing is decided: those
+            that are left may be left because they went well.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+    p_wilcoxon: float = float("nan")
+    unit: str = "%"
+    t_low: float = float("nan")
+    t_high: float = float("nan")
+    log_ratio: float = float("nan")
+    p_log: float = float("nan")
+    lost: int = 0
+
+    def __str__(self) -> str:
+        lost = f"; lost without a finite result: {self.lost} of {self.seeds + self.lost}" if self.lost else ""
+        if not self.seeds:
+            return "no pairs yet" + lost
+        return f"{self.mean:+.1f} {self.unit} {self.interval}, {self.seeds} seed{'s' if self.seeds > 1 else ''}{lost}"
+
+    def reversed(self) -> "PairedDifference":
+        """The same for the claim that the baseline is the better one: everything with the other sign."""
+        t_low, t_high, log_ratio = -self.t_high, -self.t_low, -self.log_ratio
+        low, high = -self.high, -self.low
+        return replace(self, mean=-self.mean, low=low, high=high, t_low=t_low, t_high=t_high, log_ratio=log_ratio)
+
+    @property
+    def interval(self) -> str:
+        """The bootstrap interval in the unit, or that there are too few seeds for one."""
+        return "[no interval]" if np.isnan(self.low) else f"[{self.low:+.1f}, {self.high:+.1f}]"
+
+    @property
+    def t_interval(self) -> str:
+        """Student's interval in the unit, or a dash."""
+        return "–" if np.isnan(self.low) else f"[{self.t_low:+.1f}, {self.t_high:+.1f}]"
+
+
+def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> PairedDifference:
+    """The improvement of an arm over a baseline, both indexed by seed; seeds that one of them lacks do not count.
+
+    Each pair's difference is taken relative to its baseline run, as in the paper's Table 2.
+    """
+    difference = paired_difference(improvements_by_seed(arm, baseline, lower_is_better), "%")
+    pairs = pairs_by_seed(arm, baseline).dropna()
+    if not (len(pairs) and (pairs > 0).all(axis=None)):
+        return difference
+    logarithms = paired_difference((pairs["arm"] / pairs["baseline"]).map(math.log), "")
+    log_ratio = (-1 if lower_is_better else 1) * 100 * logarithms.mean
+    return replace(difference, log_ratio=log_ratio, p_log=logarithms.p)
+
+
+def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDifference:
+    """The mean of some differences, one for each seed, with its interval and tests; NaN is a pair that is lost."""
+    values = np.sort(differences.dropna().to_numpy()) + 0.0  # which makes 0 of −0; the bootstrap minds the order
+    low = high = t_low = t_high = p = p_wilcoxon = float("nan")
+    if len(values) >= ENOUGH_SEEDS and np.ptp(values) == 0:  # no test is defined without any spread
+        low = high = t_low = t_high = float(values[0])
+        p = 2 * 0.5 ** len(values) if low else 1.0
+    elif len(values) >= ENOUGH_SEEDS:
+        test = stats.ttest_1samp(values, 0)
+        p = float(test.pvalue)
+        t_low, t_high = (float(x) for x in test.confidence_interval(CONFIDENCE))
+        interval = stats.bootstrap(
+            (values,), np.mean, confidence_level=CONFIDENCE, rng=np.random.default_rng(0)
+        ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    if len(values) >= ENOUGH_SEEDS and values.any():
+        p_wilcoxon = float(stats.wilcoxon(values).pvalue)
+    mean = float(values.mean()) if len(values) else float("nan")
+    lost = len(differences) - len(values)
+    return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit, t_low, t_high, lost=lost)
+
+
+def pairs_by_seed(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> pd.DataFrame:
+    """The seeds that both have, a column for each; NaN where a run has no finite result."""
+    return pd.concat([arm.rename("arm"), baseline.rename("baseline")], axis=1, join="inner").astype(float)
+
+
+def improvements_by_seed(
+    arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool
+) -> "pd.Series[float]":
+    """The improvement of each pair in percent, by seed."""
+    pairs = pairs_by_seed(arm, baseline)
+    return (-1 if lower_is_better else 1) * 100 * (pairs["arm"] / pairs["baseline"] - 1)
+
+
+def p_value(p: float) -> str:
+    """A p-value for a table; a dash where there was no test."""
+    return "–" if np.isnan(p) else f"{p:.3f}"
+
+
+def verdict(difference: PairedDifference) -> str:
+    """What a paired difference says about the claim "it is better".
+
+    A decision takes both an interval without zero and p < 0.05, since with a handful of seeds the bootstrap interval
+    alone is too narrow.
+    """
+    if difference.lost:
+        return f"not decided: {difference.lost} of {difference.seeds + difference.lost} pairs lost"
+    if np.isnan(difference.low):
+        return NEVER
+    if difference.p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:
+        return "not decided: within chance"
+    return "holds" if difference.low > 0 else "does not hold: it is worse"
+
+
+def worse(difference: PairedDifference) -> str:
+    """What a paired difference says about the claim "it is worse"."""
+    return verdict(difference.reversed()).replace("it is worse", "it is better")
+
+
+def holm(p_values: "pd.Series[float]") -> "pd.Series[float]":
+    """The p-values of a family of tests after Holm's correction; NaN stay NaN and do not count."""
+    known = p_values.dropna()
+    corrected = multipletests(known, method="holm")[1] if len(known) else []
+    return pd.Series(corrected, index=known.index, dtype=float).reindex(p_values.index)
+
+
+def interquartile_mean(values: "np.ndarray[Any, Any]") -> float:
+    """The mean of the middle half of some values (Agarwal et al., 2021)."""
+    return float(stats.trim_mean(values, 0.25))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def over_tasks(improvements: "dict[str, pd.Series[float]]") -> dict[str, Estimate]:
+    """What many tasks say together, from the improvements (percent, by seed) of each.
+
+    Intervals come from a bootstrap that is stratified by task: it draws seeds anew within each (Agarwal et al., 2021).
+
+    Returns:
+        "interquartile mean" of all improvements, in percent, and "probability of improvement": that a pair drawn at
+        random from a task drawn at random is better than its baseline, ties counting half.
+    """
+    rng = np.random.default_rng(0)
+    groups = [x.to_numpy() for x in improvements.values() if len(x)]
+    draws = [[rng.choice(group, len(group)) for group in groups] for _ in range(2000)]
+    statistics: dict[str, Callable[[list[Any]], float]] = {
+        "interquartile mean": lambda parts: interquartile_mean(np.concatenate(parts)),
+        "probability of improvement": lambda parts: float(np.mean([np.mean((x > 0) + (x == 0) / 2) for x in parts])),
+    }
+    result = {}
+    for name, statistic in statistics.items():
+        low, high = np.quantile([statistic(draw) for draw in draws], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        result[name] = Estimate(statistic(groups), float(low), float(high))
+    return result
