@@ -179,6 +179,71 @@ def test_evidence_is_of_the_papers_settings_once_there_are_enough_seeds():
     other.loc[whole & (other["variant"] == "adamw"), "seed"] += 3
     assert report.best_evidence(other, "paper") == "lite", "five runs each, and two pairs"
     assert report.best_evidence(runs(2).query("profile == 'paper'"), "paper") == "paper", "better than nothing"
+    diverged = runs(3)
+    diverged.loc[(diverged["profile"] == "paper") & (diverged["seed"] == 0), "best"] = None
+    assert report.best_evidence(diverged, "paper") == "paper", "what is shown must not depend on what comes out"
+
+
+def runs_of(profile, seeds, arms=ARMS):
+    """Records of ETTh1 in which MetaAdamW's error is a tenth smaller and the control's as large as AdamW's."""
+    errors = {"adamw": 2.0, "metaadamw": 1.8, "metaadamw-frozen": 2.0}
+    return [
+        made(arm, seed, [3.0, errors[arm] + seed / 1000], profile=profile, protocol=protocol)
+        for arm in arms
+        for seed in range(seeds)
+        for protocol in ("paper", "clean")
+    ]
+
+
+def test_all_comparisons_of_a_row_over_tasks_can_rest_on_one_profile(monkeypatch):
+    records = runs_of("paper", 3, ARMS[:2]) + runs_of("paper", 1, ARMS[2:]) + runs_of("lite", 5)
+    monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
+    assert report.table_of_tasks()["profile"].to_dict() == {"etth1": "paper"}
+    assert report.table_of_tasks(baseline="metaadamw-frozen")["profile"].to_dict() == {"etth1": "lite"}
+    common = report.common_profiles()
+    assert common == {"etth1": "lite"}
+    assert report.table_of_tasks(profiles=common).loc["etth1", ["profile", "seeds"]].tolist() == ["lite", 5]
+    monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 3) if task == "etth1" else [])
+    assert report.common_profiles() == {"etth1": "paper"}
+
+
+def test_a_verdict_from_fewer_seeds_than_planned_says_so(monkeypatch):
+    monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 3) if task == "etth1" else [])
+    says = claims_table().set_index("claim")["verdict"]["Lower error on ETTh1"]
+    assert says == "holds (interim: 3 of 5 planned seeds)"
+    verdicts = Evidence(TASKS["etth1"], "MSE").verdict()["MetaAdamW improves on AdamW"]
+    assert verdicts["paper"] == "holds (interim: 3 of 5 planned seeds)"
+    monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 5) if task == "etth1" else [])
+    assert claims_table().set_index("claim")["verdict"]["Lower error on ETTh1"] == "holds"
+    lost = runs_of("paper", 5)
+    lost[0] = lost[0] | {"best": None}
+    monkeypatch.setattr(report, "recorded", lambda task: lost if task == "etth1" else [])
+    assert claims_table().set_index("claim")["verdict"]["Lower error on ETTh1"] == "not decided: 1 of 5 pairs lost"
+
+
+def test_whole_runs_that_are_too_few_to_judge_by_are_shown_all_the_same(monkeypatch):
+    records = [r | {"settings": {"epochs": 2, "batch_size": 8}, "samples": {"train": 8}} for r in runs_of("lite", 5)]
+    monkeypatch.setattr(Evidence, "factors_statement", lambda evidence: "no factors in these")
+    monkeypatch.setattr(report, "recorded", lambda task: records + runs_of("paper", 1))
+    says = Evidence(TASKS["etth1"], "MSE").conclusion()
+    assert "Whole runs under `paper`, too few to judge by: seed 0: AdamW 2, MetaAdamW 1.8 (+10.0 %)." in says
+    monkeypatch.setattr(report, "recorded", lambda task: records)
+    assert "too few to judge by" not in Evidence(TASKS["etth1"], "MSE").conclusion()
+
+
+def test_every_number_of_a_claim_over_tasks_says_what_it_rests_on(monkeypatch):
+    records = {"etth1": runs_of("paper", 5), "wikitext2": runs_of("lite", 5)}
+    monkeypatch.setattr(report, "recorded", lambda task: records.get(task, []))
+    ours = claims_table().set_index("claim")["ours"]["Better than AdamW on every one of five tasks"]
+    shown = dict(line.split(":", 1) for line in ours.split("<br>"))
+    assert shown[TASKS["wikitext2"].title].endswith("(lite runs)")
+    assert "lite" not in shown[TASKS["etth1"].title]
+
+
+def test_a_difference_shows_both_of_its_intervals():
+    d = paired.paired_difference(series([1.0, 2.0, 4.0]), "%")
+    assert str(d) == f"+2.3 % {d.interval}, Student's {d.t_interval}, 3 seeds"
+    assert str(paired.paired_difference(series([1.0, 2.0]), "%")) == "+1.5 % [no interval], 2 seeds"
 
 
 def test_a_page_with_whole_runs_under_one_protocol_says_what_rests_on_shortened_ones(monkeypatch):
@@ -462,6 +527,7 @@ def test_what_is_called_the_last_epoch_is_the_last(monkeypatch):
         for k in range(3)
     ]
     monkeypatch.setattr(report, "recorded", lambda task: records)
+    assert report.table_of_tasks().loc["etth1", "last"].mean == pytest.approx(-97, abs=3)
     says = Evidence(TASKS["etth1"], "MSE").last_epoch()
     assert "Last epoch, MetaAdamW against AdamW: -9" in says, "twice the error"
     frame = report.runs_frame([made("adamw", 0, [3.0, 1.0, 2.0])])

@@ -38,12 +38,13 @@ class Evidence:
     def __init__(self, task: Task, unit: str) -> None:
         self.task, self.unit = task, unit
         self.paper: Any = report.paper_table(2).loc[task.name]
-        runs = report.runs_frame(report.recorded(task.name))
+        runs = report.main_runs(task.name)
         if runs.empty:
             raise FileNotFoundError(
                 f"no run of {task.name} is recorded; `sweep main/lite --task {task.name}` makes them"
             )
         self.profiles = {protocol: report.best_evidence(runs, protocol) for protocol in PROTOCOLS}
+        self._all = report.outcomes(runs)
         self.records = [r for p, profile in self.profiles.items() for r in report.main_records(task.name, p, profile)]
         self.runs = report.outcomes(report.runs_frame(self.records))
         self._movement = report.movement_frame(self.records)
@@ -98,16 +99,17 @@ class Evidence:
         lines = []
         for protocol, profile in self.profiles.items():
             d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
-            says = report.noted(f"the claim that MetaAdamW is better: **{paired.verdict(d)}**", profile)
+            says = report.noted(f"the claim that MetaAdamW is better: **{paired.verdict(d)}**", profile, d.pairs)
             lines.append(f"* Protocol `{protocol}`: {d}; {says}.")
         if self.profiles["paper"] == "paper":
-            whole = self.runs.query("protocol == 'paper'").set_index("variant")["outcome"]
+            whole = self._pairs("paper", "paper")
             arms = [
-                f"{figures.LABELS[arm]} {whole[[arm]].min():.4g} to {whole[[arm]].max():.4g} "
+                f"{figures.LABELS[arm]} {whole[column].min():.4g} to {whole[column].max():.4g} "
                 f"(the paper's run: {self.paper[arm]:.4g})"
-                for arm in ARMS[:2]
+                for arm, column in (("adamw", "baseline"), ("metaadamw", "arm"))
             ]
             lines.append(f"* {self.unit[0].upper()}{self.unit[1:]}, protocol `paper`: {'; '.join(arms)}.")
+        lines += [f"* {few}" for few in self._whole_but_few()]
         lines.append("* " + self.factors_statement())
         short = self._shortened()
         if short:
@@ -118,6 +120,25 @@ class Evidence:
                 f"main/paper --task {self.task.name}` makes the whole ones."
             )
         return "\n".join(lines)
+
+    def _pairs(self, protocol: str, profile: str) -> pd.DataFrame:
+        """The outcomes of MetaAdamW ("arm") and AdamW ("baseline") by seed."""
+        runs = self._all[self._all["profile"] == profile]
+        return paired.pairs_by_seed(*report.by_seed(runs, protocol, "metaadamw", "adamw"))
+
+    def _whole_but_few(self) -> list[str]:
+        """What whole runs there are where shortened ones are shown, since the whole ones are too few to judge by."""
+        says = []
+        for protocol in self._shortened():
+            pairs = self._pairs(protocol, "paper")
+            gains = paired.improvements_by_seed(pairs["arm"], pairs["baseline"], self.task.lower_is_better)
+            rows = [
+                f"seed {seed}: AdamW {baseline:.5g}, MetaAdamW {arm:.5g} ({gain:+.1f} %)"
+                for seed, arm, baseline, gain in pairs.assign(gain=gains).itertuples(name=None)
+            ]
+            if rows:
+                says.append(f"Whole runs under `{protocol}`, too few to judge by: {'; '.join(rows)}.")
+        return says
 
     def summary(self) -> pd.DataFrame:
         """How many runs of each arm there are, how long they took and how they ended."""
@@ -134,7 +155,8 @@ class Evidence:
     def curves(self) -> Figure:
         """Validation curves, with the paper's two numbers where the runs have the paper's settings."""
         epochs = report.epochs_frame(self.records)
-        return self._titled(figures.plot_curves(epochs, PROTOCOLS, self.unit, self._reference()))
+        alike = len(set(self.profiles.values())) == 1  # whole and shortened runs end far from each other
+        return self._titled(figures.plot_curves(epochs, PROTOCOLS, self.unit, self._reference(), share_y=alike))
 
     def pairs(self) -> Figure:
         """What every run reports, runs of one seed connected."""
@@ -144,7 +166,8 @@ class Evidence:
     def spread(self) -> pd.DataFrame:
         """Mean and spread of what the arms report."""
         spread = self.runs.groupby(["protocol", "variant"])["outcome"].agg(["count", "mean", "std", "min", "max"])
-        return self._named(spread).rename(columns={"count": "seeds"}).round(4)
+        shown = spread.drop(columns="count").map("{:.4g}".format).replace("nan", "–")
+        return self._named(shown.assign(seeds=spread["count"]))
 
     def comparisons(self) -> pd.DataFrame:
         """The arms against each other, paired by seed."""
@@ -154,11 +177,12 @@ class Evidence:
     def last_epoch(self) -> str:
         """The comparisons of the last epochs instead of the best ones, under the paper's protocol (Markdown)."""
         last = self.runs.assign(outcome=self.runs["last"])
-        return "\n".join(
-            f"* Last epoch, {figures.LABELS[arm]} against {figures.LABELS[baseline]}: "
-            f"{report.compare(last, 'paper', arm, baseline, self.task.lower_is_better)}"
-            for arm, baseline in report.PAIRS
-        )
+        lines = []
+        for arm, baseline in report.PAIRS:
+            d = report.compare(last, "paper", arm, baseline, self.task.lower_is_better)
+            who = f"{figures.LABELS[arm]} against {figures.LABELS[baseline]}"
+            lines.append(f"* Last epoch, {who}: {d}; better: {paired.verdict(d)}")
+        return "\n".join(lines)
 
     def time_to_best(self) -> pd.DataFrame:
         """The epoch in which MetaAdamW is as good as AdamW at its best."""
@@ -209,7 +233,7 @@ class Evidence:
             rows[protocol] = {
                 "paper (1 seed)": f"{self.paper['improvement_percent']:+.2f} %" if protocol == "paper" else "–",
                 "ours (paired)": report.noted(str(d), profile),
-                "MetaAdamW improves on AdamW": report.noted(paired.verdict(d), profile),
+                "MetaAdamW improves on AdamW": report.noted(paired.verdict(d), profile, d.pairs),
             }
         return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
 

@@ -48,58 +48,74 @@ def chapter_link(page: Any) -> str:
     return "–" if pd.isna(page) else f"[chapter {int(page.split('_')[0])}]({page}.ipynb)"
 
 
+COSTS = ("memory", "time", "update", "updates", "statistics", "module")
+"""Kinds of claims that the bench's record decides."""
+
+
 def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) -> tuple[str, str]:
+    """What we have on a claim, and the verdict."""
     kind, task = claim["kind"], claim["task"]
-    if kind in ("memory", "time", "update", "updates", "statistics", "module"):
+    if kind in COSTS:
         return _judged_cost(claim)
     if kind in ("all", "trained"):
-        table = main if kind == "all" else control
-        verdicts = [report.noted(verdict(d), p) for d, p in zip(table["difference"], table["profile"], strict=True)]
-        count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
-        says = "; ".join(f"{v} on {n}" for v, n in count.items())
-        ours = "<br>".join(f"{TASKS[str(t)].title}: {d}" for t, d in table["difference"].items())
-        return ours, f"of {len(TASKS)} tasks: {says}"
+        return _judged_over_tasks(main if kind == "all" else control)
     if task not in main.index:
         return "–", NEVER
     if kind == "improvement":
-        row = main.loc[task]
-        return report.noted(str(row["difference"]), row["profile"]), report.noted(
-            verdict(row["difference"]), row["profile"]
-        )
-    runs = report.runs_frame(report.recorded(task))
+        d, profile = main.loc[task, ["difference", "profile"]]
+        return report.noted(str(d), profile), report.noted(verdict(d), profile, d.pairs)
     if kind == "ablation":
-        for profile in ("paper", "lite"):
-            variant, metaadamw = report.by_seed(
-                report.outcomes(runs[runs["profile"] == profile]), "paper", claim["variant"], "metaadamw"
-            )
-            d = improvement(variant, metaadamw, TASKS[task].lower_is_better)
-            if d.seeds >= ENOUGH_SEEDS:
-                return report.noted(str(d), profile), report.noted(worse(d), profile)
-        return "–", NEVER
+        return _judged_ablation(task, claim["variant"])
     if kind == "necessary":
         return _judged_parts(task)
     check_choice("kind (of a claim)", kind, ("epochs", "longer", "earlier"))
-    profile = report.best_evidence(runs, "paper")
-    if profile == "lite":  # when a shortened run stops says nothing about a whole one
+    runs = report.main_runs(task)
+    if report.best_evidence(runs, "paper") == "lite":  # when a shortened run stops says nothing about a whole one
         return "–", NEVER
-    mine = runs[runs["profile"] == profile]
-    if kind == "earlier":
-        reached = report.time_to_best(
-            report.epochs_frame(report.main_records(task, "paper", profile)), TASKS[task].lower_is_better
-        )
-        never = TASKS[task].settings(profile).epochs + 1
-        d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
-        return f"{d}; positive is earlier; never counts as epoch {never}", verdict(d).replace(
-            "it is worse", "it is later or never"
-        )
-    whole = mine["status"].isin(["finished", "stopped early"])  # a run that diverges is not one that took less time
-    arm, baseline = report.by_seed(mine.assign(outcome=mine["epochs"].where(whole)), "paper", "metaadamw", "adamw")
+    return _judged_optimum(task) if kind == "earlier" else _judged_length(task, kind, runs)
+
+
+def _judged_over_tasks(table: pd.DataFrame) -> tuple[str, str]:
+    """A claim about all tasks: how often which verdict."""
+    rows = list(zip(table.index, table["difference"], table["profile"], strict=True))
+    verdicts = [report.noted(verdict(d), profile, d.pairs) for _, d, profile in rows]
+    count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
+    ours = "<br>".join(f"{TASKS[str(t)].title}: {report.noted(str(d), profile)}" for t, d, profile in rows)
+    return ours, f"of {len(TASKS)} tasks: " + "; ".join(f"{v} on {n}" for v, n in count.items())
+
+
+def _judged_ablation(task: str, variant: str) -> tuple[str, str]:
+    """Is the variant worse than MetaAdamW? Whole runs count, where there are enough of them."""
+    runs = report.outcomes(report.runs_frame(report.recorded(task)))
+    for profile in ("paper", "lite"):
+        d = report.compare(runs[runs["profile"] == profile], "paper", variant, "metaadamw", TASKS[task].lower_is_better)
+        if d.seeds >= ENOUGH_SEEDS:
+            return report.noted(str(d), profile), report.noted(worse(d), profile, d.pairs)
+    return "–", NEVER
+
+
+def _judged_optimum(task: str) -> tuple[str, str]:
+    """Is MetaAdamW as good as AdamW's best in an earlier epoch?"""
+    records = report.main_records(task, "paper", "paper")
+    reached = report.time_to_best(report.epochs_frame(records), TASKS[task].lower_is_better)
+    never = TASKS[task].settings("paper").epochs + 1
+    d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
+    says = report.noted(verdict(d).replace("it is worse", "it is later or never"), "paper", d.pairs)
+    return f"{d}; positive is earlier; never counts as epoch {never}", says
+
+
+def _judged_length(task: str, kind: str, runs: pd.DataFrame) -> tuple[str, str]:
+    """Does MetaAdamW take fewer epochs until it stops ("epochs"), or more ("longer")?"""
+    runs = runs[runs["profile"] == "paper"]
+    whole = runs["status"].isin(["finished", "stopped early"])  # a run that diverges is not one that took less time
+    arm, baseline = report.by_seed(runs.assign(outcome=runs["epochs"].where(whole)), "paper", "metaadamw", "adamw")
     d = improvement(arm, baseline, lower_is_better=False)
     says = verdict(d.reversed()) if kind == "epochs" else verdict(d)
-    limit = TASKS[task].settings(profile).epochs
+    limit = TASKS[task].settings("paper").epochs
     pairs = pairs_by_seed(arm, baseline)
     cut = f"{int((pairs == limit).to_numpy().sum())} of {pairs.size} runs went on to the last epoch allowed, {limit}"
-    return f"epochs: {d}; {cut}", says.replace("it is worse", "it is the other way round")
+    says = report.noted(says.replace("it is worse", "it is the other way round"), "paper", d.pairs)
+    return f"epochs: {d}; {cut}", says
 
 
 REMOVALS = (

@@ -47,7 +47,11 @@ def use_style() -> None:
 
 
 def plot_curves(
-    epochs: pd.DataFrame, protocols: Sequence[str], metric: str, reference: dict[str, float] | None = None
+    epochs: pd.DataFrame,
+    protocols: Sequence[str],
+    metric: str,
+    reference: dict[str, float] | None = None,
+    share_y: bool = True,
 ) -> Figure:
     """Validation curves of the arms, a panel for each protocol: mean over seeds, the band from lowest to highest.
 
@@ -56,8 +60,10 @@ def plot_curves(
         protocols: the panels.
         metric: name of the metric, with its unit, for the axis.
         reference: the paper's value for an arm, drawn as a thin line under the paper's protocol.
+        share_y: give all panels one range.
     """
-    figure, axes = plt.subplots(1, len(protocols), figsize=(4.6 * len(protocols), 3.8), sharey=True, squeeze=False)
+    size = (4.6 * len(protocols), 3.8)
+    figure, axes = plt.subplots(1, len(protocols), figsize=size, sharey=share_y, squeeze=False)
     scale = "linear" if metric.startswith("accuracy") else "log"
     for ax, protocol in zip(axes[0], protocols, strict=True):
         part = epochs[epochs["protocol"] == protocol].rename(columns={"variant": "arm"})

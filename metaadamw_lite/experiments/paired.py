@@ -57,16 +57,23 @@ class PairedDifference:
     lost: int = 0
 
     def __str__(self) -> str:
-        lost = f"; lost without a finite result: {self.lost} of {self.seeds + self.lost}" if self.lost else ""
+        lost = f"; lost without a finite result: {self.lost} of {self.pairs}" if self.lost else ""
         if not self.seeds:
             return "no pairs yet" + lost
-        return f"{self.mean:+.1f} {self.unit} {self.interval}, {self.seeds} seed{'s' if self.seeds > 1 else ''}{lost}"
+        student = "" if np.isnan(self.low) else f", Student's {self.t_interval}"
+        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        return f"{self.mean:+.1f} {self.unit} {self.interval}{student}, {seeds}{lost}"
 
     def reversed(self) -> "PairedDifference":
         """The same for the claim that the baseline is the better one: everything with the other sign."""
         t_low, t_high, log_ratio = -self.t_high, -self.t_low, -self.log_ratio
         low, high = -self.high, -self.low
         return replace(self, mean=-self.mean, low=low, high=high, t_low=t_low, t_high=t_high, log_ratio=log_ratio)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs were run, those that are lost included."""
+        return self.seeds + self.lost
 
     @property
     def interval(self) -> str:
@@ -140,7 +147,7 @@ def verdict(difference: PairedDifference) -> str:
     alone is too narrow.
     """
     if difference.lost:
-        return f"not decided: {difference.lost} of {difference.seeds + difference.lost} pairs lost"
+        return f"not decided: {difference.lost} of {difference.pairs} pairs lost"
     if np.isnan(difference.low):
         return NEVER
     if difference.p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:

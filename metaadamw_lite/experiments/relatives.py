@@ -167,7 +167,7 @@ def student(difference: PairedDifference) -> str:
 def judged(difference: PairedDifference, corrected: float) -> str:
     """The verdict on "it is better" by a corrected p, once all seeds that were planned are there."""
     planned = len(FEW_SEEDS)
-    if difference.seeds + difference.lost < planned:
+    if difference.pairs < planned:
         return f"{NEVER}: {difference.seeds} of {planned} seeds"
     before, says = paired.verdict(difference), paired.verdict(replace(difference, p=corrected))
     return says if says == before else "not decided after the correction"

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ def recorded(task: str) -> list[dict[str, Any]]:
 def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", baseline: str = "adamw") -> str:
     """The profile to compare two arms by: "paper" where there are enough pairs, or no others, else "lite".
 
+    A pair without a finite result counts: what is looked at must not depend on what comes out.
+
     Args:
         runs: from ``runs_frame``, of one task.
         protocol: "paper" or "clean".
@@ -65,9 +67,7 @@ def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", bas
     """
 
     def pairs(profile: str) -> int:
-        return len(
-            pairs_by_seed(*by_seed(outcomes(runs[runs["profile"] == profile]), protocol, arm, baseline)).dropna()
-        )
+        return len(pairs_by_seed(*by_seed(outcomes(runs[runs["profile"] == profile]), protocol, arm, baseline)))
 
     return "paper" if pairs("paper") >= ENOUGH_SEEDS or not pairs("lite") else "lite"
 
@@ -168,26 +168,48 @@ def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[
     return pd.DataFrame(rows).set_index(["protocol", "comparison"])
 
 
-def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: str = "paper") -> pd.DataFrame:
+def common_profiles(protocol: str = "paper") -> dict[str, str]:
+    """For each task with records the best profile that all ``PAIRS`` of arms can be compared by."""
+    runs = {name: main_runs(name) for name in TASKS}
+    return {
+        name: min(best_evidence(frame, protocol, arm, baseline) for arm, baseline in PAIRS)  # "lite" < "paper"
+        for name, frame in runs.items()
+        if len(frame)
+    }
+
+
+def table_of_tasks(
+    arm: str = "metaadamw",
+    baseline: str = "adamw",
+    protocol: str = "paper",
+    profiles: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
     """Table 2 again: for every task the arms' means, the paired improvement, its tests, and the profile it rests on.
 
+    Args:
+        arm, baseline: variants.
+        protocol: "paper" or "clean".
+        profiles: by task; None for the best that these two arms can be compared by.
+
     Returns:
-        Indexed by task: profile, seeds, the two means and standard deviations, improvement (a ``PairedDifference``),
-        p, p_wilcoxon, p after Holm over the tasks, and the improvements by seed.
+        Indexed by task: profile, seeds, the two means and standard deviations, "difference" (a ``PairedDifference``),
+        "last" (the same for the last epochs' validation metric), p, p_wilcoxon, p after Holm over the tasks, and the
+        improvements by seed.
 
     Raises:
         FileNotFoundError: without a record of any task.
     """
     rows = {}
     for name, task in TASKS.items():
-        runs = runs_frame(recorded(name))
+        runs = main_runs(name)
         if runs.empty:
             continue
-        profile = best_evidence(runs, protocol, arm, baseline)
+        profile = best_evidence(runs, protocol, arm, baseline) if profiles is None else profiles[name]
         outcome = outcomes(runs[runs["profile"] == profile])
         first, second = by_seed(outcome, protocol, arm, baseline)
-        pairs = pairs_by_seed(first, second).dropna()  # AdamW has runs with the seeds of its search, too
+        pairs = pairs_by_seed(first, second).dropna()
         d = improvement(first, second, task.lower_is_better)
+        last = outcome.assign(outcome=outcome["last"])
         rows[name] = {
             "profile": profile,
             "seeds": d.seeds,
@@ -196,6 +218,7 @@ def table_of_tasks(arm: str = "metaadamw", baseline: str = "adamw", protocol: st
             "arm_mean": pairs["arm"].mean(),
             "arm_std": pairs["arm"].std(),
             "difference": d,
+            "last": compare(last, protocol, arm, baseline, task.lower_is_better),
             "p": d.p,
             "p_wilcoxon": d.p_wilcoxon,
             "improvements": improvements_by_seed(first, second, task.lower_is_better).dropna(),
@@ -380,7 +403,7 @@ def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
     Returns:
         Indexed by change, from the least moved to the most: "meta_updates" in a run (median), "alpha_moved" (median
         over seeds), "largest" (over seeds), "difference": the improvement over the untrained control, paired by seed (a
-        ``PairedDifference``), and "p_holm", its p after Holm's correction over the rows.
+        ``PairedDifference``), and "p_holm", its p after Holm's correction over the rows that move α at all.
     """
     runs = movement_table(task, profile)
     columns = ["meta_updates", "alpha_moved", "largest", "difference", "p_holm"]
@@ -393,7 +416,8 @@ def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
         moved = group["alpha_moved"]
         rows[change] = group["meta_updates"].median(), moved.median(), moved.max(), difference
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns[:-1]).sort_values("largest")
-    return table.assign(p_holm=holm(table["difference"].map(lambda d: d.p)))
+    tests = table["difference"].map(lambda d: d.p)
+    return table.assign(p_holm=holm(tests.where(table["largest"] > 0)))  # what moves nothing is the control itself
 
 
 def more_meta_learning_statement(table: pd.DataFrame) -> str:
@@ -402,19 +426,24 @@ def more_meta_learning_statement(table: pd.DataFrame) -> str:
     return (
         f"The row that moved α furthest (**{table.index[-1]}**: {last['meta_updates']:.0f} meta-updates a run, "
         f"α by up to {last['largest']:.2f}) is {d} beside the same Φ untrained: {verdict(d)}. After Holm's correction "
-        f"{(table['p_holm'] < 1 - CONFIDENCE).sum()} of the {len(table)} rows differ."
+        f"{(table['p_holm'] < 1 - CONFIDENCE).sum()} of the {table['p_holm'].notna().sum()} rows that move α differ."
     )
 
 
 def main_records(task: str, protocol: str, profile: str) -> list[dict[str, Any]]:
-    """The records of the main study under a protocol: of a task's three arms, with its seeds."""
-    return [
-        r
-        for r in recorded(task)
-        if (r["run"]["protocol"], r["run"]["profile"]) == (protocol, profile)
-        and r["run"]["variant"] in ARMS
-        and r["run"]["seed"] in SEEDS
-    ]
+    """The records of the main study under a protocol and a profile."""
+    wanted = (protocol, profile)
+    return [r for r in _of_main_study(recorded(task)) if (r["run"]["protocol"], r["run"]["profile"]) == wanted]
+
+
+def main_runs(task: str) -> pd.DataFrame:
+    """A ``runs_frame`` of a task's runs of the main study."""
+    return runs_frame(_of_main_study(recorded(task)))
+
+
+def _of_main_study(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a task's three arms, with the study's seeds (AdamW has runs with the seeds of its search, too)."""
+    return [r for r in records if r["run"]["variant"] in ARMS and r["run"]["seed"] in SEEDS]
 
 
 def bench_record(device: str = "cpu") -> dict[str, Any] | None:
@@ -426,6 +455,14 @@ def bench_record(device: str = "cpu") -> dict[str, Any] | None:
     return record
 
 
-def noted(text: str, profile: str) -> str:
-    """A statement, with a note where it rests on shortened runs."""
-    return text if profile == "paper" or text.startswith(NEVER) else f"{text} (lite runs)"
+def noted(text: str, profile: str, seeds: int = len(SEEDS)) -> str:
+    """A statement, with a note where it rests on shortened runs, or on fewer seeds of the main study than planned.
+
+    A verdict that is given before all are there may be another one with the next seed.
+    """
+    if text.startswith(NEVER):
+        return text
+    notes = ["lite runs"] if profile == "lite" else []
+    if seeds < len(SEEDS):
+        notes.append(f"interim: {seeds} of {len(SEEDS)} planned seeds")
+    return f"{text} ({'; '.join(notes)})" if notes else text
