@@ -11,22 +11,23 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, lope_study, records, studies, training
+from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, lope_study, records, report, studies, training
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.datasets import DataError, DataFile, fetch
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import RecordError, RunKey, read_record, read_records, write_record
 from metaadamw_lite.experiments.studies import missing, study_runs, sweep
 from metaadamw_lite.experiments.training import RunInProgressError, run
-from metaadamw_lite.experiments.variants import ARMS
+from metaadamw_lite.experiments.variants import ARMS, changed
 
 EMPTY = {
     "settings": {},
@@ -284,10 +285,37 @@ def test_going_on_from_a_checkpoint_is_exact(tmp_path, monkeypatch, task, varian
     assert_same(results_of(run(key, tmp_path / "b", progress=False)), results_of(expected))
 
 
+@pytest.mark.parametrize("other", [{"seed": 1}, {"protocol": "clean"}, {"variant": "metaadamw-frozen"}], ids=str)
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path, monkeypatch, other):
+    """Their settings are the same, so a copy in the wrong place would go on to a record that is neither."""
+    key = RunKey("etth1", "metaadamw", "paper", "smoke", 0)
+    interrupt_before_the_second_epoch(key, tmp_path, monkeypatch)
+    wrong = dataclasses.replace(key, **other)
+    wrong.path(tmp_path).parent.mkdir(parents=True, exist_ok=True)
+    wrong.path(tmp_path, ".ckpt").write_bytes(key.path(tmp_path, ".ckpt").read_bytes())
+    with pytest.raises(ValueError, match=f"is of the run {key}; delete it"):
+        run(wrong, tmp_path, progress=False)
+    assert not wrong.path(tmp_path).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK half a file", b"101"], ids=["empty", "half", "no file of torch"])
+def test_a_broken_checkpoint_is_named(tmp_path, content, capsys):
+    key = RunKey("etth1", "adamw", "paper", "smoke", 0)
+    path = key.path(tmp_path, ".ckpt")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    command = ["run", "etth1", "--optimizer", "adamw", "--profile", "smoke", "--results", str(tmp_path)]
+    assert main(command) == 2
+    assert f"error: {path} is not a checkpoint" in capsys.readouterr().err
+    assert path.read_bytes() == content
+    path.unlink()
+    assert main(command) == 0
+
+
 def test_a_checkpoint_of_other_settings_is_not_used(tmp_path):
     key = RunKey("etth1", "adamw", "paper", "smoke", 0)
     key.path(tmp_path).parent.mkdir(parents=True)
-    torch.save({"settings": {"epochs": 99}}, key.path(tmp_path, ".ckpt"))
+    torch.save({"run": dataclasses.asdict(key), "settings": {"epochs": 99}}, key.path(tmp_path, ".ckpt"))
     with pytest.raises(ValueError, match="other settings; delete it"):
         run(key, tmp_path, progress=False, settings=dataclasses.replace(etth1.settings("smoke"), epochs=1))
 
@@ -467,6 +495,123 @@ def test_a_sweep_through_dask_gives_the_same_records(smoke, tmp_path):
     assert_same_results(tmp_path, smoke, "etth1")
 
 
+@pytest.mark.slow
+def test_a_cluster_makes_the_runs_as_many_at_a_time_as_asked_for_and_gives_up_those_that_kill_it(tmp_path):
+    import dask
+    from dask.distributed import LocalCluster
+
+    runs = [RunKey("etth1", "adamw", "paper", "smoke", seed) for seed in range(4)]
+
+    def outcomes(jobs, cluster):
+        with studies._workers(cluster.scheduler_address, jobs, "cpu") as made:
+            return dict(made(runs, tmp_path, False))
+
+    def where(key, results, device, wait):
+        begun = time.time()
+        time.sleep(0.5)
+        return key, f"{os.getpid()} {begun} {time.time()}"
+
+    def fatal(key, results, device, wait):
+        if key.seed == 1:
+            os._exit(1)
+        return key, None
+
+    settings = {"distributed.scheduler.allowed-failures": 0}
+    with (
+        dask.config.set(settings),
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(studies, "_one", where)
+        spans = [said.split() for said in outcomes(1, cluster).values()]
+        assert os.getpid() not in {int(pid) for pid, _, _ in spans}, "not in the process that asks"
+        spans = sorted((float(begun), float(ended)) for _, begun, ended in spans)
+        assert all(first[1] <= second[0] for first, second in pairwise(spans)), "one at a time"
+        patch.setattr(studies, "_one", fatal)
+        said = outcomes(None, cluster)
+        assert said[runs[1]].startswith("a worker was killed")
+        assert len(said) == 4
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_sweep_that_began_them(tmp_path):
+    command = [*COMMAND, "sweep", "smoke", "--task", "multi30k", "--jobs", "2", "--results", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("*.lock")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)  # the parent alone
+    process.wait()
+
+    def is_held(lock):
+        try:
+            with FileLock(lock).acquire(blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    while any(is_held(lock) for lock in tmp_path.rglob("*.lock")):
+        assert time.monotonic() < deadline, "a worker goes on without its sweep"
+        time.sleep(0.1)
+
+
+def test_locks_of_earlier_sweeps_do_not_count_as_killed(tmp_path, monkeypatch):
+    runs = [RunKey("etth1", "adamw", "paper", "smoke", seed) for seed in range(4)]
+    runs[0].path(tmp_path).parent.mkdir(parents=True)
+    for key in runs[1:]:
+        key.path(tmp_path, ".lock").touch()
+
+    def killed(key, results, device, wait):
+        if key == runs[0]:
+            with FileLock(key.path(results, ".lock")):
+                os.kill(os.getpid(), signal.SIGKILL)
+        run(key, results, device, progress=False)
+        return key, None
+
+    monkeypatch.setattr(studies, "study_runs", lambda *_: runs)
+    monkeypatch.setattr(studies, "_one", killed)
+    failed = sweep("smoke", tmp_path, jobs=2, progress=False)
+    assert runs[0] in failed
+    assert runs[3] not in failed, "it was waiting, and has a lock from before"
+    assert runs[3].path(tmp_path).exists()
+
+
+def test_an_error_takes_its_lock_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(training._Run, "make", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(RunKey("etth1", "adamw", "paper", "smoke", 0), tmp_path, progress=False)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_sweep_tells_how_its_runs_ended(tmp_path, monkeypatch, capsys):
+    keys = [RunKey("etth1", "adamw", "paper", "smoke", seed) for seed in range(3)]
+    for key, status in zip(keys, ("finished", "finished", "diverged"), strict=True):
+        write_record({**EMPTY, "status": status}, key, tmp_path)
+    for module in (studies, sys.modules[main.__module__]):
+        monkeypatch.setattr(module, "study_runs", lambda *_: keys)
+    assert main(["sweep", "smoke", "--results", str(tmp_path)]) == 0
+    assert "smoke: 2 finished, 1 diverged" in capsys.readouterr().out
+    assert "3/3  complete; 1 diverged" in studies.status_lines("smoke", tmp_path)
+
+
+def test_a_results_folder_that_is_a_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "results").write_text("")
+    command = ["run", "etth1", "--optimizer", "adamw", "--profile", "smoke", "--results", str(tmp_path / "results")]
+    assert main(command) == 2
+    assert "results" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_run_that_fails_in_its_test_part_is_recorded(tmp_path, monkeypatch):
+    def fails(model, data):
+        raise IndexError("no such word")
+
+    monkeypatch.setitem(TASKS, "etth1", dataclasses.replace(TASKS["etth1"], translate=fails))
+    record = run(RunKey("etth1", "adamw", "clean", "smoke", 0), tmp_path, progress=False)
+    assert (record["status"], record["error"]) == ("failed", "IndexError: no such word")
+    assert record["best"] is not None
+
+
 def test_a_run_whose_training_fails_is_recorded_as_such(tmp_path, monkeypatch):
     def fails(model, batch):
         raise RuntimeError("the matrix is singular")
@@ -500,7 +645,7 @@ def test_a_fault_of_the_machine_leaves_no_record(tmp_path, monkeypatch, fault):
     assert not key.path(tmp_path).exists()
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:77"])
+@pytest.mark.parametrize("device", ["nonsense", "cuda:77", "meta"])
 def test_a_device_that_cannot_be_used_is_named(tmp_path, device, capsys):
     with pytest.raises(ValueError, match=f"device is '{device}'"):
         run(RunKey("etth1", "adamw", "paper", "smoke", 0), tmp_path, device, progress=False)
@@ -600,6 +745,24 @@ def test_a_record_made_with_other_settings_is_not_passed_off(tmp_path):
     assert run(key, tmp_path, progress=False, settings=settings) == made
     with pytest.raises(ValueError, match=r"made with other settings \(lr 0.0005 instead of 0.5\)"):
         run(key, tmp_path, progress=False, settings=dataclasses.replace(settings, lr=0.5))
+    other = RunKey("etth1", "adamw", "paper", "smoke", 1)
+    run(other, tmp_path, progress=False, settings=dataclasses.replace(settings, lr=0.5))
+    with pytest.raises(ValueError, match=r"made with other settings \(lr 0.5 instead of 0.0005\)"):
+        run(other, tmp_path, progress=False)
+
+
+def test_the_committed_records_were_made_with_the_settings_of_their_profiles():
+    """Older ones lack some that had one value then."""
+    for record in read_records(report.repository() / "data" / "results"):
+        key = RunKey(**record["run"])
+        if key.task in NOISE:
+            asked = dataclasses.asdict(lope_study.settings(key.profile))
+        else:
+            task = TASKS.get(key.task) or NOISY[key.task]
+            asked = dataclasses.asdict(changed(task.settings(key.profile), key.variant))
+        made = record["settings"]
+        differing = {name for name in asked if name in made and made[name] != training._plain(asked)[name]}
+        assert not differing, f"{key}: {differing}"
 
 
 def test_the_record_tells_the_source_that_the_run_began_with(tmp_path, monkeypatch):

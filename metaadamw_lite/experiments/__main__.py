@@ -8,7 +8,7 @@ from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.datasets import DataError
 from metaadamw_lite.experiments.lope_study import ARMS, NOISE
 from metaadamw_lite.experiments.records import RESULTS, RunKey
-from metaadamw_lite.experiments.studies import STUDIES, status, status_lines, sweep
+from metaadamw_lite.experiments.studies import STUDIES, ends, status, status_lines, study_runs, sweep
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
 from metaadamw_lite.experiments.training import RunInProgressError, run
 from metaadamw_lite.experiments.variants import VARIANTS
@@ -76,16 +76,16 @@ def main(arguments: list[str] | None = None) -> int:
             why = f" ({record['error']})" if "error" in record else ""
             print(f"{key.path(args.results)}: {record['status']}{why}, {outcome}, data: {record['data']}")
         elif args.command == "sweep":
-            if args.jobs is not None and args.jobs < 1:
-                raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
             failed = sweep(args.study, args.results, args.task, args.jobs, args.scheduler, args.device)
+            ended = ends(study_runs(args.study, args.results, args.task), args.results)
+            print(f"{args.study}: " + ", ".join(f"{n} {status}" for status, n in ended.items()))
             return 1 if failed else 0
         elif args.study:
-            print("\n".join(status_lines(args.study, args.results)))
+            print(status_lines(args.study, args.results))
         else:
             tables = [status(args.results), status(args.results, relatives=True)]
             print("\n\n".join(table.to_string() for table in tables))
-    except (ValueError, DataError, RunInProgressError) as error:
+    except (ValueError, OSError, DataError, RunInProgressError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

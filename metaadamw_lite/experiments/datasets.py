@@ -65,7 +65,7 @@ class Table:
 
 def data_folder() -> Path:
     """The folder of real data: ``METAADAMW_DATA``, else ``data/cache``."""
-    return Path(os.environ.get("METAADAMW_DATA") or "data/cache")
+    return Path(os.environ.get("METAADAMW_DATA") or "data/cache").expanduser()
 
 
 def fetch(file: DataFile) -> Path:
@@ -120,7 +120,8 @@ def hub_table(
         frame: pd.DataFrame = load_dataset(name, config, split=split).to_pandas()
         return frame.filter(items=columns)  # one that lacks a column is refused when it is read
 
-    return Table(path, rows, columns, f"the split {split!r} of https://huggingface.co/datasets/{name}", download)
+    part = f"the split {split!r}" + ("" if config is None else f" of the configuration {config!r}")
+    return Table(path, rows, columns, f"{part} of https://huggingface.co/datasets/{name}", download)
 
 
 def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -> T:

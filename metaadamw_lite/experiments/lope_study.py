@@ -94,7 +94,7 @@ class LoPESettings:
         batch_size: blocks or reviews a step.
         steps: half of a run's; arms without stages take all of them on the reviews as they are.
         lr: of the adapters.
-        rank: of A in the arms with experts. A LoRA with as many parameters has three times that.
+        rank: of A in the arms with experts; even. A LoRA with as many parameters has a rank of 5/2 · rank + 2.
         scale: of every adapter.
         share: of words that the discrete part of the hybrid noise changes.
         embedding_noise: a, where the continuous part is uniform within ±a/√(length · width).
@@ -116,6 +116,10 @@ class LoPESettings:
     scale: float = 2.0
     share: float = 0.05
     embedding_noise: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.rank % 2:
+            raise ValueError(f"rank is {self.rank}; it must be even, so that a LoRA with as many parameters exists")
 
 
 def settings(profile: str) -> LoPESettings:
@@ -369,7 +373,8 @@ def _adapted(model: nn.Module, arm: Arm, s: LoPESettings, seed: int) -> tuple[nn
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    rank = 3 * s.rank  # as many parameters: 2·3r·d = (r + 4r)·d + 4·d where r is 4
+    # As many parameters as four experts over one A and a router, on d × d matrices: 2·rank·d = (r + 4·r)·d + 4·d.
+    rank = (5 * s.rank + 4) // 2
     config = LoraConfig(r=rank, lora_alpha=round(s.scale * rank), target_modules=list(TARGETS))
     return get_peft_model(model, config), None
 

@@ -75,6 +75,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:  # of a full disk, for example, which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -100,7 +102,7 @@ def read_record(path: Path) -> dict[str, Any]:
         key = RunKey(**record["run"])
         for part in ("settings", "status", "data", "epochs", "best", "test", "environment", "digest"):
             record[part]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is not a record ({error!r}); delete it to have the run made again") from error
     if record.get("format") != FORMAT:
         raise RecordError(f"{path} has format {record.get('format')!r}; this code reads {FORMAT}")

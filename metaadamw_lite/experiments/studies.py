@@ -1,29 +1,34 @@
 """Which runs belong together, and making all that have no record yet."""
 
 import os
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import joblib
 import pandas as pd
 import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
+from tabulate import tabulate
 from tqdm import tqdm
 
-from metaadamw_lite.checks import check_choice
+from metaadamw_lite.checks import check_choice, check_count
 from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import RunKey, read_record
 from metaadamw_lite.experiments.task import PROTOCOLS
-from metaadamw_lite.experiments.training import RunInProgressError, abandoned, check_device, run
+from metaadamw_lite.experiments.training import RunInProgressError, abandoned, check_device, forget_abandoned, run
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, WEIGHTED, at_learning_rate, differs
 
 SEEDS = range(5)
 FEW_SEEDS = range(3)
-"""Of the studies of the relatives, which have many arms and kinds of noise."""
+"""Of ``lilaw`` and ``lope``, which have many arms and kinds of noise."""
 SEARCH_SEEDS = range(100, 102)
 """For the search of a learning rate; no run that is reported has one of them."""
 
@@ -194,32 +199,36 @@ def sweep(
 
     Args:
         study, results, tasks: as ``study_runs`` takes them.
-        jobs: runs at a time; by default one for each core, as many as fit on the GPU, or all workers of the cluster.
+        jobs: runs at a time; by default one for each core, as many as fit on the GPU, or one for each thread of the
+            cluster's workers.
         scheduler: address of a Dask scheduler to send the runs to, instead of processes on this machine.
         device: where the runs compute; on a CPU each has one thread.
         progress: show a bar over the runs of the study, with the time that is left.
 
     Raises:
-        ValueError: for an unknown study, profile or task, or a device that this machine does not have.
+        ValueError: for an unknown study, profile or task, for fewer jobs than one, or for a device that this machine
+            does not have.
+        OSError: if the scheduler does not answer, or a worker is killed before it begins a run.
     """
+    check_count(jobs=1 if jobs is None else jobs)
     if scheduler is None:
         check_device(device)
     results = results.resolve()
     errors: dict[RunKey, str] = {}
     busy: set[RunKey] = set()
     runs = study_runs(study, results, tasks)
-    done = len(runs) - len(missing(runs, results))
+    todo = missing(runs, results)
     with (
-        _workers(scheduler, jobs or (None if scheduler else runs_at_a_time(device))) as workers,
-        tqdm(total=len(runs), initial=done, desc=study, unit="run", disable=not progress, smoothing=0) as bar,
+        _workers(scheduler, jobs, device) as outcomes,
+        tqdm(
+            total=len(runs), initial=len(runs) - len(todo), desc=study, unit="run", disable=not progress, smoothing=0
+        ) as bar,
     ):
-        while todo := [key for key in missing(runs, results) if key not in errors]:
-            bar.total = len(runs)  # a search that is done has added runs
-            made = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(
-                joblib.delayed(_one)(key, results, device, wait=busy.issuperset(todo)) for key in todo
-            )
+        while todo:
+            for key in todo:
+                forget_abandoned(key, results)  # of sweeps before this one
             try:
-                for key, outcome in made:
+                for key, outcome in outcomes(todo, results, busy.issuperset(todo)):
                     if outcome is None:
                         bar.update()
                     elif outcome == _BUSY:
@@ -227,21 +236,26 @@ def sweep(
                     else:
                         errors[key] = outcome
                         tqdm.write(f"{key}: {outcome}")
-            except TerminatedWorkerError:  # all workers end with one that is killed
-                killed = [key for key in todo if abandoned(key, results)]
+            except TerminatedWorkerError as error:  # all workers end with one that is killed
+                killed = [key for key in todo if key not in errors and abandoned(key, results)]
                 if not killed:
-                    raise
-                errors |= dict.fromkeys(killed, "a worker was killed")
-                tqdm.write(f"a worker was killed (out of memory?) while these went on: {', '.join(map(str, killed))}")
-            runs = study_runs(study, results, tasks)
+                    raise ChildProcessError("a worker was killed before it began a run (out of memory?)") from error
+                errors |= dict.fromkeys(killed, _KILLED)
+                tqdm.write(f"{_KILLED} (out of memory?) while these went on: {', '.join(map(str, killed))}")
+            runs = study_runs(study, results, tasks)  # a search that is done has added runs
+            todo = [key for key in missing(runs, results) if key not in errors]
+            bar.total, bar.n = len(runs), len(runs) - len(todo) - len(errors)  # other sweeps make runs, too
+            bar.refresh()
     return list(errors)
 
 
-_BUSY = "busy"
+Outcome = tuple[RunKey, str | None]
+"""A run, and what went wrong, if anything."""
+_BUSY, _KILLED = "busy", "a worker was killed"
 
 
-def _one(key: RunKey, results: Path, device: str, wait: bool) -> tuple[RunKey, str | None]:
-    """One run in a worker: its key and what went wrong, if anything. An error must not end the other runs."""
+def _one(key: RunKey, results: Path, device: str, wait: bool) -> Outcome:
+    """One run in a worker. An error must not end the other runs."""
     try:
         run(key, results, device, progress=False, wait=wait)
     except RunInProgressError:
@@ -252,25 +266,76 @@ def _one(key: RunKey, results: Path, device: str, wait: bool) -> tuple[RunKey, s
 
 
 def runs_at_a_time(device: str) -> int:
-    """One for each core; on a GPU no more than its free memory holds."""
-    cores = os.cpu_count() or 1
+    """One for each core that this process may use; on a GPU no more than its free memory holds."""
+    cores = int(joblib.cpu_count())
     if torch.device(device).type != "cuda":
         return cores
     free, _ = torch.cuda.mem_get_info(torch.device(device))
-    return max(1, min(cores, free // GPU_RUN_BYTES))
+    return max(1, min(cores, int(free) // GPU_RUN_BYTES))
 
 
 @contextmanager
-def _workers(scheduler: str | None, jobs: int | None) -> Iterator[int]:
-    """joblib on local processes, or on a Dask cluster; yields the number of runs at a time."""
+def _workers(
+    scheduler: str | None, jobs: int | None, device: str
+) -> Iterator[Callable[[list[RunKey], Path, bool], Iterator[Outcome]]]:
+    """Processes on this machine (joblib), or a Dask cluster; yields what has some runs made there, as they come."""
     if scheduler is None:
-        with joblib.parallel_config(backend="loky"):
-            yield jobs or 1
+        count = jobs or runs_at_a_time(device)
+
+        def here(todo: list[RunKey], results: Path, wait: bool) -> Iterator[Outcome]:
+            needed = min(count, max(2, len(todo)))  # one alone would be made in this process, and could end it
+            parallel = joblib.Parallel(n_jobs=needed, return_as="generator_unordered", batch_size=1)
+            yield from parallel(joblib.delayed(_one)(key, results, device, wait) for key in todo)
+
+        with joblib.parallel_config(backend="loky", initializer=_end_with, initargs=(os.getpid(),)):
+            yield here
     else:
         from dask.distributed import Client
 
-        with Client(scheduler), joblib.parallel_config(backend="dask"):  # type: ignore[no-untyped-call]
-            yield jobs or -1
+        with Client(scheduler) as client:  # type: ignore[no-untyped-call]
+            client.wait_for_workers(1, timeout=60)
+            yield lambda todo, results, wait: _on_cluster(client, jobs, todo, results, device, wait)
+
+
+def _on_cluster(
+    client: Any, jobs: int | None, todo: list[RunKey], results: Path, device: str, wait: bool
+) -> Iterator[Outcome]:
+    """What becomes of some runs on a Dask cluster. A run whose worker is killed again and again is given up."""
+    from dask.distributed import as_completed
+
+    waiting = list(reversed(todo))
+    keys: dict[Any, RunKey] = {}
+    running = as_completed()  # type: ignore[no-untyped-call]
+
+    def fill() -> None:
+        while waiting and len(keys) < (jobs or max(1, sum(client.nthreads().values()))):
+            key = waiting.pop()
+            future = client.submit(_one, key, results, device, wait, pure=False)
+            keys[future] = key
+            running.add(future)  # type: ignore[no-untyped-call]
+
+    fill()
+    for future in running:
+        key = keys.pop(future)
+        error = future.exception()
+        yield future.result() if error is None else (key, f"{_KILLED} ({type(error).__name__}: {error})")
+        fill()
+
+
+def _end_with(parent: int) -> None:
+    """Let this worker end when the process that began it is gone, however it went; a thread looks once a second."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def ends(runs: Sequence[RunKey], results: Path) -> "Counter[str]":
+    """How many of some runs ended in which way ("finished", "stopped early", "diverged", "failed")."""
+    return Counter(read_record(key.path(results))["status"] for key in runs if _done(key, results))
 
 
 def status(results: Path, relatives: bool = False) -> pd.DataFrame:
@@ -293,12 +358,14 @@ def status(results: Path, relatives: bool = False) -> pd.DataFrame:
     return table.T.fillna("–") if relatives else table
 
 
-def status_lines(study: str, results: Path) -> Iterator[str]:
+def status_lines(study: str, results: Path) -> str:
     """What a study has and what it lacks, a line for each task, protocol and variant."""
+    rows = []
     runs = study_runs(study, results)
-    for task, protocol, variant, profile in dict.fromkeys((k.task, k.protocol, k.variant, k.profile) for k in runs):
-        keys = [k for k in runs if (k.task, k.protocol, k.variant, k.profile) == (task, protocol, variant, profile)]
+    for task, protocol, profile, variant in dict.fromkeys((k.task, k.protocol, k.profile, k.variant) for k in runs):
+        keys = [k for k in runs if (k.task, k.protocol, k.profile, k.variant) == (task, protocol, profile, variant)]
         left = missing(keys, results)
         note = f"missing seeds {', '.join(str(k.seed) for k in left)}" if left else "complete"
-        done = f"{len(keys) - len(left)}/{len(keys)}"
-        yield f"{task:<10} {protocol:<6} {profile:<6} {variant:<24} {done}  {note}"
+        bad = [f"{n} {status}" for status, n in ends(keys, results).items() if status in ("diverged", "failed")]
+        rows.append((task, protocol, profile, variant, f"{len(keys) - len(left)}/{len(keys)}", "; ".join([note, *bad])))
+    return str(tabulate(rows, tablefmt="plain", disable_numparse=True))

@@ -30,7 +30,6 @@ from tqdm import tqdm
 from metaadamw_lite import LiLAW, MetaAdamW
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import NOISY, TASKS, lope_study
-from metaadamw_lite.experiments.datasets import DataError
 from metaadamw_lite.experiments.lope_study import LoPESettings
 from metaadamw_lite.experiments.mislabels import SampleHistory, detection
 from metaadamw_lite.experiments.noise import corrupted
@@ -51,11 +50,21 @@ from metaadamw_lite.lilaw import NotFiniteError
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
 _EACH = partial(F.cross_entropy, reduction="none")
-_MACHINE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError), DataError)
+_MACHINE_ERRORS = (
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
 _MACHINE_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "CUDA error", "CUBLAS_", "CUDNN_")
 """What plain RuntimeErrors say that are the machine's fault: of memory on a CPU, and of libraries on a GPU."""
 _ONE_RUN = threading.Lock()
 """torch's random number generator is the whole process's; two runs in threads of one would draw from it in turns."""
+
+
+def is_the_machines_fault(error: Exception) -> bool:
+    """Whether an error says nothing of the run: no memory, a full disk, a GPU that is gone."""
+    return isinstance(error, _MACHINE_ERRORS) or any(words in str(error) for words in _MACHINE_WORDS)
 
 
 class RunInProgressError(RuntimeError):
@@ -87,7 +96,7 @@ def run(
 
     Raises:
         ValueError: for an unknown task, variant or device, settings of another kind of task, a variant that the task
-            or its protocol does not go with, or ``settings`` other than those that the record was made with.
+            or its protocol does not go with, or settings other than those that the record was made with.
         RunInProgressError: if another process is at this run.
     """
     check_choice("task", key.task, (*TASKS, *NOISY, *lope_study.NOISE))
@@ -99,7 +108,7 @@ def run(
         record = _recorded(
             key, results, device, wait, lambda: lope_study.make(key, how, torch.device(device), progress)
         )
-        return record if settings is None else _made_with(how, record, key.path(results))
+        return _made_with(how, record, key.path(results))
     task = TASKS.get(key.task) or NOISY[key.task]
     if key.task in NOISY:
         check_choice("protocol (of a task with wrong labels)", key.protocol, ("clean",))
@@ -111,7 +120,7 @@ def run(
     record = _recorded(
         key, results, device, wait, lambda: _Run(task, key, mine, results, torch.device(device)).make(progress)
     )
-    return record if settings is None else _made_with(mine, record, key.path(results))
+    return _made_with(mine, record, key.path(results))
 
 
 def _made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -130,7 +139,7 @@ def _made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: 
 def check_device(name: str) -> None:
     """Raise a ValueError for a device that torch does not know or this machine does not have."""
     try:
-        torch.zeros((), device=name)
+        torch.zeros((), device=name).item()  # which a device that only knows shapes ("meta") cannot give
     except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device is {name!r}, which cannot be used here ({reason})") from error
@@ -148,16 +157,18 @@ def _recorded(
     lock = FileLock(key.path(results, ".lock"))
     try:
         with lock.acquire(blocking=wait):
-            for leftover in path.parent.glob(f"{key.stem}.*.part"):  # of a process that was killed while it wrote
-                leftover.unlink()
-            if not path.exists():  # it may have been finished while we came here
-                with _ONE_RUN, _one_cpu_thread():
-                    record = make()
-                write_record(record, key, results)
-                key.path(results, ".ckpt").unlink(missing_ok=True)
+            try:
+                for leftover in path.parent.glob(f"{key.stem}.*.part"):  # of a process that was killed while it wrote
+                    leftover.unlink()
+                if not path.exists():  # it may have been finished while we came here
+                    with _ONE_RUN, _one_cpu_thread():
+                        record = make()
+                    write_record(record, key, results)
+                    key.path(results, ".ckpt").unlink(missing_ok=True)
+            finally:
+                key.path(results, ".lock").unlink(missing_ok=True)  # it stays where a process is killed: ``abandoned``
     except Timeout:
         raise RunInProgressError(f"{key} is being made by another process (lock {lock.lock_file})") from None
-    key.path(results, ".lock").unlink(missing_ok=True)
     return read_record(path)
 
 
@@ -181,6 +192,14 @@ def abandoned(key: RunKey, results: Path) -> bool:
             return not key.path(results).exists()
     except Timeout:
         return False
+
+
+def forget_abandoned(key: RunKey, results: Path) -> None:
+    """Take away the lock of a process that is gone."""
+    path = key.path(results, ".lock")
+    if path.exists():
+        with contextlib.suppress(Timeout), FileLock(path).acquire(blocking=False):
+            path.unlink(missing_ok=True)
 
 
 def make_optimizer(
@@ -301,13 +320,11 @@ class _Run:
                 while (status := self._status()) == "running":
                     self._epoch(len(self.history["epochs"]) + 1, bar)
                     self._save()
-            except _MACHINE_ERRORS:
-                raise
-            except (ArithmeticError, RuntimeError, ValueError) as error:
-                if any(words in str(error) for words in _MACHINE_WORDS):
+                return self._record(status)
+            except Exception as error:
+                if is_the_machines_fault(error):
                     raise
                 return self._record("failed") | {"error": f"{type(error).__name__}: {error}"}
-        return self._record(status)
 
     def _status(self) -> str:
         """Whether to go on: "running", "finished" (all epochs), "stopped early" or "diverged"."""
@@ -505,6 +522,7 @@ class _Run:
         buffer = io.BytesIO()
         torch.save(
             {
+                "run": asdict(self.key),
                 "settings": _plain(asdict(self.settings)),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -520,11 +538,25 @@ class _Run:
         write_atomically(self.checkpoint, buffer.getvalue())
 
     def _resume(self) -> None:
-        """Go on from the checkpoint, if there is one of a run with the same settings."""
+        """Go on from the checkpoint, if there is one.
+
+        Raises:
+            ValueError: if it is not whole, of another run, or of one with other settings.
+        """
         if not self.checkpoint.exists():
             return
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        if state["settings"] != _plain(asdict(self.settings)):
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            run, settings = state["run"], state["settings"]
+        except Exception as error:  # whatever torch makes of what lies there
+            if is_the_machines_fault(error):
+                raise
+            raise ValueError(
+                f"{self.checkpoint} is not a checkpoint ({error!r}); delete it to start the run afresh"
+            ) from error
+        if run != asdict(self.key):
+            raise ValueError(f"{self.checkpoint} is of the run {RunKey(**run)}; delete it to start this one afresh")
+        if settings != _plain(asdict(self.settings)):
             raise ValueError(f"{self.checkpoint} is of a run with other settings; delete it to start this one afresh")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
