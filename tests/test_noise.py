@@ -2,11 +2,14 @@
 
 import io
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from metaadamw_lite import LiLAW
 from metaadamw_lite.experiments import NOISY, cifar10, noise
@@ -340,3 +343,87 @@ def test_the_paper_profile_is_resnet_18_on_all_of_cifar10():
     assert set(settings.data) == {"noise"}
     assert settings.patience == settings.epochs, "memorising comes late"
     assert replace(settings, data={}).batch_size == 128
+
+
+class Oracle(nn.Module):
+    """Its inputs are its logits; it has a weight that gets no gradient but from where the loss is asked for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits):
+        return logits * (1 + 0 * self.scale)
+
+
+def told(part, sure=8.0):
+    """Samples whose inputs are the logits of one who knows their labels."""
+    return (sure * F.one_hot(part[1], 10).float(), part[1])
+
+
+def test_what_is_said_of_wrong_labels_is_said_of_the_right_ones(tmp_path, monkeypatch):
+    """One who knows all true labels learns no wrong one by heart, and finds them all."""
+    task = NOISY["cifar10-symmetric40"]
+
+    def load(protocol, settings, source):
+        data = task.load(protocol, settings, source)
+        nonsense = (told(data.test)[0].roll(1, dims=1), data.test[1])
+        return replace(data, train=told(data.train), val=told(data.val), test=nonsense)
+
+    stub = replace(task, load=load, build=lambda settings, data: Oracle())
+    monkeypatch.setitem(NOISY, task.name, stub)
+    for arm in ("adamw", "adamw-lilaw"):
+        record = run(RunKey(task.name, arm, "clean", "smoke", 0), tmp_path, progress=False)
+        assert [e["memorised"] for e in record["epochs"]] == [0, 0]
+        assert [(e["recovered"], e["right_learned"]) for e in record["epochs"]] == [(1, 1)] * 2
+        assert record["detection"]["loss, mean"]["auroc"] == 1
+        assert (record["test"]["metric"], record["last"]["metric"]) == (0, 0), "of the test part"
+        assert record["best"]["metric"] == pytest.approx(0.6, abs=0.1), "of validation labels that are wrong, too"
+    assert record["detection"]["LiLAW, easy weight"]["auroc"] == 1
+
+
+def test_a_training_logit_that_is_not_finite_is_divergence_in_every_arm(tmp_path, monkeypatch):
+    """The training part in eval mode may show it where the validation part does not."""
+    task = NOISY["cifar10-symmetric40"]
+
+    class Fragile(Oracle):
+        def forward(self, logits):
+            if not self.training and logits.max() > 9:
+                return logits * math.inf
+            return super().forward(logits)
+
+    def load(protocol, settings, source):
+        data = task.load(protocol, settings, source)
+        return replace(data, train=told(data.train, 10.0), val=told(data.val), test=told(data.test))
+
+    monkeypatch.setitem(NOISY, task.name, replace(task, load=load, build=lambda settings, data: Fragile()))
+    for arm in ("adamw", "adamw-lilaw"):
+        record = run(RunKey(task.name, arm, "clean", "smoke", 0), tmp_path, progress=False)
+        assert (record["status"], len(record["epochs"])) == ("diverged", 1)
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_every_noisy_task_has_the_noise_of_its_name(name):
+    task = NOISY[name]
+    settings = task.settings("smoke")
+    data = task.load("clean", settings, "synthetic")
+    noisy_data = corrupted(data, settings.data["noise"], 0)
+    kind, percent = re.fullmatch(r"\w+-([a-z]+)(\d+)", name).groups()
+    assert settings.data["noise"]["rate"] == int(percent) / 100
+    assert task.augment is None
+    if kind == "human":
+        return
+    truth, observed = noisy_data.truth, noisy_data.train[1]
+    wrong = truth != observed
+    pairs = {(int(a), int(b)) for a, b in zip(truth[wrong], observed[wrong], strict=True)}
+    if kind == "asymmetric":
+        assert pairs <= set(settings.data["noise"]["pairs"]), "each class is taken for its partner"
+        assert pairs
+    else:
+        assert float(wrong.double().mean()) == pytest.approx(int(percent) / 100, abs=1 / len(wrong) + 0.02)
+    if kind == "longtail":
+        counts = torch.bincount(truth, minlength=10)
+        assert counts[0] > 3 * counts[9], "the last class has a tenth of the first"
+        assert len(truth) < len(data.train[1])
+    else:
+        assert torch.equal(truth, data.train[1])

@@ -192,6 +192,19 @@ class Evidence:
         """How far meta-learning moved Φ, α and log σ²."""
         return self._titled(figures.plot_movement(self._movement))
 
+    def by_seed(self) -> pd.DataFrame:
+        """Every pair: what the arms report, MetaAdamW's gain over AdamW in percent, and its mean α over the run."""
+        table = self.runs.pivot(index=["protocol", "seed"], columns="variant", values="outcome")
+        table = table.reindex(columns=list(ARMS)).rename(columns=figures.LABELS)
+        gains = {}
+        for protocol in self.profiles:
+            arm, baseline = report.by_seed(self.runs, protocol, "metaadamw", "adamw")
+            gains[protocol] = paired.improvements_by_seed(arm, baseline, self.task.lower_is_better)
+        shown = table.map("{:.5g}".format)
+        shown["gain (%)"] = pd.concat(gains).map("{:+.1f}".format)
+        shown["mean α"] = self._factors()["α (mean)"].map("{:.2f}".format)
+        return self._named(shown.fillna("–").replace(["nan", "+nan"], "–"))
+
     def factors(self) -> pd.DataFrame:
         """For each run of MetaAdamW the smallest, mean and largest α and β, and how far meta-learning moved them."""
         moved = self._movement.groupby(["protocol", "seed"])[["alpha_moved", "beta_moved", "phi_moved"]].max()

@@ -383,9 +383,13 @@ class _Run:
 
         train_loss = float(summed / terms)
         train_seconds = time.perf_counter() - started
-        val = Measured(math.nan, math.nan)
+        val, seen = Measured(math.nan, math.nan), None
         if math.isfinite(train_loss):
             val = measure(self.task, self.model, self.data.val)
+        if self.samples is not None and math.isfinite(val.loss):
+            seen = self._look_at_samples(self.samples)
+            if seen is None:
+                val = Measured(math.nan, math.nan)
         if val.loss < min((e["val_loss"] for e in self.history["epochs"]), default=math.inf):
             self.best_weights = {k: x.detach().cpu().clone() for k, x in self.model.state_dict().items()}
         self.history["epochs"].append(
@@ -399,7 +403,7 @@ class _Run:
                 "step_seconds": round(in_step.seconds(), 3),
                 "meta_seconds": round(in_meta.seconds(), 3),
             }
-            | ({} if self.samples is None or not math.isfinite(val.loss) else self._look_at_samples(self.samples))
+            | (seen or {})
         )
 
     def _training_batches(self, epoch: int, purpose: str) -> Iterator[Batch]:
@@ -447,11 +451,16 @@ class _Run:
             self.history["lilaw"].append({"step": t, **scalars})
 
     @torch.no_grad()
-    def _look_at_samples(self, samples: SampleHistory) -> dict[str, float | None]:
-        """What the model makes of the training labels, right and wrong; None where there are no such samples."""
+    def _look_at_samples(self, samples: SampleHistory) -> dict[str, float | None] | None:
+        """What the model makes of the training labels, right and wrong; None where there are no such samples.
+
+        None for all of it where a logit is not finite: then training diverges, whatever the validation part says.
+        """
         self.model.eval()
         parts = torch.split(torch.arange(len(self.data.train[0]), device=self.device), EVALUATION_BATCH)
         logits = torch.cat([self.model(*self._split(pick(self.data.train, part))[0]) for part in parts])
+        if not torch.isfinite(logits).all():
+            return None
         samples.add(logits, self.lilaw)
         (_, observed), truth, said = self._split(self.data.train), self.data.truth, logits.argmax(dim=1)
         assert truth is not None
