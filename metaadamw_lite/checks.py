@@ -38,11 +38,11 @@ def check_range(**values: Any) -> None:
             raise ValueError(f"{name} is {value!r}; it must be in [0, 2], so that no factor is negative")
 
 
-def check_count(**values: Any) -> None:
-    """Every value is an integer (NumPy's included) of at least 1."""
+def check_count(least: int = 1, /, **values: Any) -> None:
+    """Every value is an integer (NumPy's included) that is not less than ``least``."""
     for name, value in values.items():
-        if not (_is_integer(value) and value >= 1):
-            raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        if not (_is_integer(value) and value >= least):
+            raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
 
 def check_seed(seed: Any) -> None:

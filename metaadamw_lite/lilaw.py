@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaadamw_lite.checks import check_not_negative
+from metaadamw_lite.checks import check_count, check_not_negative
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 """From logits (N, C) and labels (N,) to losses (N,): ``partial(F.cross_entropy, reduction="none")``, for example."""
@@ -66,7 +66,7 @@ class LiLAW(nn.Module):
         steps: how often ``meta_step`` was called.
 
     Raises:
-        ValueError: for arguments that are not finite, or negative steps, rates or decay.
+        ValueError: for arguments that are negative or not finite, or steps that are no whole number.
     """
 
     steps: Tensor
@@ -83,7 +83,7 @@ class LiLAW(nn.Module):
     ) -> None:
         super().__init__()
         check_not_negative(alpha=alpha, delta=delta, beta=beta, lr=lr, weight_decay=weight_decay)
-        check_not_negative(warmup_steps=warmup_steps)
+        check_count(0, warmup_steps=warmup_steps)
         self.alpha, self.delta, self.beta = (nn.Parameter(torch.tensor(float(x))) for x in (alpha, delta, beta))
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))

@@ -240,6 +240,25 @@ def test_every_number_of_a_claim_over_tasks_says_what_it_rests_on(monkeypatch):
     assert "lite" not in shown[TASKS["etth1"].title]
 
 
+def test_every_pair_is_shown_with_its_gain(monkeypatch):
+    records = runs_of("paper", 3, ARMS[:2]) + runs_of("paper", 1, ARMS[2:])
+    factors = pd.DataFrame(
+        {"α (mean)": [1.25]}, index=pd.MultiIndex.from_tuples([("paper", 0)], names=["protocol", "seed"])
+    )
+    monkeypatch.setattr(report, "recorded", lambda task: records)
+    monkeypatch.setattr(Evidence, "_factors", lambda evidence: factors)
+    table = Evidence(TASKS["etth1"], "MSE").by_seed()
+    assert table.loc[("paper", 0)].tolist() == ["2", "1.8", "2", "+10.0", "1.25"]
+    assert table.loc[("paper", 2)].tolist() == ["2.002", "1.802", "–", "+10.0", "–"]
+
+
+def test_a_task_with_one_pair_counts_and_widens_no_interval():
+    together = paired.over_tasks({"a": series([1.0, 2.0, 3.0]), "b": series([-1.0])})
+    assert together["probability of improvement"] == paired.Estimate(0.5, 0.5, 0.5)
+    alone = paired.over_tasks({"b": series([-1.0])})
+    assert alone["interquartile mean"] == paired.Estimate(-1, -1, -1)
+
+
 def test_a_difference_shows_both_of_its_intervals():
     d = paired.paired_difference(series([1.0, 2.0, 4.0]), "%")
     assert str(d) == f"+2.3 % {d.interval}, Student's {d.t_interval}, 3 seeds"
@@ -531,7 +550,7 @@ def test_what_is_called_the_last_epoch_is_the_last(monkeypatch):
     says = Evidence(TASKS["etth1"], "MSE").last_epoch()
     assert "Last epoch, MetaAdamW against AdamW: -9" in says, "twice the error"
     frame = report.runs_frame([made("adamw", 0, [3.0, 1.0, 2.0])])
-    assert frame[["best", "last", "best_epoch"]].iloc[0].tolist() == [1.0, 2.0, 2]
+    assert frame[["best", "last"]].iloc[0].tolist() == [1.0, 2.0]
 
 
 def test_a_component_is_necessary_only_if_it_is_after_the_correction(monkeypatch):

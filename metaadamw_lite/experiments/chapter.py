@@ -200,7 +200,7 @@ class Evidence:
         for protocol in self.profiles:
             arm, baseline = report.by_seed(self.runs, protocol, "metaadamw", "adamw")
             gains[protocol] = paired.improvements_by_seed(arm, baseline, self.task.lower_is_better)
-        shown = table.map("{:.5g}".format)
+        shown = table.astype(float).map("{:.5g}".format)
         shown["gain (%)"] = pd.concat(gains).map("{:+.1f}".format)
         shown["mean α"] = self._factors()["α (mean)"].map("{:.2f}".format)
         return self._named(shown.fillna("–").replace(["nan", "+nan"], "–"))

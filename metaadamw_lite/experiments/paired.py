@@ -188,20 +188,31 @@ def over_tasks(improvements: "dict[str, pd.Series[float]]") -> dict[str, Estimat
     """What many tasks say together, from the improvements (percent, by seed) of each.
 
     Intervals come from a bootstrap that is stratified by task: it draws seeds anew within each (Agarwal et al., 2021).
+    A task with a single pair widens no interval.
 
     Returns:
         "interquartile mean" of all improvements, in percent, and "probability of improvement": that a pair drawn at
         random from a task drawn at random is better than its baseline, ties counting half.
     """
-    rng = np.random.default_rng(0)
     groups = [x.to_numpy() for x in improvements.values() if len(x)]
-    draws = [[rng.choice(group, len(group)) for group in groups] for _ in range(2000)]
+    many, alone = ([g for g in groups if (len(g) > 1) == more] for more in (True, False))  # one pair cannot be redrawn
     statistics: dict[str, Callable[[list[Any]], float]] = {
         "interquartile mean": lambda parts: interquartile_mean(np.concatenate(parts)),
         "probability of improvement": lambda parts: float(np.mean([np.mean((x > 0) + (x == 0) / 2) for x in parts])),
     }
     result = {}
     for name, statistic in statistics.items():
-        low, high = np.quantile([statistic(draw) for draw in draws], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        result[name] = Estimate(statistic(groups), float(low), float(high))
+        value = low = high = statistic(groups)
+        if many:
+            interval = stats.bootstrap(
+                many,
+                lambda *parts, statistic=statistic: statistic([*parts, *alone]),
+                n_resamples=2000,
+                vectorized=False,
+                confidence_level=CONFIDENCE,
+                method="percentile",
+                rng=np.random.default_rng(0),
+            ).confidence_interval
+            low, high = float(interval.low), float(interval.high)
+        result[name] = Estimate(value, low, high)
     return result

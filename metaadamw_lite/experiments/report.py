@@ -83,16 +83,12 @@ def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
                 "status": record["status"],
                 "data": record["data"],
                 "epochs": len(record["epochs"]),
-                "best_epoch": record["best"] and record["best"]["epoch"],
                 "best": record["best"] and record["best"]["metric"],
                 "last": record["epochs"][-1]["metric"] if record["epochs"] else None,
                 "test": record["test"] and record["test"]["metric"],
                 "bleu": record["test"] and record["test"].get("bleu"),
                 "meta_updates": len(record.get("meta_updates") or []),
                 "phi_moved": last_update.get("phi_moved"),
-                "alpha_moved": last_update.get("alpha_moved"),
-                "beta_moved": last_update.get("beta_moved"),
-                "log_var_moved": max((abs(s) for s in last_update.get("log_var", [])), default=None),
                 "revision": record["environment"]["revision"],
             }
         )
