@@ -5,12 +5,13 @@ from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether the value is a finite number (NumPy's, and tensors with one element, included)."""
-    number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    """Whether the value is a finite number (NumPy's, and tensors and arrays without a dimension, included)."""
+    number = isinstance(value, Real) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
     return number and math.isfinite(value)
 
 

@@ -96,15 +96,19 @@ def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list
     joined = iter(depths([name for named in param_groups for name, _ in named]))
     result = []
     for named in param_groups:
-        names = [name for name, _ in named]
-        positions = [next(joined) for _ in named]
-        if any(block_index(name) is not None for name in names):
-            # Weights and biases may come in groups of their own: what is before or after the blocks shows within each.
-            within = zip(names, positions, depths(names), strict=True)
-            positions = [mine if block_index(name) is None else depth for name, depth, mine in within]
-        shapes = [s for part in _models(named) for s in [{n: tuple(p.shape) for n, p in part}] * len(part)]
-        types = [_type_by_name(name, beside, by_shape=True) for name, beside in zip(names, shapes, strict=True)]
-        result.append([Place(t, depth) for t, depth in zip(types, positions, strict=True)])
+        places = []
+        for part in _models(named):
+            names = [name for name, _ in part]
+            positions = [next(joined) for _ in part]
+            if any(block_index(name) is not None for name in names):
+                # Weights and biases may come in groups of their own: what is before or after the blocks shows within
+                # each.
+                within = zip(names, positions, depths(names), strict=True)
+                positions = [mine if block_index(name) is None else depth for name, depth, mine in within]
+            shapes = {name: tuple(p.shape) for name, p in part}
+            types = [_type_by_name(name, shapes, by_shape=True) for name in names]
+            places += [Place(t, depth) for t, depth in zip(types, positions, strict=True)]
+        result.append(places)
     return result
 
 

@@ -352,7 +352,7 @@ def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
         node = todo.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "CheckpointFunctionBackward":
+        if type(node).__name__ == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "the model uses torch.utils.checkpoint with use_reentrant=True, which hides parameters from a "
                 "meta-update; pass use_reentrant=False"
@@ -366,43 +366,65 @@ class Surroundings:
 
     Args:
         model: whose.
-        params: what is trained, θ. Other parameters are copied where they are no larger than these in all; a large
-            frozen model below a small adapter would double its memory.
+        params: what is trained, θ. Other parameters are copied where they are at most twice as large as these in all;
+            a large frozen model below a small adapter would double its memory, so of that only sums are kept.
     """
 
     def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
         self._tables = [(module, dict(module._buffers)) for module in model.modules()]
         buffers = {buffer for _, named in self._tables for buffer in named.values() if buffer is not None}
         trained = set(params)
-        others = {name: local(p).detach() for name, p in model.named_parameters() if p not in trained}
-        few = sum(p.numel() for p in others.values()) <= sum(local(p).numel() for p in params)
-        kept = [*buffers, *(others.values() if few else ())]
-        self._values = [(x, x.clone()) for x in kept if not _is_expanded(x)]
-        self._versions = {} if few else {n: (p, p._version) for n, p in others.items() if not p.is_inference()}
+        others = {name: p for name, p in model.named_parameters() if p not in trained and p.device.type != "meta"}
+        few = sum(p.numel() for p in others.values()) <= 2 * sum(p.numel() for p in params)
+        kept = [x for x in (*buffers, *(others.values() if few else ())) if x.device.type != "meta"]
+        self._values = [(x, local(x).detach().clone()) for x in kept if not _is_expanded(local(x))]
+        self._frozen = {} if few else {name: (p, _sum_of_bytes(p)) for name, p in others.items()}
+        self._is_new = True
 
     def refuse_changes(self) -> None:
-        """A RuntimeError if a parameter has changed that was too large to be copied."""
-        for name, (p, version) in self._versions.items():
-            if p._version != version:
+        """A RuntimeError if a parameter has changed that was too large to be copied. It stays as it is."""
+        for name, (p, before) in self._frozen.items():
+            if _sum_of_bytes(p) != before:
                 raise RuntimeError(
                     f"a forward pass changes the parameter {name}, which this optimizer does not train; a meta-update "
-                    "cannot put it back, since the parameters that are not trained are larger than those that are"
+                    "cannot put it back, since the parameters that are not trained are much larger than those that are"
                 )
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make everything as it was at the start; only what has changed is written to."""
+        """Make everything as it was at the start, before each loss but the first and at the end."""
+        if self._is_new:
+            self._is_new = False
+            return
         for module, named in self._tables:
             table = module._buffers
             for name in [name for name in table.keys() if name not in named]:  # noqa: SIM118
                 del table[name]
             for name, buffer in named.items():  # one by one: a ScriptModule's table of buffers can do no more
-                if table[name] is not buffer:
+                if name not in table or table[name] is not buffer:
                     table[name] = buffer
-        for x, value in self._values:
-            if not _alike(x, value):
-                with torch.inference_mode(x.is_inference()):
-                    x.data.copy_(value)  # a graph that is not yet used up may hold x, and torch would refuse that
+        pairs = [(local(x), value) for x, value in self._values]
+        on_host = [x.device.type == "cpu" or x.layout != torch.strided for x, _ in pairs]
+        elsewhere = [(x.data, value) for (x, value), here in zip(pairs, on_host, strict=True) if not here]
+        if elsewhere:  # without a look, for which the host would have to wait
+            torch._foreach_copy_([x for x, _ in elsewhere], [value for _, value in elsewhere])
+        for (x, value), here in zip(pairs, on_host, strict=True):
+            if here and not _alike(x, value):
+                _overwrite(x, value)
+
+
+def _sum_of_bytes(x: Tensor) -> int:
+    """A number that changes with a tensor's content, of whatever type."""
+    return int(local(x).detach().reshape(-1).view(torch.uint8).sum())
+
+
+def _overwrite(x: Tensor, value: Tensor) -> None:
+    """Write a value to a dense or sparse tensor."""
+    if x.layout == torch.sparse_coo:  # has no ``.data`` that could be written to
+        x.copy_(value)
+        return
+    with torch.inference_mode(x.is_inference()):
+        x.data.copy_(value)  # a graph that is not yet used up may hold x, and torch would refuse that
 
 
 def _is_expanded(x: Tensor) -> bool:
@@ -428,29 +450,25 @@ def _dense_parts(x: Tensor) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Callable[[], None]]]:
+def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Surroundings]]:
     """Leave parameters, gradients, buffers and train/eval modes as they are, whatever the block does or raises.
 
     Inside the block every ``.grad`` is None, so that nothing can be added to the gradients of the caller.
 
     Yields:
-        Copies of the values of ``params`` (where they are sharded, of this process's parts), and a function that puts
-        everything else back that a forward pass may have changed.
+        Copies of the values of ``params`` (where they are sharded, of this process's parts), and everything else that a
+        forward pass may change.
     """
+    reshard(model)  # after a forward pass without a backward pass it holds whole parameters, which are not its own
     parts = [local(p) for p in params]
     theta = [part.detach().clone() for part in parts]
     grads = {p: p.grad for p in (*model.parameters(), *params)}
     modes = [(module, module.training) for module in model.modules()]
     surroundings = Surroundings(model, params)
-
-    def put_back() -> None:
-        surroundings.refuse_changes()
-        surroundings.put_back()
-
     try:
         for p in grads:
             p.grad = None
-        yield theta, put_back
+        yield theta, surroundings
     finally:
         for p, grad in grads.items():
             p.grad = grad

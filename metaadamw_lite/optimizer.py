@@ -424,8 +424,9 @@ class MetaAdamW(torch.optim.AdamW):
         Raises:
             ValueError: without a ``val_batch`` that the objective needs, or if a loss or the gradient of Φ is not
                 finite. Φ stays as it was.
-            RuntimeError: for checkpoints with ``use_reentrant=True``, and for a forward pass that changes parameters
-                which are not trained and too large to be copied. Φ stays as it was.
+            RuntimeError: for checkpoints with ``use_reentrant=True`` (but under ``fully_shard``), and for a forward
+                pass that changes parameters which are not trained and too large to be copied: these stay as the forward
+                passes left them. Φ stays as it was.
         """
         objective = self._meta_objective
         if val_batch is None and objective != "gradient":
@@ -434,8 +435,8 @@ class MetaAdamW(torch.optim.AdamW):
         evaluate = Evaluator.of(model, loss_fn, params)
         if double_backward and evaluate.processes:
             raise ValueError("double_backward is for checking, and does not work with several processes")
-        with torch.enable_grad(), as_found(model, params) as (theta, put_back):
-            evaluate.put_back = put_back
+        with torch.enable_grad(), as_found(model, params) as (theta, surroundings):
+            evaluate.put_back = surroundings.put_back
             loss1 = evaluate.loss("batch1", batch1)
             g = evaluate.gradient_of_used(loss1, params)
             if not g:
@@ -457,6 +458,7 @@ class MetaAdamW(torch.optim.AdamW):
             penalty = self.modulator.gate_penalty()
             if penalty is not None:
                 total = total + self._feature_gating_sparsity * penalty
+            surroundings.refuse_changes()
             self._descend(total)
         return MetaLosses(total.item(), *(math.nan if x is None else x.item() for x in (l_grad, l_loss, l_gap)))
 
@@ -656,7 +658,8 @@ class MetaAdamW(torch.optim.AdamW):
         if (meta["huw"] is None) != (self.huw is None):
             raise ValueError("the state and this optimizer differ in whether they use uncertainty weighting")
         sizes, sizes_saved = (
-            [len(group["params"]) for group in saved["meta_optimizer_state"]["param_groups"]] for saved in (mine, meta)
+            [len(group["params"]) for group in saved["meta_optimizer_state"].get("param_groups", ())]
+            for saved in (mine, meta)
         )
         if sizes != sizes_saved:
             raise ValueError(

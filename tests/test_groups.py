@@ -1,6 +1,7 @@
 """Section 3.2: layer type × depth third × bias."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -173,14 +174,16 @@ def test_fallback_and_original_strategy_are_the_native_groups():
 
 def test_names_that_come_again_are_of_another_model():
     """As in ``chain(encoder.named_parameters(), decoder.named_parameters())``."""
-    first = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-    second = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2))
+    first = nn.Sequential(OrderedDict(**{"0": nn.Linear(2, 2), "1": nn.LayerNorm(2), "end": nn.Linear(2, 2)}))
+    second = nn.Sequential(OrderedDict(**{"0": nn.LayerNorm(2), "1": nn.Linear(2, 2), "end": nn.LayerNorm(2)}))
     both = [*first.named_parameters(), *second.named_parameters()]
-    types = [place.layer_type for place in places_by_name([both])[0]]
-    assert types == ["other", "other", "norm", "norm", "norm", "norm", "other", "other"]
+    places = places_by_name([both])[0]
+    assert places == places_by_name([both[:6]])[0] + places_by_name([both[6:]])[0]
+    types = [place.layer_type for place in places]
+    assert types == [t for t in ("other", "norm", "other", "norm", "other", "norm") for _ in range(2)]
     groups = MetaAdamW(both).groups
     norms = {p for group in groups if group.name.startswith("norm") for p in group.params}
-    assert norms == {*first[1].parameters(), *second[0].parameters()}
+    assert norms == {*first[1].parameters(), *second[0].parameters(), *second[2].parameters()}
 
 
 def test_a_group_knows_the_mean_depth_and_the_share_of_biases_of_its_tensors():

@@ -414,7 +414,13 @@ def centred_loss(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("write", [torch.Tensor.copy_, lambda x, y: x.data.copy_(y)], ids=["counted", "by .data"])
+def new_data(x, y):
+    x.data = y.clone()
+
+
+@pytest.mark.parametrize(
+    "write", [torch.Tensor.copy_, lambda x, y: x.data.copy_(y), new_data], ids=["counted", "by .data", "new .data"]
+)
 @pytest.mark.parametrize("whole", [True, False], ids=["frozen ones in the optimizer", "trained ones only"])
 def test_what_a_forward_pass_moves_is_the_same_for_every_loss_and_put_back(write, whole):
     torch.manual_seed(0)
@@ -435,10 +441,11 @@ def test_what_a_forward_pass_moves_is_the_same_for_every_loss_and_put_back(write
     assert_same(model.state_dict(), before)
 
 
-def test_a_large_frozen_model_that_the_forward_pass_changes_is_refused_by_name():
+@pytest.mark.parametrize("write", [torch.Tensor.copy_, lambda x, y: x.data.copy_(y), new_data])
+def test_a_large_frozen_model_that_the_forward_pass_changes_is_refused_by_name(write):
     """It is not copied: below a small adapter that would double the memory."""
     torch.manual_seed(0)
-    model = Centred()
+    model = Centred(write)
     samples = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(3)]
     optimizer = MetaAdamW([("query.bias", model.query.bias)])
     phi = phi_vector(optimizer)
@@ -486,13 +493,34 @@ def test_buffers_of_every_kind_are_no_obstacle(kind):
         model.register_buffer("extra", sparse(kind))
     samples = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(3)]
 
+    def read():
+        return model.extra.clone() if kind == "inference" else (model.extra @ torch.eye(4)).clone()
+
     def loss(model, batch):
-        extra = model.extra if kind == "inference" else (model.extra @ torch.ones(4, 1)).flatten()
+        extra = read().sum(0) if kind != "inference" else read()
+        with torch.inference_mode(kind == "inference"), torch.no_grad():
+            values = model.extra if kind == "inference" else model.extra._values() if kind == "coo" else None
+            (model.extra.values() if values is None else values).mul_(0.5)
         return nn.functional.cross_entropy(model(batch[0] * extra), batch[1])
 
-    before = copy.deepcopy(model[1].state_dict())
-    MetaAdamW(model.named_parameters()).update_attention(model, *samples[:2], loss, samples[2])
+    before, extra = copy.deepcopy(model[1].state_dict()), read()
+    losses = MetaAdamW(model.named_parameters(), lr=0.0).update_attention(model, *samples[:2], loss, samples[2])
+    assert losses.loss_decrease == 0, "each loss sees the same buffer"
     assert_same(model[1].state_dict(), before)
+    assert torch.equal(read(), extra)
+
+
+def test_a_buffer_that_the_forward_pass_deletes_is_there_again(batches):
+    model, optimizer = trained(batches)
+    model.register_buffer("cache", torch.ones(2))
+
+    def loss_fn(model, batch):
+        assert model.cache.sum() == 2
+        del model.cache
+        return cross_entropy(model, batch)
+
+    optimizer.update_attention(model, batches[3], batches[4], loss_fn, batches[5])
+    assert torch.equal(model.cache, torch.ones(2))
 
 
 def test_a_buffer_that_shares_memory_is_no_obstacle(batches):
