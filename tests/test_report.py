@@ -231,6 +231,21 @@ def test_whole_runs_that_are_too_few_to_judge_by_are_shown_all_the_same(monkeypa
     assert "too few to judge by" not in Evidence(TASKS["etth1"], "MSE").conclusion()
 
 
+def test_an_ablation_claim_does_not_fall_back_on_shortened_runs_where_a_whole_one_diverged(monkeypatch):
+    def records(profile, seeds):
+        return [
+            made(arm, k, [x + k / 100], profile=profile)
+            for arm, x in (("metaadamw", 1.0), ("gating-off", 2.0))
+            for k in range(seeds)
+        ]
+
+    whole = records("paper", 3)
+    whole[0] = whole[0] | {"best": None, "status": "diverged"}
+    monkeypatch.setattr(report, "recorded", lambda task: whole + records("lite", 5) if task == "etth1" else [])
+    says = claims_table().set_index("claim")["verdict"]["Feature gating is effective (ETTh1)"]
+    assert says == "not decided: 1 of 3 pairs lost (interim: 3 of 5 planned seeds)"
+
+
 def test_every_number_of_a_claim_over_tasks_says_what_it_rests_on(monkeypatch):
     records = {"etth1": runs_of("paper", 5), "wikitext2": runs_of("lite", 5)}
     monkeypatch.setattr(report, "recorded", lambda task: records.get(task, []))

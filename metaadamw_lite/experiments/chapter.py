@@ -181,7 +181,8 @@ class Evidence:
         for arm, baseline in report.PAIRS:
             d = report.compare(last, "paper", arm, baseline, self.task.lower_is_better)
             who = f"{figures.LABELS[arm]} against {figures.LABELS[baseline]}"
-            lines.append(f"* Last epoch, {who}: {d}; better: {paired.verdict(d)}")
+            says = report.noted(paired.verdict(d), self.profiles["paper"], d.pairs)
+            lines.append(f"* Last epoch, {who}: {d}; better: {says}")
         return "\n".join(lines)
 
     def time_to_best(self) -> pd.DataFrame:

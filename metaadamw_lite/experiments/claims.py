@@ -89,7 +89,7 @@ def _judged_ablation(task: str, variant: str) -> tuple[str, str]:
     runs = report.outcomes(report.runs_frame(report.recorded(task)))
     for profile in ("paper", "lite"):
         d = report.compare(runs[runs["profile"] == profile], "paper", variant, "metaadamw", TASKS[task].lower_is_better)
-        if d.seeds >= ENOUGH_SEEDS:
+        if d.pairs >= ENOUGH_SEEDS:
             return report.noted(str(d), profile), report.noted(worse(d), profile, d.pairs)
     return "–", NEVER
 
@@ -100,6 +100,8 @@ def _judged_optimum(task: str) -> tuple[str, str]:
     reached = report.time_to_best(report.epochs_frame(records), TASKS[task].lower_is_better)
     never = TASKS[task].settings("paper").epochs + 1
     d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
+    seeds = [{r["run"]["seed"] for r in records if r["run"]["variant"] == arm} for arm in ("metaadamw", "adamw")]
+    d = replace(d, lost=len(set.intersection(*seeds)) - len(reached))  # those without a finite epoch
     says = report.noted(verdict(d).replace("it is worse", "it is later or never"), "paper", d.pairs)
     return f"{d}; positive is earlier; never counts as epoch {never}", says
 
@@ -137,7 +139,7 @@ def _judged_parts(task: str) -> tuple[str, str]:
     for profile in ("paper", "lite"):
         table = report.ablation_table(task, profile)
         differences = table[table["variant"].isin(REMOVALS)]["difference"]
-        found[profile] = differences[differences.map(lambda d: d.seeds >= ENOUGH_SEEDS)]
+        found[profile] = differences[differences.map(lambda d: d.pairs >= ENOUGH_SEEDS)]
     profile = max(found, key=lambda p: len(found[p]))  # "paper" once it has as many rows
     differences = found[profile]
     if differences.empty:
@@ -145,7 +147,8 @@ def _judged_parts(task: str) -> tuple[str, str]:
     corrected = holm(differences.map(lambda d: d.p))
     verdicts = pd.Series([worse(replace(d, p=p)) for d, p in zip(differences, corrected, strict=True)])
     counts = "; ".join(f"{v} for {n}" for v, n in verdicts.value_counts().items())
-    return f"taken away one at a time: {len(differences)}", report.noted(f"after Holm's correction: {counts}", profile)
+    says = report.noted(f"after Holm's correction: {counts}", profile, min(d.pairs for d in differences))
+    return f"taken away one at a time: {len(differences)}", says
 
 
 def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:

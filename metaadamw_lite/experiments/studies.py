@@ -216,6 +216,7 @@ def sweep(
     results = results.resolve()
     errors: dict[RunKey, str] = {}
     busy: set[RunKey] = set()
+    unexplained = False
     runs = study_runs(study, results, tasks)
     todo = missing(runs, results)
     with (
@@ -237,11 +238,13 @@ def sweep(
                         errors[key] = outcome
                         tqdm.write(f"{key}: {outcome}")
             except TerminatedWorkerError as error:  # all workers end with one that is killed
-                killed = [key for key in todo if key not in errors and abandoned(key, results)]
-                if not killed:
+                killed = [key for key in todo if key not in errors and abandoned(key, results, patience=2)]
+                if not killed and unexplained:
                     raise ChildProcessError("a worker was killed before it began a run (out of memory?)") from error
+                unexplained = not killed  # or another sweep has taken its run in the meantime
                 errors |= dict.fromkeys(killed, _KILLED)
-                tqdm.write(f"{_KILLED} (out of memory?) while these went on: {', '.join(map(str, killed))}")
+                if killed:
+                    tqdm.write(f"{_KILLED} (out of memory?) while these went on: {', '.join(map(str, killed))}")
             runs = study_runs(study, results, tasks)  # a search that is done has added runs
             todo = [key for key in missing(runs, results) if key not in errors]
             bar.total, bar.n = len(runs), len(runs) - len(todo) - len(errors)  # other sweeps make runs, too
@@ -283,8 +286,10 @@ def _workers(
         count = jobs or runs_at_a_time(device)
 
         def here(todo: list[RunKey], results: Path, wait: bool) -> Iterator[Outcome]:
-            needed = min(count, max(2, len(todo)))  # one alone would be made in this process, and could end it
-            parallel = joblib.Parallel(n_jobs=needed, return_as="generator_unordered", batch_size=1)
+            needed = min(count, len(todo))
+            parallel = joblib.Parallel(  # with one worker joblib would make the runs in this process
+                n_jobs=max(2, needed), pre_dispatch=needed, return_as="generator_unordered", batch_size=1
+            )
             yield from parallel(joblib.delayed(_one)(key, results, device, wait) for key in todo)
 
         with joblib.parallel_config(backend="loky", initializer=_end_with, initargs=(os.getpid(),)):
@@ -301,7 +306,7 @@ def _on_cluster(
     client: Any, jobs: int | None, todo: list[RunKey], results: Path, device: str, wait: bool
 ) -> Iterator[Outcome]:
     """What becomes of some runs on a Dask cluster. A run whose worker is killed again and again is given up."""
-    from dask.distributed import as_completed
+    from dask.distributed import KilledWorker, as_completed
 
     waiting = list(reversed(todo))
     keys: dict[Any, RunKey] = {}
@@ -318,7 +323,8 @@ def _on_cluster(
     for future in running:
         key = keys.pop(future)
         error = future.exception()
-        yield future.result() if error is None else (key, f"{_KILLED} ({type(error).__name__}: {error})")
+        what = f"{_KILLED} (out of memory?), " if isinstance(error, KilledWorker) else ""
+        yield future.result() if error is None else (key, f"{what}{type(error).__name__}: {error}")
         fill()
 
 

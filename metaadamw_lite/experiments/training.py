@@ -182,13 +182,19 @@ def _one_cpu_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def abandoned(key: RunKey, results: Path) -> bool:
-    """Whether a process began this run and is gone: it has no record, and a lock that nobody holds."""
+def abandoned(key: RunKey, results: Path, patience: float = 0) -> bool:
+    """Whether a process began this run and is gone: it has no record, and a lock that nobody holds.
+
+    Args:
+        key: which run.
+        results: folder of the records.
+        patience: for so many seconds the process may still be about to end.
+    """
     path = key.path(results, ".lock")
     if not path.exists():
         return False
     try:
-        with FileLock(path).acquire(blocking=False):
+        with FileLock(path).acquire(timeout=patience):
             return not key.path(results).exists()
     except Timeout:
         return False
