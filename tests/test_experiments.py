@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -147,6 +148,23 @@ def test_truncated_data_is_named_with_its_expected_size(tmp_path, monkeypatch):
     path.write_bytes(b"x" * 2_589_657)
     with pytest.raises(DataError, match=r"ETTh1.csv .*SHA-256"):
         etth1.load("paper", etth1.settings("paper"), "real")
+
+
+def test_rows_that_do_not_hold_what_they_should_are_named(tmp_path, monkeypatch):
+    (tmp_path / "imdb").mkdir()
+    for split in ("train", "test"):
+        texts = ["fine"] * 24_999 + [None]
+        pd.DataFrame({"text": texts, "label": [0, 1] * 12_500}).to_parquet(tmp_path / "imdb" / f"{split}.parquet")
+    monkeypatch.setenv("METAADAMW_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"train\.parquet.*not all rows hold what they should"):
+        TASKS["imdb"].load("paper", TASKS["imdb"].settings("lite"), "real")
+
+
+def test_a_file_that_is_made_from_a_download_is_not_said_to_be_one(tmp_path):
+    table, url = "cifar10/train-00000-of-00003.parquet", "https://example.org/cifar-10-python.tar.gz"
+    assert datasets._by_hand(table, url, tmp_path / "x").startswith("run the same command once where it can reach")
+    assert datasets._by_hand("a/x.csv", "https://example.org/x.csv", tmp_path / "x.csv").startswith("download https")
 
 
 def test_the_default_folder(monkeypatch):

@@ -131,7 +131,15 @@ def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -
     """
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in map(_locate, tables)]
     memory = joblib.Memory("data/cache/prepared", verbose=0)
-    result: T = memory.cache(_make, ignore=["make"])(make, _source(make), files, *arguments)
+    try:
+        result: T = memory.cache(_make, ignore=["make"])(make, _source(make), files, *arguments)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a library makes of a text that is none, or of an image that is broken
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk, for example
+            raise
+        paths = ", ".join(path for path, *_ in files)
+        raise DataError(f"{paths}: not all rows hold what they should ({error!r})") from error
     return result
 
 
@@ -208,5 +216,12 @@ def _download(path: Path, name: str, source: str, download: Callable[[Path], Non
         why = str(error).replace(str(part), "the download") if isinstance(error, DataError) else repr(error)
         raise DataError(
             f"{path} is missing and could not be downloaded ({why}). Either set METAADAMW_DATA to a folder that has "
-            f"{name}, or download {source} to {path}. Synthetic data of the same shape: --data synthetic"
+            f"{name}, or {_by_hand(name, source, path)}. Synthetic data of the same shape: --data synthetic"
         ) from error
+
+
+def _by_hand(name: str, source: str, path: Path) -> str:
+    """How to get a file where there is a network."""
+    if source.endswith(Path(name).suffix):
+        return f"download {source} to {path}"
+    return f"run the same command once where it can reach {source} and bring the {path} that it makes"
