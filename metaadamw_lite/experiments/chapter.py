@@ -122,19 +122,19 @@ class Evidence:
         return "\n".join(lines)
 
     def _pairs(self, protocol: str, profile: str) -> pd.DataFrame:
-        """The outcomes of MetaAdamW ("arm") and AdamW ("baseline") by seed."""
+        """The outcomes of MetaAdamW ("arm") and AdamW ("baseline") by seed, and the "gain" in percent."""
         runs = self._all[self._all["profile"] == profile]
-        return paired.pairs_by_seed(*report.by_seed(runs, protocol, "metaadamw", "adamw"))
+        arm, baseline = report.by_seed(runs, protocol, "metaadamw", "adamw")
+        gain = paired.improvements_by_seed(arm, baseline, self.task.lower_is_better)
+        return paired.pairs_by_seed(arm, baseline).assign(gain=gain)
 
     def _whole_but_few(self) -> list[str]:
         """What whole runs there are where shortened ones are shown, since the whole ones are too few to judge by."""
         says = []
         for protocol in self._shortened():
-            pairs = self._pairs(protocol, "paper")
-            gains = paired.improvements_by_seed(pairs["arm"], pairs["baseline"], self.task.lower_is_better)
             rows = [
                 f"seed {seed}: AdamW {baseline:.5g}, MetaAdamW {arm:.5g} ({gain:+.1f} %)"
-                for seed, arm, baseline, gain in pairs.assign(gain=gains).itertuples(name=None)
+                for seed, arm, baseline, gain in self._pairs(protocol, "paper").itertuples(name=None)
             ]
             if rows:
                 says.append(f"Whole runs under `{protocol}`, too few to judge by: {'; '.join(rows)}.")
@@ -197,10 +197,7 @@ class Evidence:
         """Every pair: what the arms report, MetaAdamW's gain over AdamW in percent, and its mean α over the run."""
         table = self.runs.pivot(index=["protocol", "seed"], columns="variant", values="outcome")
         table = table.reindex(columns=list(ARMS)).rename(columns=figures.LABELS)
-        gains = {}
-        for protocol in self.profiles:
-            arm, baseline = report.by_seed(self.runs, protocol, "metaadamw", "adamw")
-            gains[protocol] = paired.improvements_by_seed(arm, baseline, self.task.lower_is_better)
+        gains = {protocol: self._pairs(protocol, profile)["gain"] for protocol, profile in self.profiles.items()}
         shown = table.astype(float).map("{:.5g}".format)
         shown["gain (%)"] = pd.concat(gains).map("{:+.1f}".format)
         shown["mean α"] = self._factors()["α (mean)"].map("{:.2f}".format)
