@@ -29,7 +29,7 @@ from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import RecordError, RunKey, read_record, read_records, write_record
 from metaadamw_lite.experiments.studies import missing, study_runs, sweep
 from metaadamw_lite.experiments.training import RunInProgressError, run
-from metaadamw_lite.experiments.variants import ARMS, changed
+from metaadamw_lite.experiments.variants import ARMS
 
 EMPTY = {
     "settings": {},
@@ -408,6 +408,15 @@ def test_a_record_edited_by_hand_is_named(smoke, tmp_path, spoil):
     assert path.read_text() == before
 
 
+def test_a_record_that_cannot_be_read_is_not_said_to_be_none(smoke, monkeypatch):
+    def cannot(path, encoding):
+        raise OSError(24, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_text", cannot)
+    with pytest.raises(OSError, match=r"Too many open files.*seed0\.json"):
+        read_record(RunKey("etth1", "adamw", "paper", "smoke", 0).path(smoke))
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -759,19 +768,16 @@ def test_a_record_made_with_other_settings_is_not_passed_off(tmp_path):
         run(key, tmp_path, progress=False, settings=dataclasses.replace(settings, lr=0.5))
     other = RunKey("etth1", "adamw", "paper", "smoke", 1)
     run(other, tmp_path, progress=False, settings=dataclasses.replace(settings, lr=0.5))
-    with pytest.raises(ValueError, match=r"made with other settings \(lr 0.5 instead of 0.0005\)"):
-        run(other, tmp_path, progress=False)
+    for again in (run, lambda key, results, progress: missing([key], results)):  # a sweep must not count it either
+        with pytest.raises(ValueError, match=r"made with other settings \(lr 0.5 instead of 0.0005\)"):
+            again(other, tmp_path, progress=False)
 
 
 def test_the_committed_records_were_made_with_the_settings_of_their_profiles():
     """Older ones lack some that had one value then."""
     for record in read_records(report.repository() / "data" / "results"):
         key = RunKey(**record["run"])
-        if key.task in NOISE:
-            asked = dataclasses.asdict(lope_study.settings(key.profile))
-        else:
-            task = TASKS.get(key.task) or NOISY[key.task]
-            asked = dataclasses.asdict(changed(task.settings(key.profile), key.variant))
+        asked = dataclasses.asdict(training.run_settings(key))
         made = record["settings"]
         differing = {name for name in asked if name in made and made[name] != training._plain(asked)[name]}
         assert not differing, f"{key}: {differing}"

@@ -78,8 +78,48 @@ def test_a_verdict_takes_the_interval_and_the_test(low, high, p, expected):
 
 
 def test_outcome_is_the_test_metric_under_clean_only():
-    runs = pd.DataFrame({"protocol": ["paper", "clean"], "best": [1.0, 2.0], "test": [None, 3.0]})
+    ended = {"status": ["finished", "stopped early"], "last": [1.5, 2.5]}
+    runs = pd.DataFrame({"protocol": ["paper", "clean"], "best": [1.0, 2.0], "test": [None, 3.0], **ended})
     assert report.outcomes(runs)["outcome"].tolist() == [1.0, 3.0]
+
+
+def test_what_a_run_had_reached_when_it_failed_is_not_its_result(monkeypatch):
+    runs = [r | {"status": "failed"} if k == 0 else r for k, r in enumerate(runs_of("paper", 5))]
+    failed = runs[0]["run"]
+    assert (failed["variant"], failed["protocol"]) == ("adamw", "paper")
+    monkeypatch.setattr(report, "recorded", lambda task: runs if task == "etth1" else [])
+    row = report.table_of_tasks().loc["etth1"]
+    assert verdict(row["difference"]) == "not decided: 1 of 5 pairs lost"
+    assert (row["last"].seeds, row["last"].lost) == (4, 1)
+    claims = claims_table().set_index("claim")["verdict"]
+    assert claims["Lower error on ETTh1"] == "not decided: 1 of 5 pairs lost"
+    assert claims["Reaches a better optimum earlier (ETTh1)"] == "not decided: 1 of 5 pairs lost"
+
+
+def test_parameters_of_a_page_that_name_no_records_are_refused():
+    with pytest.raises(ValueError, match=r"profile.*'lit'"):
+        report.ablation_table("etth1", "lit")
+    with pytest.raises(ValueError, match=r"protocol.*'papr'"):
+        report.table_of_tasks(protocol="papr")
+
+
+def test_the_alpha_of_a_group_stands_beside_what_its_pair_gained(monkeypatch):
+    def traced(record, first, second):
+        groups = [{"name": "a", "parameters": 30}, {"name": "b", "parameters": 70}]
+        trace = [{"step": k, "alpha": [x, first + second], "beta": [1.0, 1.0]} for k, x in enumerate((first, second))]
+        return record | {"groups": groups, "trace": trace, "parameters": 100}
+
+    records = [
+        traced(r, 0.5 + r["run"]["seed"], 0.7) if r["run"]["variant"] == "metaadamw" else r | {"parameters": 100}
+        for r in runs_of("lite", 3)
+        if r["run"]["variant"] != "adamw" or r["run"]["seed"] < 2
+    ]
+    monkeypatch.setattr(report, "recorded", lambda task: records)
+    table = report.alphas_and_gains("etth1", "paper").set_index(["group", "seed"])
+    assert sorted(table.index) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)], "seed 2 has no partner"
+    assert table.loc[("a", 1), ["alpha", "share"]].tolist() == pytest.approx([(1.5 + 0.7) / 2, 30])
+    assert table.loc[("b", 0), ["alpha", "share"]].tolist() == pytest.approx([1.2, 70])
+    assert table.loc[("a", 0), "gain"] == pytest.approx(10)
 
 
 def test_the_papers_tables_are_whole():
@@ -158,7 +198,8 @@ def test_evidence_is_of_the_papers_settings_once_there_are_enough_seeds():
     def runs(seeds):
         return pd.DataFrame(
             [
-                {"profile": f, "protocol": p, "variant": v, "seed": s, "best": 1.0, "test": 1.0}
+                {"profile": f, "protocol": p, "variant": v, "seed": s, "status": "finished"}
+                | {"best": 1.0, "last": 1.0, "test": 1.0}
                 for f in ("paper", "lite")
                 for p in ("paper", "clean")
                 for v in ARMS

@@ -226,13 +226,13 @@ def plot_alpha_and_gain(pairs: pd.DataFrame) -> Figure:
     """What each pair of runs gains over the output layer's α in its MetaAdamW run, a panel for each task.
 
     Args:
-        pairs: columns task, "α of the output layer" and "improvement (%)".
+        pairs: the rows of that group from ``report.alphas_and_gains``, with a column "task", the panel's title.
     """
     tasks = pairs["task"].unique()
     figure, axes = plt.subplots(1, len(tasks), figsize=(2.5 * len(tasks), 2.9), squeeze=False)
     for ax, task in zip(axes[0], tasks, strict=True):
         part = pairs[pairs["task"] == task]
-        sns.scatterplot(part, x="α of the output layer", y="improvement (%)", color=COLOURS["metaadamw"], s=60, ax=ax)
+        sns.scatterplot(part, x="alpha", y="gain", color=COLOURS["metaadamw"], s=60, ax=ax)
         ax.axhline(0, color="black", linewidth=0.7)
         ax.axvline(1, color="black", linewidth=0.7, linestyle="--")
         ax.set_title(task.replace(" (", "\n("), fontsize="small")

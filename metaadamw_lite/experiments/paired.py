@@ -160,6 +160,12 @@ def worse(difference: PairedDifference) -> str:
     return verdict(difference.reversed()).replace("it is worse", "it is better")
 
 
+def better_and_worse(differences: "pd.Series[Any]") -> tuple[int, int]:
+    """How many of some ``PairedDifference`` are decided: for "it is better", and for "it is worse"."""
+    verdicts = differences.map(verdict)
+    return int((verdicts == "holds").sum()), int(verdicts.str.startswith("does not hold").sum())
+
+
 def holm(p_values: "pd.Series[float]") -> "pd.Series[float]":
     """The p-values of a family of tests after Holm's correction; NaN stay NaN and do not count."""
     known = p_values.dropna()

@@ -98,13 +98,14 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         RecordError: if it is not JSON, lacks a part, was changed after it was written, or says that it is another run
             than its path says.
+        OSError: if it cannot be read, which says nothing of what is in it.
     """
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         key = RunKey(**record["run"])
         for part in ("settings", "status", "data", "epochs", "best", "test", "environment", "digest"):
             record[part]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is not a record ({error!r}); delete it to have the run made again") from error
     if record.get("format") != FORMAT:
         raise RecordError(f"{path} has format {record.get('format')!r}; this code reads {FORMAT}")

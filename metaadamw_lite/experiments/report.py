@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.paired import (
     CONFIDENCE,
@@ -96,8 +97,13 @@ def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def outcomes(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with a column ``outcome``: the test metric under ``clean``, else the best validation metric."""
-    return runs.assign(outcome=runs["test"].where(runs["protocol"] == "clean", runs["best"]))
+    """The runs with a column ``outcome``: the test metric under ``clean``, else the best validation metric.
+
+    A run that failed has none, and no last epoch: what it had reached when an accident ended it is not its result.
+    """
+    ended = runs["status"] != "failed"
+    outcome = runs["test"].where(runs["protocol"] == "clean", runs["best"])
+    return runs.assign(outcome=outcome.where(ended), last=runs["last"].where(ended))
 
 
 def movement_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -124,6 +130,28 @@ def factors_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
             for name, alpha, beta in zip(names, point["alpha"], point["beta"], strict=True):
                 rows.append({**record["run"], "step": point["step"], "group": name, "alpha": alpha, "beta": beta})
     return pd.DataFrame(rows)
+
+
+def alphas_and_gains(task: str, protocol: str) -> pd.DataFrame:
+    """Whether a gain goes with a group's learning rate: one row for each pair of MetaAdamW and AdamW, and group.
+
+    Returns:
+        "profile", "seed", "group", "alpha" (the group's mean over MetaAdamW's run), "share" (of the model's parameters
+        that the group holds, in percent) and "gain" (of the pair, in percent). Pairs without a finite result are left
+        out.
+    """
+    records = [r for r in _of_main_study(recorded(task)) if r["run"]["protocol"] == protocol]
+    runs = outcomes(runs_frame(records))
+    factors = factors_frame(r for r in records if r["run"]["variant"] == "metaadamw")
+    alpha = factors.groupby(["profile", "seed", "group"], sort=False)["alpha"].mean().reset_index()
+    gains = {}
+    for profile, part in runs.groupby("profile"):
+        arm, baseline = by_seed(part, protocol, "metaadamw", "adamw")
+        gains[profile] = improvements_by_seed(arm, baseline, TASKS[task].lower_is_better)
+    gain = pd.concat(gains, names=["profile", "seed"]).dropna().rename("gain")
+    shares = {g["name"]: 100 * g["parameters"] / r["parameters"] for r in records for g in r.get("groups", [])}
+    table = alpha.join(gain, on=["profile", "seed"], how="inner")
+    return table.assign(share=table["group"].map(shares))
 
 
 def compare(outcome: pd.DataFrame, protocol: str, arm: str, baseline: str, lower_is_better: bool) -> PairedDifference:
@@ -193,8 +221,10 @@ def table_of_tasks(
         improvements by seed.
 
     Raises:
+        ValueError: for an unknown protocol.
         FileNotFoundError: without a record of any task.
     """
+    check_choice("protocol", protocol, PROTOCOLS)
     rows = {}
     for name, task in TASKS.items():
         runs = main_runs(name)
@@ -346,7 +376,11 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
         the task's own setting in Table 4), "variant" (missing where the row is the baseline), "mean" of ours over the
         seeds that MetaAdamW has, too, "difference": the paired change against MetaAdamW (a ``PairedDifference``;
         negative is worse), and "p_holm", its p after Holm's correction over the task's variants.
+
+    Raises:
+        ValueError: for a profile other than "lite" and "paper".
     """
+    check_choice("profile", profile, ("lite", "paper"))
     printed = paper_table(3)
     settings, lower_is_better = TASKS[task].settings("paper"), TASKS[task].lower_is_better
     runs = runs_frame(recorded(task))

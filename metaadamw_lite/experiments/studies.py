@@ -23,7 +23,15 @@ from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import RunKey, read_record
 from metaadamw_lite.experiments.task import PROTOCOLS
-from metaadamw_lite.experiments.training import RunInProgressError, abandoned, check_device, forget_abandoned, run
+from metaadamw_lite.experiments.training import (
+    RunInProgressError,
+    abandoned,
+    check_device,
+    forget_abandoned,
+    made_with,
+    run,
+    run_settings,
+)
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, WEIGHTED, at_learning_rate, differs
 
 SEEDS = range(5)
@@ -106,13 +114,14 @@ def search_runs(task: str, protocol: str, profile: str) -> list[RunKey]:
 def best_variant(search: Sequence[RunKey], results: Path) -> str | None:
     """The variant with the best mean validation metric over the runs of a search, or None while one has no record.
 
-    A variant with a run that has no finite epoch is not chosen.
+    A variant with a run that failed, or has no finite epoch, is not chosen.
     """
     if missing(search, results):
         return None
     better = min if TASKS[search[0].task].lower_is_better else max
-    best = [(key.variant, read_record(key.path(results))["best"]) for key in search]
-    failed = {variant for variant, b in best if b is None or b["metric"] is None}
+    records = [(key.variant, read_record(key.path(results))) for key in search]
+    best = [(variant, record["best"]) for variant, record in records]
+    failed = {v for v, r in records if r["status"] == "failed" or r["best"] is None or r["best"]["metric"] is None}
     means = {v: fmean(b["metric"] for w, b in best if w == v) for v, _ in best if v not in failed}
     return better(means, key=lambda v: means[v]) if means else None
 
@@ -170,14 +179,19 @@ _RUNS = {
 
 
 def missing(runs: Sequence[RunKey], results: Path) -> list[RunKey]:
-    """Those that have no record. A file that is no record raises a ``RecordError``."""
+    """Those that have no record.
+
+    Raises:
+        RecordError: for a file that is no record.
+        ValueError: for a record that was made with other settings than those of its task and profile.
+    """
     return [key for key in runs if not _done(key, results)]
 
 
 def _done(key: RunKey, results: Path) -> bool:
     path = key.path(results)
     if path.exists():
-        read_record(path)
+        made_with(run_settings(key), read_record(path), path)
         return True
     return False
 

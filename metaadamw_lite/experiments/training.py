@@ -99,16 +99,31 @@ def run(
             or its protocol does not go with, or settings other than those that the record was made with.
         RunInProgressError: if another process is at this run.
     """
+    mine = run_settings(key, settings)
+
+    def make() -> dict[str, Any]:
+        if isinstance(mine, LoPESettings):  # adaptations have training of their own
+            return lope_study.make(key, mine, torch.device(device), progress)
+        task = TASKS.get(key.task) or NOISY[key.task]
+        return _Run(task, key, mine, results, torch.device(device)).make(progress)
+
+    return made_with(mine, _recorded(key, results, device, wait, make), key.path(results))
+
+
+def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -> Settings | LoPESettings:
+    """The settings of a run: those of its task and profile, or others that are given, with its variant's change.
+
+    Raises:
+        ValueError: for an unknown task or variant, settings of another kind of task, or a variant that the task or its
+            protocol does not go with.
+    """
     check_choice("task", key.task, (*TASKS, *NOISY, *lope_study.NOISE))
-    if key.task in lope_study.NOISE:  # which have training of their own
+    if key.task in lope_study.NOISE:
         lope_study.check(key)
         how = lope_study.settings(key.profile) if settings is None else settings
         if not isinstance(how, LoPESettings):
             raise ValueError(f"settings are {type(how).__name__}; {key.task} needs LoPESettings")
-        record = _recorded(
-            key, results, device, wait, lambda: lope_study.make(key, how, torch.device(device), progress)
-        )
-        return _made_with(how, record, key.path(results))
+        return how
     task = TASKS.get(key.task) or NOISY[key.task]
     if key.task in NOISY:
         check_choice("protocol (of a task with wrong labels)", key.protocol, ("clean",))
@@ -117,14 +132,15 @@ def run(
     mine = changed(settings or task.settings(key.profile), key.variant)
     if mine.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
-    record = _recorded(
-        key, results, device, wait, lambda: _Run(task, key, mine, results, torch.device(device)).make(progress)
-    )
-    return _made_with(mine, record, key.path(results))
+    return mine
 
 
-def _made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The record, if it was made with these settings, as far as it names them (older ones lack some)."""
+def made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record, if it was made with these settings, as far as it names them (older ones lack some).
+
+    Raises:
+        ValueError: if it was made with others.
+    """
     asked, made = _plain(asdict(settings)), record["settings"]
     other = [name for name in asked if name in made and made[name] != asked[name]]
     if other:
