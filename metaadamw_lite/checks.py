@@ -15,6 +15,11 @@ def _is_finite(value: Any) -> bool:
     return number and math.isfinite(value)
 
 
+def without_numpy(value: Any) -> Any:
+    """A number of NumPy's as one of Python's, since checkpoints are read without NumPy's types; others as they are."""
+    return value.item() if isinstance(value, np.generic | np.ndarray) else value
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 

@@ -32,7 +32,7 @@ READ_AT_ONCE = 2**16
 FULL = (torch.float32, torch.float64)
 LARGE, SMALL = 1e36, 1e-30
 """Squares taken in float32 beyond these may have overflowed, or lost the digits that a cosine needs."""
-ONE = torch.tensor(1.0)
+ONE = torch.tensor(1.0, device="cpu")
 """Wrapped once, as torch does for the same reason: adding a Python number to many tensors wraps it anew for each."""
 
 Array = np.ndarray[Any, np.dtype[Any]]

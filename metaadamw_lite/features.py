@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,12 +113,14 @@ def tensor_statistics(products: Tensor) -> Tensor:
     return torch.stack([norm_g, norm_m, tt.sqrt(), cosine, vv.sqrt()], dim=1)
 
 
-def zero_counts(g: Sequence[Tensor], m: Sequence[Tensor]) -> Tensor:
-    """How many numbers of each gradient and of each first moment are zero, (n, 2); for two columns of "enhanced"."""
-    counts = [[(x == 0).sum() for x in tensors] for tensors in (g, m)]
+def zero_counts(g: Sequence[Tensor], m: Sequence[Tensor], like: Tensor) -> Tensor:
+    """How many numbers of each gradient and of each first moment are zero, (n, 2); for two columns of "enhanced".
+
+    Type and device are those of ``like``.
+    """
     if not g:
-        return torch.zeros(0, 2, dtype=torch.float64)
-    return torch.stack([torch.stack(count) for count in counts], dim=1).double()
+        return like.new_zeros(0, 2)
+    return torch.stack([torch.stack([(x == 0).sum().to(like) for x in tensors]) for tensors in (g, m)], dim=1)
 
 
 def group_features(
@@ -140,9 +142,9 @@ def group_features(
     if config.version == "enhanced" or config.version.endswith("basic_plus"):
         variance = zeros.index_add(0, index, (statistics - mean[index]).square()) / count
     if config.version == "enhanced":
-        structure = [(math.log1p(sum(p.numel() for p in g.params)), g.bias_ratio, g.depth) for g in groups]
+        structure = tuple((math.log1p(sum(p.numel() for p in g.params)), g.bias_ratio, g.depth) for g in groups)
         norms = [mean[:, 0], variance[:, 0], mean[:, 1], variance[:, 1]]
-        columns = [torch.stack(norms, dim=1), mean[:, 5:], statistics.new_tensor(structure)]
+        columns = [torch.stack(norms, dim=1), mean[:, 5:], constant(structure, statistics)]
     elif config.version.endswith("basic_plus"):
         std = variance.sqrt()
         columns += [std[:, :4], mean[:, 4:], std[:, 4:]] if config.use_v_norms else [std[:, :4]]
@@ -155,12 +157,25 @@ def group_features(
     return torch.cat(columns, dim=1)
 
 
+def constant(values: tuple[Any, ...], like: Tensor) -> Tensor:
+    """A tensor of numbers that stay the same from step to step, of the type and on the device of ``like``.
+
+    It is kept: a copy to a GPU waits for it.
+    """
+    return _constant(values, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device)
+
+
 @lru_cache(maxsize=16)
 def _membership(
     members: tuple[int, ...], groups: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The group number of each tensor, (n,), and how many each group has, at least 1, (G, 1)."""
-    index = torch.tensor(members, dtype=torch.long)
+    index = torch.tensor(members, dtype=torch.long, device="cpu")
     count = torch.bincount(index, minlength=groups).clamp_min(1)
     return index.to(device), count.to(device, dtype).unsqueeze(1)
 

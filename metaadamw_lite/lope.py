@@ -73,12 +73,12 @@ class LoPELinear(nn.Module):
         check_seed(seed)
         self.base, self.scale, self.mask = base.requires_grad_(False), scale, None
         like = base.weight
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
 
         def uniform(rows: int) -> nn.Parameter:
             """As ``nn.Linear`` starts: uniform within 1/√d_in."""
             bound = like.shape[1] ** -0.5
-            values = torch.empty(rows, like.shape[1]).uniform_(-bound, bound, generator=generator)
+            values = torch.empty(rows, like.shape[1], device="cpu").uniform_(-bound, bound, generator=generator)
             return nn.Parameter(values.to(like))
 
         self.A = uniform(rank)
@@ -340,7 +340,7 @@ def discrete_noise(words: Sequence[str], share: float = 0.05, seed: int = 0) -> 
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; it must be in [0, 1]")
     check_seed(seed)
-    rng = random.Random(seed)
+    rng = random.Random(int(seed))
     chosen = rng.sample(range(len(words)), round(share * len(words)))
     moving, lengthened = _thirds(len(chosen), rng)
     # Those that are to lose a letter come last, and long words can lose one.

@@ -321,7 +321,7 @@ def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float
     pairs = [
         (torch.linalg.vector_norm(local(p)), torch.linalg.vector_norm(x)) for p, x in zip(at, direction, strict=True)
     ]
-    norms = torch.stack([torch.stack(pair).double().cpu() for pair in pairs])
+    norms = torch.stack([torch.stack(pair).cpu().double() for pair in pairs])
     norm_at, norm_r = sum_over_shards(norms.square(), at).sum(dim=0).sqrt().tolist()
     return float(precision**0.5 * (1 + norm_at) / max(norm_r, 1e-30))
 
@@ -371,13 +371,15 @@ class Surroundings:
     """
 
     def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
-        self._tables = [(module, dict(module._buffers)) for module in model.modules()]
-        buffers = {buffer for _, named in self._tables for buffer in named.values() if buffer is not None}
+        self._tables = [
+            (module, dict(module._buffers), set(_non_persistent(module) or ())) for module in model.modules()
+        ]
+        buffers = {buffer for _, named, _ in self._tables for buffer in named.values() if buffer is not None}
         trained = set(params)
         others = {name: p for name, p in model.named_parameters() if p not in trained and p.device.type != "meta"}
         few = sum(p.numel() for p in others.values()) <= 2 * sum(p.numel() for p in params)
         kept = [x for x in (*buffers, *(others.values() if few else ())) if x.device.type != "meta"]
-        self._values = [(x, local(x).detach().clone()) for x in kept if not _is_expanded(local(x))]
+        self._values = [(x, _copy(local(x).detach())) for x in kept]
         self._frozen = {} if few else {name: (p, _sum_of_bytes(p)) for name, p in others.items()}
         self._is_new = True
 
@@ -396,14 +398,23 @@ class Surroundings:
         if self._is_new:
             self._is_new = False
             return
-        for module, named in self._tables:
-            table = module._buffers
-            for name in [name for name in table.keys() if name not in named]:  # noqa: SIM118
-                del table[name]
-            for name, buffer in named.items():  # one by one: a ScriptModule's table of buffers can do no more
-                if name not in table or table[name] is not buffer:
+        for module, named, non_persistent in self._tables:
+            table, listed = module._buffers, _non_persistent(module)
+            if listed is not None and listed != non_persistent:
+                listed.clear()
+                listed.update(non_persistent)
+            if list(table.keys()) != list(named):  # not so in a ScriptModule, whose table cannot do this
+                table.clear()
+                table.update(named)
+            for name, buffer in named.items():
+                if table[name] is not buffer:
                     table[name] = buffer
         pairs = [(local(x), value) for x, value in self._values]
+        for x, value in pairs:
+            if (x.shape, x.dtype) != (value.shape, value.dtype):  # through ``.data``, or by ``resize_``
+                with torch.inference_mode(x.is_inference()):
+                    x.data = value.clone()
+        pairs = [(_without_repetitions(x), _without_repetitions(value)) for x, value in pairs]
         on_host = [x.device.type == "cpu" or x.layout != torch.strided for x, _ in pairs]
         elsewhere = [(x.data, value) for (x, value), here in zip(pairs, on_host, strict=True) if not here]
         if elsewhere:  # without a look, for which the host would have to wait
@@ -427,11 +438,23 @@ def _overwrite(x: Tensor, value: Tensor) -> None:
         x.data.copy_(value)  # a graph that is not yet used up may hold x, and torch would refuse that
 
 
-def _is_expanded(x: Tensor) -> bool:
-    """Whether elements share memory; torch writes to no such tensor, so it cannot have changed."""
-    if x.layout != torch.strided:
-        return False
-    return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
+def _non_persistent(module: nn.Module) -> set[str] | None:
+    """The names of a module's buffers that ``state_dict`` leaves out; None for a ScriptModule, which keeps no list."""
+    return vars(module).get("_non_persistent_buffers_set")
+
+
+def _without_repetitions(x: Tensor) -> Tensor:
+    """A view of a tensor that has each element of an expanded dimension once; torch writes to no other."""
+    if x.layout == torch.strided:
+        for dim, (step, size) in enumerate(zip(x.stride(), x.shape, strict=True)):
+            if step == 0 and size > 1:
+                x = x.narrow(dim, 0, 1)
+    return x
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy of a tensor's values, expanded where it is."""
+    return _without_repetitions(x).clone().expand_as(x) if x.layout == torch.strided else x.clone()
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:

@@ -25,9 +25,17 @@ from metaadamw_lite.checks import (
     check_priorities,
     check_range,
     check_seed,
+    without_numpy,
 )
 from metaadamw_lite.fast import FULL, Bucket, Memory, PlainModulator, fused_adamw, in_one_buffer, torch_adamw
-from metaadamw_lite.features import FeatureConfig, group_features, tensor_statistics, time_feature, zero_counts
+from metaadamw_lite.features import (
+    FeatureConfig,
+    constant,
+    group_features,
+    tensor_statistics,
+    time_feature,
+    zero_counts,
+)
 from metaadamw_lite.groups import (
     ModulationGroup,
     Place,
@@ -198,10 +206,12 @@ class MetaAdamW(torch.optim.AdamW):
         self._places = {} if found is None else places_by_class(found)
         self._group_places: list[dict[str, Place]] = []  # one for each parameter group
         self._meta_objective = meta_objective
-        self._feature_gating_sparsity = feature_gating_sparsity
+        self._feature_gating_sparsity = float(feature_gating_sparsity)
         self._total_steps = total_steps
         self._t = 0
         self.groups: list[ModulationGroup] = []
+        lr, eps, weight_decay = (without_numpy(x) for x in (lr, eps, weight_decay))
+        betas = (without_numpy(betas[0]), without_numpy(betas[1]))
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
         self._step_supports_amp_scaling = False
@@ -212,7 +222,7 @@ class MetaAdamW(torch.optim.AdamW):
         self._regroup()
 
         double = all(p.dtype == torch.float64 for p in self._parameters())
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # whatever the default device is
             torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would reseed the GPUs too
             self.modulator = Modulator(
                 len(self._feature_config.columns),
@@ -220,8 +230,8 @@ class MetaAdamW(torch.optim.AdamW):
                 layers=attn_layers,
                 heads=attn_heads,
                 hidden_dim=attn_hidden_dim,
-                alpha_range=alpha_range,
-                beta_range=beta_range,
+                alpha_range=float(alpha_range),
+                beta_range=float(beta_range),
                 group_embed_dim=group_embed_dim if feature_version == "enhanced" else 0,
                 gating=use_feature_gating,
             )
@@ -229,13 +239,14 @@ class MetaAdamW(torch.optim.AdamW):
         self._forget()
         self.huw: PriorityHUW | None = None
         if meta_objective == "combined" and huw_priorities is not None:
-            self.huw = PriorityHUW(("regression",) * 3, tuple(huw_priorities))
+            with torch.device("cpu"):
+                self.huw = PriorityHUW(("regression",) * 3, tuple(huw_priorities))
             self.huw.to(self._phi_device, self._phi_dtype)
-        weights = {"params": list(self.modulator.parameters()), "weight_decay": meta_weight_decay}
+        weights = {"params": list(self.modulator.parameters()), "weight_decay": float(meta_weight_decay)}
         variances = {"params": list(self.huw.parameters()) if self.huw else [], "weight_decay": 0.0}
         self._meta_optimizer_name = meta_optimizer
         # Φ may have over a thousand small tensors.
-        self._meta_optimizer = META_OPTIMIZERS[meta_optimizer]([weights, variances], lr=meta_lr, foreach=True)
+        self._meta_optimizer = META_OPTIMIZERS[meta_optimizer]([weights, variances], lr=float(meta_lr), foreach=True)
         self.alpha = torch.ones(len(self.groups), device=self._phi_device, dtype=self._phi_dtype)
         self.beta = torch.ones_like(self.alpha)
 
@@ -252,7 +263,10 @@ class MetaAdamW(torch.optim.AdamW):
 
         Raises:
             RuntimeError: for sparse gradients, before anything is changed.
+            ValueError: for an option of torch's AdamW that is not supported and was switched on in ``param_groups``.
         """
+        for group in self.param_groups:
+            _refuse_unsupported(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -267,6 +281,8 @@ class MetaAdamW(torch.optim.AdamW):
                 by_torch.append(bucket)
             elif bucket.theta[0].device.type == "cpu":
                 on_host.append(bucket)
+            elif bucket.theta[0].dtype == torch.float64:  # a GPU's kernel reads a rate that is a tensor as float32
+                by_torch.append(bucket)
             else:
                 self._move_on_device(bucket)
         if by_torch or on_host:  # a GPU's factors are waited for only here
@@ -276,6 +292,7 @@ class MetaAdamW(torch.optim.AdamW):
             for bucket in by_torch:
                 settings, (alpha, beta) = bucket.settings, factors[bucket.k]
                 lr, weight_decay = settings["lr"] * alpha, beta * settings["weight_decay"]
+                lr = float(lr) if settings["fused"] else lr
                 torch_adamw(bucket, lr, weight_decay, settings["foreach"], settings["fused"])
         self._t += 1
         return loss
@@ -332,7 +349,7 @@ class MetaAdamW(torch.optim.AdamW):
         It takes no tensor for the decay, so that is done before, as the kernel would.
         """
         device, weight_decay = bucket.theta[0].device, bucket.settings["weight_decay"]
-        lr = bucket.settings["lr"] * self.alpha[bucket.k].to(device)
+        lr = (bucket.settings["lr"] * self.alpha[bucket.k].to(device)).float()
         if weight_decay:
             torch._foreach_mul_(bucket.theta, 1 - lr * self.beta[bucket.k].to(device) * weight_decay)
         torch._foreach_add_(bucket.step, 1)
@@ -368,14 +385,14 @@ class MetaAdamW(torch.optim.AdamW):
         sums = self._memory.inner_products(buckets)
         enhanced = self._feature_config.version == "enhanced"
         if enhanced:
-            zeros = zero_counts([x for b in buckets for x in b.g], [x for b in buckets for x in b.m])
-            sums = torch.cat([sums, zeros.to(sums)], dim=1)
+            zeros = zero_counts([x for b in buckets for x in b.g], [x for b in buckets for x in b.m], sums)
+            sums = torch.cat([sums, zeros], dim=1)
         if self._sharded:
             sums = sum_over_shards(sums, params)
         measured = tensor_statistics(sums[:, :5])
         if enhanced:
-            sizes = sums.new_tensor([max(p.numel(), 1) for p in params]).unsqueeze(1)  # an empty tensor has no zeros
-            measured = torch.cat([measured, sums[:, 5:] / sizes], dim=1)
+            sizes = constant(tuple(max(p.numel(), 1) for p in params), sums)  # an empty tensor has no zeros
+            measured = torch.cat([measured, sums[:, 5:] / sizes.unsqueeze(1)], dim=1)
         time = time_feature(self._t, self._total_steps)
         return group_features(self._feature_config, self.groups, members, measured, time)
 
@@ -426,8 +443,10 @@ class MetaAdamW(torch.optim.AdamW):
                 finite. Φ stays as it was.
             RuntimeError: for checkpoints with ``use_reentrant=True`` (but under ``fully_shard``), and for a forward
                 pass that changes parameters which are not trained and too large to be copied: these stay as the forward
-                passes left them. Φ stays as it was.
+                passes left them. Also under ``torch.inference_mode``. Φ stays as it was.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("update_attention takes gradients; call it outside of torch.inference_mode()")
         objective = self._meta_objective
         if val_batch is None and objective != "gradient":
             raise ValueError(f"val_batch is None, but meta_objective={objective!r} needs a validation batch")
@@ -487,6 +506,7 @@ class MetaAdamW(torch.optim.AdamW):
 
     def _descend(self, total: Tensor) -> None:
         """One step of the meta-optimizer down ``total``; a ValueError before it if the gradient is not finite."""
+        self._follow_phi()
         phi = [p for group in self._meta_optimizer.param_groups for p in group["params"]]
         grads: Sequence[Tensor | None] = [None] * len(phi)
         if total.requires_grad:  # not so for "gen_gap" without gates: nothing in it depends on Φ
@@ -498,6 +518,17 @@ class MetaAdamW(torch.optim.AdamW):
             p.grad = torch.zeros_like(p) if grad is None else grad
         self._meta_optimizer.step()
         self._meta_optimizer.zero_grad()
+
+    def _follow_phi(self) -> None:
+        """Let the meta-optimizer hold the parameters that Φ and the uncertainty weights have now.
+
+        They may have been replaced (``load_state_dict(..., assign=True)``, another Φ); it would train the old ones.
+        """
+        for group, module in zip(self._meta_optimizer.param_groups, (self.modulator, self.huw), strict=True):
+            now = [] if module is None else list(module.parameters())
+            for old in set(group["params"]).difference(now):
+                self._meta_optimizer.state.pop(old, None)
+            group["params"] = now
 
     # ---------------------------------------------------------------- groups
 
@@ -598,9 +629,15 @@ class MetaAdamW(torch.optim.AdamW):
     # ---------------------------------------------------------------- saving
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state and, under "meta", Φ, its optimizer, the uncertainty weights and the step count."""
-        state = super().state_dict()
-        state["meta"] = {
+        """AdamW's state and, under "meta", Φ, its optimizer, the uncertainty weights and the step count.
+
+        Hooks that torch calls when it saves or loads a state see AdamW's part of it.
+        """
+        return {**super().state_dict(), "meta": self._meta_state()}
+
+    def _meta_state(self) -> dict[str, Any]:
+        self._follow_phi()
+        return {
             "version": _META_STATE_VERSION,
             "t": self._t,
             "groups": [group.name for group in self.groups],
@@ -612,7 +649,6 @@ class MetaAdamW(torch.optim.AdamW):
             "meta_optimizer": self._meta_optimizer_name,
             "meta_optimizer_state": self._meta_optimizer.state_dict(),
         }
-        return state
 
     def _phi_settings(self) -> dict[str, Any]:
         """What decides the function that Φ computes and the shapes of its parameters do not show."""
@@ -629,13 +665,15 @@ class MetaAdamW(torch.optim.AdamW):
         """Load what ``state_dict`` returned; training then goes on as if it had not stopped.
 
         Raises:
-            ValueError: if the state was not saved by MetaAdamW, or for other groups or another Φ. Nothing is changed
-                then.
+            ValueError: if the state was not saved by MetaAdamW, for other groups or another Φ, or for settings that the
+                constructor would refuse. Nothing is changed then.
         """
         meta = state_dict.get("meta")
         if meta is None:
             raise ValueError("the state has no entry 'meta': it was not saved by MetaAdamW")
-        mine = self.state_dict()["meta"]
+        for group in state_dict.get("param_groups", ()):
+            _check_settings({**self.defaults, **group})
+        mine = self._meta_state()
         meta = {"phi": mine["phi"], **meta}  # the first revisions saved neither this nor the meta-optimizer's name
         if isinstance(meta.get("meta_optimizer"), dict):
             meta |= {"meta_optimizer_state": meta["meta_optimizer"], "meta_optimizer": mine["meta_optimizer"]}
@@ -661,6 +699,8 @@ class MetaAdamW(torch.optim.AdamW):
             [len(group["params"]) for group in saved["meta_optimizer_state"].get("param_groups", ())]
             for saved in (mine, meta)
         )
+        if "state" not in meta["meta_optimizer_state"]:
+            raise ValueError("the state's meta_optimizer_state lacks 'state'")
         if sizes != sizes_saved:
             raise ValueError(
                 f"the state's meta-optimizer has groups of {sizes_saved} parameters, this one's of {sizes}"
@@ -705,6 +745,11 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     """A ValueError for settings of a parameter group that are out of range or not supported."""
     check_not_negative(**{name: group[name] for name in ("lr", "eps", "weight_decay")})
     check_betas(group["betas"])
+    _refuse_unsupported(group)
+
+
+def _refuse_unsupported(group: Mapping[str, Any]) -> None:
+    """A ValueError for options of torch's AdamW that this optimizer would have to ignore."""
     for name in _UNSUPPORTED:
         if group.get(name):
             raise ValueError(f"{name} is {group[name]}; only False is supported")

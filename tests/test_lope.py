@@ -4,6 +4,7 @@ import copy
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same
@@ -311,7 +312,7 @@ def test_what_has_no_stages_and_what_is_wrapped_twice():
 def test_the_seed_alone_decides_where_adapters_start():
     models = [net() for _ in range(3)]
     state = torch.get_rng_state()
-    first, again, other = (LoPE.wrap(m, ["q"], seed=seed) for m, seed in zip(models, (0, 0, 1), strict=True))
+    first, again, other = (LoPE.wrap(m, ["q"], seed=seed) for m, seed in zip(models, (0, np.int64(0), 1), strict=True))
     assert torch.equal(torch.get_rng_state(), state)
     assert_same(first.state_dict(), again.state_dict())
     assert not torch.equal(first.layers["blocks.0.q"].A, other.layers["blocks.0.q"].A)
@@ -339,7 +340,7 @@ def test_discrete_noise_has_exact_shares_and_says_where(share):
 
 def test_discrete_noise_is_seeded_and_leaves_the_words_alone():
     before = list(WORDS)
-    assert discrete_noise(WORDS, 0.2, 1) == discrete_noise(WORDS, 0.2, 1)
+    assert discrete_noise(WORDS, 0.2, 1) == discrete_noise(WORDS, 0.2, np.int64(1))
     assert discrete_noise(WORDS, 0.2, 1) != discrete_noise(WORDS, 0.2, 2)
     assert before == WORDS
 

@@ -441,6 +441,100 @@ def test_what_a_forward_pass_moves_is_the_same_for_every_loss_and_put_back(write
     assert_same(model.state_dict(), before)
 
 
+class Rebuilt(nn.Module):
+    """A model whose forward pass does something to a buffer, and whose output shows what is in it."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.output = nn.Linear(4, 3)
+        self.register_buffer("q", torch.full((2, 3), 0.1))
+        self.register_buffer("hidden", torch.full((3,), 0.2), persistent=False)
+        self.base = torch.full((1, 3), 0.3)
+        self.register_buffer("wide", self.base.expand(2, 3))
+        self.change = change
+
+    def forward(self, x):
+        shown = self.q.sum() + self.hidden.sum() + self.wide.sum()
+        self.change(self)
+        return self.output(x) * shown
+
+
+def resized(model):
+    model.q.resize_(7, 3).fill_(5.0)
+
+
+def larger(model):
+    model.q.data = torch.full((5, 2, 3), 5.0)
+
+
+def narrower(model):
+    model.q.data = model.q.data.to(torch.bfloat16)
+
+
+def without_hidden(model):
+    del model.hidden
+    model.hidden = torch.full((3,), 5.0)
+
+
+def registered_anew(model):
+    model.register_buffer("q", torch.full((2, 3), 5.0), persistent=False)
+
+
+def below_the_expanded(model):
+    model.base.fill_(5.0)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "the loss raises"])
+@pytest.mark.parametrize(
+    "change", [resized, larger, narrower, without_hidden, registered_anew, below_the_expanded], ids=lambda f: f.__name__
+)
+def test_a_buffer_is_put_back_whatever_the_forward_pass_makes_of_it(change, fails):
+    torch.manual_seed(0)
+    model = Rebuilt(change)
+    samples = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(3)]
+    optimizer = MetaAdamW(model.output.named_parameters(), lr=0.0)
+    saved, values = copy.deepcopy(model.state_dict()), {n: x.clone() for n, x in model.named_buffers()}
+
+    def loss(model, batch):
+        value = centred_loss(model, batch)
+        if fails:
+            raise KeyboardInterrupt
+        return value
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.update_attention(model, *samples[:2], loss, samples[2])
+    else:
+        losses = optimizer.update_attention(model, *samples[:2], loss, samples[2])
+        assert losses.loss_decrease == 0, "θ′ is θ where the learning rate is zero"
+    assert_same(dict(model.named_buffers()), values)
+    assert {n: x.dtype for n, x in model.named_buffers()} == {n: x.dtype for n, x in values.items()}
+    assert_same(model.state_dict(), saved)
+
+
+@pytest.mark.parametrize("meta_optimizer", ["sgd", "adam"])
+def test_parameters_that_take_the_place_of_phis_are_trained(batches, meta_optimizer):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), meta_lr=0.1, meta_optimizer=meta_optimizer)
+    update = (model, batches[0], batches[1], cross_entropy, batches[2])
+    optimizer.update_attention(*update)
+    for module in (optimizer.modulator, optimizer.huw):
+        module.load_state_dict({n: x.clone() for n, x in module.state_dict().items()}, assign=True)
+    before = copy.deepcopy((optimizer.modulator.state_dict(), optimizer.huw.state_dict()))
+    optimizer.update_attention(*update)
+    assert not torch.equal(optimizer.modulator.output.weight, before[0]["output.weight"])
+    assert not torch.equal(optimizer.huw.log_var, before[1]["log_var"])
+    held = {p for group in optimizer._meta_optimizer.param_groups for p in group["params"]}
+    assert set(optimizer._meta_optimizer.state) <= held, "no moments of parameters that are gone"
+
+
+def test_a_meta_update_in_inference_mode_is_refused_by_name(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        optimizer.update_attention(model, batches[0], batches[1], cross_entropy, batches[2])
+
+
 @pytest.mark.parametrize("write", [torch.Tensor.copy_, lambda x, y: x.data.copy_(y), new_data])
 def test_a_large_frozen_model_that_the_forward_pass_changes_is_refused_by_name(write):
     """It is not copied: below a small adapter that would double the memory."""

@@ -233,6 +233,38 @@ def test_empty_parameter_groups():
     optimizer.step()
 
 
+def test_what_is_switched_on_later_is_refused_too(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters())
+    train(model, optimizer, batches[:1])
+    before = copy.deepcopy(model.state_dict())
+    optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="maximize is True"):
+        optimizer.step()
+    assert_same(model.state_dict(), before)
+
+
+def test_the_seed_decides_phi_whatever_the_default_device_is(batches):
+    """With the default device "meta" nothing that is made there has values."""
+    model, expected = tiny(), MetaAdamW(tiny().named_parameters(), seed=3)
+    with torch.device("meta"):
+        optimizer = MetaAdamW(model.named_parameters(), seed=3)
+    assert_same(optimizer.modulator.state_dict(), expected.modulator.state_dict())
+    train(model, optimizer, batches[:1])
+    with torch.device("meta"):
+        optimizer.step()
+        optimizer.update_attention(model, batches[1], batches[2], cross_entropy, batches[3])
+    assert optimizer.alpha.device.type == "cpu"
+
+
+@pytest.mark.parametrize("alpha_range", [torch.tensor(0.4), np.array(0.4)], ids=["a tensor", "an array"])
+def test_a_range_may_be_a_number_of_torch_or_numpy(batches, alpha_range):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), alpha_range=alpha_range)
+    train(model, optimizer, batches[:2])
+    assert ((optimizer.alpha - 1).abs() <= 0.2).all()
+
+
 @pytest.mark.parametrize("option", ["maximize", "amsgrad", "capturable", "differentiable"])
 def test_options_that_are_not_supported_are_refused_and_not_ignored(option):
     parameter = nn.Parameter(torch.ones(2))

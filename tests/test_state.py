@@ -5,6 +5,7 @@ import io
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, cross_entropy, tiny, train
@@ -113,6 +114,54 @@ def test_a_state_whose_meta_optimizer_lacks_a_group_is_refused_before_anything_i
     with pytest.raises(ValueError, match="meta-optimizer has groups of"):
         other.load_state_dict(state)
     assert_same(other.state_dict(), before)
+
+
+def test_a_state_whose_meta_optimizer_has_no_state_is_refused_before_anything_is_changed(batches):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    train(model, optimizer, batches[:2])
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["meta"]["meta_optimizer_state"]["state"]
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="meta_optimizer_state lacks 'state'"):
+        optimizer.load_state_dict(state)
+    assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("amsgrad", True), ("maximize", True), ("betas", (2.0, 0.9)), ("lr", -1.0)]
+)
+def test_a_state_with_settings_that_the_constructor_refuses_is_refused(batches, setting, value):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    train(model, optimizer, batches[:2])
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0][setting] = value
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=setting):
+        optimizer.load_state_dict(state)
+    assert_same(optimizer.state_dict(), before)
+
+
+def test_loading_does_not_run_what_is_hooked_to_saving():
+    optimizer = MetaAdamW(tiny().named_parameters())
+    state = optimizer.state_dict()
+    optimizer.register_state_dict_post_hook(lambda *args: pytest.fail("a collective here would wait for ever"))
+    optimizer.load_state_dict(state)
+
+
+def test_numbers_of_numpy_do_not_reach_a_checkpoint():
+    """``weights_only=True`` reads no types of NumPy's."""
+    numbers = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.1, "meta_lr": 1e-3, "meta_weight_decay": 1e-4}
+    numbers |= {"alpha_range": 0.5, "beta_range": 0.5}
+    as_numpy = {name: np.float64(x) for name, x in numbers.items()}
+    optimizer = MetaAdamW(tiny().named_parameters(), betas=(np.float64(0.9), np.float64(0.99)), **as_numpy)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = MetaAdamW(tiny().named_parameters(), betas=(0.9, 0.99), **numbers)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("part", ["t", "alpha", "modulator", "huw", "meta_optimizer", "meta_optimizer_state"])
