@@ -44,6 +44,13 @@ def check_range(**values: Any) -> None:
             raise ValueError(f"{name} is {value!r}; it must be in [0, 2], so that no factor is negative")
 
 
+def check_share(**values: Any) -> None:
+    """Every value is in [0, 1]."""
+    for name, value in values.items():
+        if not (_is_finite(value) and 0 <= value <= 1):
+            raise ValueError(f"{name} is {value!r}; it must be in [0, 1]")
+
+
 def check_count(least: int = 1, /, **values: Any) -> None:
     """Every value is an integer (NumPy's included) that is not less than ``least``."""
     for name, value in values.items():

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaadamw_lite.checks import check_choice, check_count, check_not_negative, check_seed
+from metaadamw_lite.checks import check_choice, check_count, check_not_negative, check_seed, check_share
 
 
 class LoPELinear(nn.Module):
@@ -225,7 +225,7 @@ class LoPE:
         What is frozen loses its ``.grad``, so that no optimizer moves it.
 
         Raises:
-            ValueError: for another number, or adapters without a poisoning expert, which have no stages.
+            ValueError: for another number, adapters without a poisoning expert, which have no stages, or merged ones.
         """
         check_choice("stage", number, (1, 2))
         self._check_poisoning()
@@ -244,7 +244,7 @@ class LoPE:
             compensate: by DyCompEnSate; else the clean experts keep their weights, which then sum to less than one.
 
         Raises:
-            ValueError: for adapters without a poisoning expert.
+            ValueError: for adapters without a poisoning expert, or merged ones.
         """
         self._check_poisoning()
         for layer in self.layers.values():
@@ -305,6 +305,8 @@ class LoPE:
                 x.copy_(state[name])
 
     def _check_poisoning(self) -> None:
+        if not self.layers:
+            raise ValueError("the adapters are merged into the model; none is left")
         if any(layer.B_D is None for layer in self.layers.values()):
             raise ValueError("the adapters have no poisoning expert; wrap with poisoning=True")
 
@@ -335,10 +337,11 @@ def discrete_noise(words: Sequence[str], share: float = 0.05, seed: int = 0) -> 
     their kinds are drawn, of two or three words each kind a third on average.
 
     Raises:
-        ValueError: for a share outside [0, 1] or a bad seed.
+        ValueError: for one string instead of words, a share outside [0, 1] or a bad seed.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share is {share}; it must be in [0, 1]")
+    if isinstance(words, str):
+        raise ValueError(f"words is {words!r}; a sequence of words is needed")
+    check_share(share=share)
     check_seed(seed)
     rng = random.Random(int(seed))
     chosen = rng.sample(range(len(words)), round(share * len(words)))
@@ -383,9 +386,12 @@ def continuous_noise(
         generator: of torch's random numbers, on the CPU; None for the global one.
 
     Raises:
-        ValueError: if shapes do not fit, ``valid`` is not boolean or the scale is negative.
+        ValueError: if shapes do not fit, embeddings are no floating-point numbers, ``valid`` is not boolean or the
+            scale is negative.
     """
     check_not_negative(scale=scale)
+    if not embeddings.is_floating_point():
+        raise ValueError(f"embeddings are {embeddings.dtype}; floating-point numbers are needed, not numbers of words")
     if valid.dtype != torch.bool or valid.shape != embeddings.shape[:-1]:
         raise ValueError(
             f"valid is {valid.dtype} of shape {tuple(valid.shape)}; booleans of shape {tuple(embeddings.shape[:-1])} "

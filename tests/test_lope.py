@@ -320,6 +320,15 @@ def test_the_seed_alone_decides_where_adapters_start():
     assert not torch.equal(first.layers["blocks.1.q"].A, other.layers["blocks.0.q"].A)
 
 
+def test_merged_adapters_have_no_stages_left():
+    model = net()
+    lope = LoPE.wrap(model, ["q"], experts=1, poisoning=False)
+    lope.merge()
+    for act in (lambda: lope.stage(1), lope.mask_poisoning_expert):
+        with pytest.raises(ValueError, match="merged into the model"):
+            act()
+
+
 # ---------------------------------------------------------------- noise
 
 WORDS = [f"{'abcdefghijkl'[k % 12] * (k % 5 + 1)}{k}" for k in range(300)]
@@ -370,10 +379,17 @@ def test_short_texts_have_all_kinds_of_noise(count):
         assert found == {kind: 3000 * n for kind, n in zip(found, {4: (2, 1, 1), 5: (2, 2, 1)}[count], strict=True)}
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan, None])
 def test_bad_shares_are_quoted(share):
     with pytest.raises(ValueError, match=f"share is {share}"):
         discrete_noise(WORDS, share)
+
+
+def test_what_is_no_text_and_no_embedding_is_refused():
+    with pytest.raises(ValueError, match="words is 'the film was long'"):
+        discrete_noise("the film was long", 0.5)
+    with pytest.raises(ValueError, match=r"embeddings are torch\.int64"):
+        continuous_noise(torch.zeros(2, 3, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), 0.1)
 
 
 def test_continuous_noise_is_uniform_at_valid_tokens_only():

@@ -1,9 +1,11 @@
 """The study of LoPE: equal arms, noise where it belongs, and records that say what happened."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from metaadamw_lite.experiments import lope_study
+from metaadamw_lite.experiments import lope_study, relatives
 from metaadamw_lite.experiments.lope_study import (
     ARMS,
     LABEL_WORDS,
@@ -17,7 +19,7 @@ from metaadamw_lite.experiments.lope_study import (
     with_noise,
 )
 from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.studies import study_runs
+from metaadamw_lite.experiments.studies import missing, study_runs
 from metaadamw_lite.experiments.training import run
 from metaadamw_lite.lope import discrete_noise
 
@@ -135,14 +137,49 @@ def test_texts_name_their_source():
 
 @pytest.mark.parametrize(("arm", "first"), [("lope", 3), ("lope-brief", 1)])
 def test_the_first_stage_has_its_share_of_the_steps(arm, first, tmp_path, monkeypatch):
-    noisy = []
-    loss_of = lope_study.loss_of
+    noisy, drawn, made = [], [], []
+    loss_of, rows_of = lope_study.loss_of, lope_study.rows_of
 
     def counting(model, rows, noise=None):
         noisy.append(noise is not None)
+        drawn.append({tuple(row) for row in rows.tolist()})
         return loss_of(model, rows, noise)
 
+    def keeping(*args):
+        rows, ends = rows_of(*args)
+        made.append({tuple(row) for row in rows.tolist()})
+        return rows, ends
+
     monkeypatch.setattr(lope_study, "loss_of", counting)
+    monkeypatch.setattr(lope_study, "rows_of", keeping)
     monkeypatch.setattr(lope_study, "pretrained", lambda s, data, *_: SmallGPT(len(data.vocabulary), s))
     run(key(arm=arm), tmp_path, progress=False)
     assert noisy == [True] * first + [False] * (6 - first)
+    _, original, with_noise = made[:3]
+    assert len(original & with_noise) < len(original) / 2, "the noise can be seen"
+    assert all(rows <= with_noise for rows in drawn[:first]), "stage I trains on the text with added noise"
+    assert all(rows <= original for rows in drawn[first:]), "stage II on the text as it is"
+
+
+def test_a_record_of_another_arm_or_noise_is_not_passed_off(records, tmp_path, monkeypatch):
+    run(key(), tmp_path, progress=False)
+    assert missing([key()], tmp_path) == []
+    for table, name, value in ((ARMS, "lope", replace(ARMS["lope"], first=0.9)), (NOISE, "lope-noise20", 0.5)):
+        with monkeypatch.context() as patch:
+            patch.setitem(table, name, value)
+            with pytest.raises(ValueError, match="made with other settings"):
+                missing([key()], tmp_path)
+
+
+def test_an_adaptation_that_fails_is_recorded_as_such_and_lost_to_its_pair(tmp_path, monkeypatch):
+    def fails(model, rows, noise=None):
+        raise RuntimeError("the matrix is singular")
+
+    monkeypatch.setattr(lope_study, "loss_of", fails)
+    monkeypatch.setattr(lope_study, "pretrained", lambda s, data, *_: SmallGPT(len(data.vocabulary), s))
+    record = run(key(), tmp_path, progress=False)
+    assert (record["status"], record["error"]) == ("failed", "RuntimeError: the matrix is singular")
+    assert record["best"] is None
+    final = relatives.adaptations_frame([record]).query("final")
+    assert final["perplexity"].isna().all()
+    assert len(final) == 1

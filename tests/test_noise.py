@@ -4,6 +4,7 @@ import io
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metaadamw_lite import LiLAW
-from metaadamw_lite.experiments import NOISY, cifar10, noise
+from metaadamw_lite import LiLAW, MetaAdamW
+from metaadamw_lite.experiments import NOISY, cifar10, noise, training
 from metaadamw_lite.experiments.datasets import DataError
 from metaadamw_lite.experiments.mislabels import SampleHistory, detection
 from metaadamw_lite.experiments.noise import (
@@ -97,6 +98,9 @@ def test_instance_dependent_noise_depends_on_the_instance():
         (LABELS, 0.5, -1, "seed is -1"),
         (LABELS + 5, 0.5, 0, "a label is 14"),
         (LABELS - 1, 0.5, 0, "a label is -1"),
+        (LABELS, "0.1", 0, "rate is '0.1'"),
+        (LABELS + 0.5, 0.5, 0, "labels are float64"),
+        (LABELS == 1, 0.5, 0, "labels are bool"),
     ],
 )
 def test_bad_arguments_are_quoted(kind, labels, rate, seed, message):
@@ -156,8 +160,9 @@ def test_a_long_tail():
     counts = torch.bincount(thinned.train[1])
     assert counts.tolist() == [round(100 * 10 ** (-c / 9)) for c in range(10)]
     assert len(thinned.test[1]) == 1_000
-    with pytest.raises(ValueError, match=r"ratio is 0\.5"):
-        imbalanced(data, 0.5)
+    for ratio in (0.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"ratio is {ratio}"):
+            imbalanced(data, ratio)
 
 
 def human_file(folder, **changes):
@@ -269,6 +274,47 @@ def test_a_run_says_what_was_learned_by_heart_and_how_well_it_is_found(tmp_path)
     assert plain[0]["val_loss"] == weighted[0]["val_loss"], "the first epoch is the warm-up"
     assert plain[1]["val_loss"] != weighted[1]["val_loss"]
     assert records["adamw-lilaw"]["lilaw"][-1]["alpha"] < 10
+
+
+def test_lilaw_learns_from_validation_batches_and_phi_is_judged_by_the_weighted_loss(tmp_path, monkeypatch):
+    runs, stepped, judged = [], [], []
+    make, meta_step, update = training._Run.make, LiLAW.meta_step, MetaAdamW.update_attention
+
+    def watched(run, progress):
+        runs.append(run)
+        return make(run, progress)
+
+    def stepping(lilaw, model, batch, each):
+        stepped.append((lilaw, batch))
+        return meta_step(lilaw, model, batch, each)
+
+    def judging(optimizer, model, batch1, batch2, loss_fn, val_batch, **how):
+        if stepped:
+            lilaw, training_was = stepped[-1][0], model.training
+            model.eval()  # the same numbers each time
+            with torch.no_grad():
+                inputs, labels = runs[0]._split(batch1)
+                logits = model(*inputs)
+                each = partial(F.cross_entropy, reduction="none")
+                judged.append((loss_fn(model, batch1), lilaw.loss(logits, labels, each), each(logits, labels).mean()))
+            model.train(training_was)
+        return update(optimizer, model, batch1, batch2, loss_fn, val_batch, **how)
+
+    monkeypatch.setattr(training._Run, "make", watched)
+    monkeypatch.setattr(LiLAW, "meta_step", stepping)
+    monkeypatch.setattr(MetaAdamW, "update_attention", judging)
+    run(RunKey("cifar10-symmetric40", "metaadamw-lilaw", "clean", "smoke", 0), tmp_path, progress=False)
+    data = runs[0].data
+    (validation,), (trained,) = (runs[0]._split(part)[0] for part in (data.val, data.train))
+    validation, trained = ({x.numpy().tobytes() for x in inputs} for inputs in (validation, trained))
+    seen = {x.numpy().tobytes() for _, (inputs, *_) in stepped for x in inputs}
+    assert seen
+    assert seen <= validation
+    assert not seen & trained
+    assert judged
+    for value, weighted, _ in judged:
+        torch.testing.assert_close(value, weighted)
+    assert not all(torch.isclose(value, plain) for value, _, plain in judged), "after the warm-up they differ"
 
 
 def test_training_that_diverges_under_lilaw_is_recorded_as_without_it(tmp_path):

@@ -29,6 +29,7 @@ from metaadamw_lite.experiments.datasets import read_table
 from metaadamw_lite.experiments.records import (
     RunKey,
     environment,
+    is_the_machines_fault,
     peak_memory_mib,
     reset_peak_memory,
 )
@@ -304,7 +305,7 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
     where = environment(device)  # now: the source may change while this runs
     reset_peak_memory(device)
     data = texts(s, key.source)
-    model: nn.Module = pretrained(s, data, device, progress)
+    start: nn.Module = pretrained(s, data, device, progress)
     seeds = np.random.SeedSequence([key.seed, 7]).generate_state(4)
     before, ends = (x.to(device) for x in rows_of(data.test, data.vocabulary, s.length))
     reviews = with_noise(data.train, share, int(seeds[0]))
@@ -313,57 +314,76 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
     if arm.discrete:  # on top of the noise that the data have
         poison, _ = rows_of(with_noise(reviews, s.share, int(seeds[1])), data.vocabulary, s.length)
 
-    entries = [{"epoch": 0, "stage": "pretrained", **_tested(model, before, ends, data)}]
-    model, lope = _adapted(model, arm, s, key.seed)
-    trainable = sum(p.numel() for p in _parameters(model, lope))
-    optimizer = torch.optim.AdamW(_parameters(model, lope), lr=s.lr, weight_decay=0.0)
-    order = torch.Generator().manual_seed(int(seeds[2]))
-    hiss = torch.Generator().manual_seed(int(seeds[3]))
+    entries: list[dict[str, Any]] = []
 
-    def continuous(embeddings: Tensor, valid: Tensor) -> Tensor:
-        return continuous_noise(embeddings, valid, s.embedding_noise / math.sqrt(s.length * s.width), hiss)
+    def adapt() -> dict[str, Any]:
+        """Both stages, and the masking; what they come to."""
+        entries.append({"epoch": 0, "stage": "pretrained", **_tested(start, before, ends, data)})
+        model, lope = _adapted(start, arm, s, key.seed)
+        trainable = sum(p.numel() for p in _parameters(model, lope))
+        optimizer = torch.optim.AdamW(_parameters(model, lope), lr=s.lr, weight_decay=0.0)
+        order = torch.Generator().manual_seed(int(seeds[2]))
+        hiss = torch.Generator().manual_seed(int(seeds[3]))
 
-    first = max(1, round(arm.first * 2 * s.steps))
-    for stage, steps in ((1, first), (2, 2 * s.steps - first)):
-        if arm.poisoning and lope is not None:
-            lope.stage(stage)
-        rows = (poison if stage == 1 else train).to(device)
-        noise = continuous if arm.continuous and stage == 1 else None
-        started, losses = time.perf_counter(), []
-        model.train()
-        for _ in tqdm(range(steps), desc=f"{key} stage {stage}", disable=not progress):
-            loss = loss_of(model, rows[torch.randint(0, len(rows), (s.batch_size,), generator=order).to(device)], noise)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            losses.append(loss.detach())
-        seconds = round(time.perf_counter() - started, 3)
-        mean = float(torch.stack(losses).mean())
-        tested = _tested(model, before, ends, data)
-        entries.append({"epoch": stage, "stage": str(stage), "train_loss": mean, "seconds": seconds, **tested})
-    use = None
-    if lope is not None:
-        use = _router_use(model, lope, data, s, device)
-        if arm.poisoning:
-            lope.mask_poisoning_expert(compensate=arm.compensate)
-            entries.append({"epoch": 2, "stage": "masked", **_tested(model, before, ends, data)})
-    final = entries[-1]
-    finite = math.isfinite(final["perplexity"])
-    return {
-        "status": "finished" if finite else "diverged",
+        def continuous(embeddings: Tensor, valid: Tensor) -> Tensor:
+            return continuous_noise(embeddings, valid, s.embedding_noise / math.sqrt(s.length * s.width), hiss)
+
+        first = max(1, round(arm.first * 2 * s.steps))
+        for stage, steps in ((1, first), (2, 2 * s.steps - first)):
+            if arm.poisoning and lope is not None:
+                lope.stage(stage)
+            rows = (poison if stage == 1 else train).to(device)
+            noise = continuous if arm.continuous and stage == 1 else None
+            started, losses = time.perf_counter(), []
+            model.train()
+            for _ in tqdm(range(steps), desc=f"{key} stage {stage}", disable=not progress):
+                drawn = torch.randint(0, len(rows), (s.batch_size,), generator=order).to(device)
+                loss = loss_of(model, rows[drawn], noise)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                losses.append(loss.detach())
+            seconds = round(time.perf_counter() - started, 3)
+            mean = float(torch.stack(losses).mean())
+            tested = _tested(model, before, ends, data)
+            entries.append({"epoch": stage, "stage": str(stage), "train_loss": mean, "seconds": seconds, **tested})
+        use = None
+        if lope is not None:
+            use = _router_use(model, lope, data, s, device)
+            if arm.poisoning:
+                lope.mask_poisoning_expert(compensate=arm.compensate)
+                entries.append({"epoch": 2, "stage": "masked", **_tested(model, before, ends, data)})
+        final = entries[-1]
+        finite = math.isfinite(final["perplexity"])
+        return {
+            "status": "finished" if finite else "diverged",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable": trainable,
+            "best": {"epoch": 2, "metric": final["perplexity"]} if finite else None,
+            "test": {"metric": final["perplexity"], "accuracy": final["accuracy"]},
+            "router": use,
+        }
+
+    try:
+        ended = adapt()
+    except Exception as error:
+        if is_the_machines_fault(error):
+            raise
+        ended = {"status": "failed", "error": f"{type(error).__name__}: {error}", "best": None, "test": None}
+    return ended | {
         "metric": "perplexity",
         "data": data.name,
         "samples": {"train": len(data.train), "val": 0, "test": len(data.test)},
-        "settings": asdict(s) | {"noise": share, "arm": asdict(arm)},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable": trainable,
-        "best": {"epoch": 2, "metric": final["perplexity"]} if finite else None,
-        "test": {"metric": final["perplexity"], "accuracy": final["accuracy"]},
+        "settings": asdict(s) | circumstances(key),
         "epochs": entries,
-        "router": use,
         "peak_memory_mib": peak_memory_mib(device),
         "environment": where,
     }
+
+
+def circumstances(key: RunKey) -> dict[str, Any]:
+    """What a record's settings say beside ``LoPESettings``: the share of noise of the task, and the arm."""
+    return {"noise": NOISE[key.task], "arm": asdict(ARMS[key.variant])}
 
 
 def _adapted(model: nn.Module, arm: Arm, s: LoPESettings, seed: int) -> tuple[nn.Module, LoPE | None]:

@@ -5,6 +5,7 @@ samples that are wrong. The share is exact: of N samples, the nearest whole numb
 """
 
 import io
+import math
 import urllib.request
 import zipfile
 import zlib
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaadamw_lite.checks import check_choice, check_seed
+from metaadamw_lite.checks import check_choice, check_seed, check_share
 from metaadamw_lite.experiments.datasets import DataError, file_from
 from metaadamw_lite.experiments.task import Batch, Data
 
@@ -188,10 +189,10 @@ def imbalanced(data: Data, ratio: float) -> Data:
     """Data with a long tail: of C classes, class c keeps a share ratio^(−c/(C−1)) of its samples; not in the test part.
 
     Raises:
-        ValueError: for a ratio below 1.
+        ValueError: for a ratio below 1, or one that is not finite.
     """
-    if not ratio >= 1:
-        raise ValueError(f"ratio is {ratio}; it must be at least 1")
+    if not 1 <= ratio < math.inf:
+        raise ValueError(f"ratio is {ratio}; it must be at least 1, and finite")
 
     def thinned(part: Batch) -> Batch:
         labels, classes = part[1], int(part[1].max()) + 1
@@ -221,10 +222,11 @@ def _with_labels(part: Batch, labels: Array) -> tuple[Tensor, ...]:
 
 def _checked(labels: Array, classes: int, rate: float, seed: int) -> np.random.Generator:
     check_seed(seed)
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate is {rate}; it must be in [0, 1]")
+    check_share(rate=rate)
     if classes < 2:
         raise ValueError(f"classes is {classes}; it must be at least 2")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels are {labels.dtype}; integers from 0 to {classes - 1} are needed")
     if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
         bad = labels.min() if labels.min() < 0 else labels.max()
         raise ValueError(f"a label is {bad}; allowed are 0 to {classes - 1}")

@@ -2,7 +2,8 @@
 
 Each is a task of the paper with other settings, always under the ``clean`` protocol: training and validation labels are
 wrong alike, the official test part is right and looked at after training. The seed of a run also draws which labels are
-wrong, so repeated runs vary in that, too. Nothing stops a run early, since memorising comes late.
+wrong (but for those of people, which are fixed), so repeated runs vary in that, too. Nothing stops a run early, since
+memorising comes late.
 
 On a CPU (``lite``) the model for images is a small convolutional network that can learn 2,000 images by heart in
 forty epochs, wrong labels included; the ``paper`` profile has ResNet-18 and all of CIFAR-10.

@@ -22,6 +22,14 @@ from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
 
 RESULTS = Path("data/results")
 FORMAT = 2
+_MACHINE_ERRORS = (
+    OSError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
+_MACHINE_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "CUDA error", "CUBLAS_", "CUDNN_")
+"""What plain RuntimeErrors say that are the machine's fault: of memory on a CPU, and of libraries on a GPU."""
 
 
 class RecordError(ValueError):
@@ -125,6 +133,11 @@ def _digest(content: dict[str, Any]) -> str:
 def read_records(results: Path, task: str | None = None) -> list[dict[str, Any]]:
     """All records below a folder, of one task or of all, in the order of their paths."""
     return [read_record(path) for path in sorted((results / (task or "")).rglob("*.json"))]
+
+
+def is_the_machines_fault(error: Exception) -> bool:
+    """Whether an error says nothing of the run: no memory, a full disk, a GPU that is gone."""
+    return isinstance(error, _MACHINE_ERRORS) or any(words in str(error) for words in _MACHINE_WORDS)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the chapters on LiLAW, LoPE and "Together" are made of: tables and figures from the records of their studies."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -51,11 +52,13 @@ def runs_frame(records: Records) -> pd.DataFrame:
     Columns beside the run's key: noise (what is wrong), ``wrong`` (how many of the ``train`` labels are), ``best``
     (test accuracy in the epoch that validated best), ``last`` (in the last epoch), ``memorised`` (wrong training labels
     that the model repeats in the end), ``meta_steps`` of LiLAW after its warm-up, and its last alpha, delta and beta.
+    A run that failed has no end.
     """
     rows = []
     for r in records:
-        end = (r.get("lilaw") or [{}])[-1]
-        last = r["epochs"][-1] if r["epochs"] else {}
+        failed = r["status"] == "failed"
+        end = {} if failed else (r.get("lilaw") or [{}])[-1]
+        last = r["epochs"][-1] if r["epochs"] and not failed else {}
         rows.append(
             {
                 **r["run"],
@@ -251,6 +254,7 @@ def detection_frame(records: Records) -> pd.DataFrame:
         [
             {**r["run"], "noise": noise_name(r["run"]["task"]), "method": method, **areas}
             for r in records
+            if r["status"] != "failed"
             for method, areas in (r["detection"] or {}).items()
         ]
     )
@@ -455,17 +459,20 @@ def adaptations_frame(records: Records) -> pd.DataFrame:
 
     Columns beside the run's key: noise (share of the words of the adaptation data, as text), ``at`` ("pretrained",
     after stage "1" and "2", and "masked" where the arm has an expert to mask), ``final`` (whether that is the run's
-    result), perplexity, and accuracy in percent.
+    result), perplexity, and accuracy in percent. A run that failed has a result without numbers.
     """
     rows = []
     for r in records:
-        for k, entry in enumerate(r["epochs"], start=1):
+        entries = list(r["epochs"])
+        if r["status"] == "failed":
+            entries.append({"stage": "failed", "perplexity": math.nan, "accuracy": math.nan})
+        for k, entry in enumerate(entries, start=1):
             rows.append(
                 {
                     **r["run"],
                     "noise": noise_share(r["run"]["task"]),
                     "at": entry["stage"],
-                    "final": k == len(r["epochs"]),
+                    "final": k == len(entries),
                     "perplexity": entry["perplexity"],
                     "accuracy": 100 * entry["accuracy"],
                 }
@@ -645,7 +652,7 @@ def plot_expert_use(records: Records) -> Figure:
         {"noise": noise_share(r["run"]["task"]), "arm": LOPE_LABELS[r["run"]["variant"]], "words": kind}
         | {"weight": weights[-1]}
         for r in records
-        if r["router"] and r["settings"]["arm"]["poisoning"]
+        if r.get("router") and r["settings"]["arm"]["poisoning"]
         for kind, weights in r["router"].items()
     ]
     frame = pd.DataFrame(rows)

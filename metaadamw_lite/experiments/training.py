@@ -37,6 +37,7 @@ from metaadamw_lite.experiments.records import (
     RESULTS,
     RunKey,
     environment,
+    is_the_machines_fault,
     peak_memory_mib,
     read_record,
     reset_peak_memory,
@@ -50,21 +51,8 @@ from metaadamw_lite.lilaw import NotFiniteError
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
 _EACH = partial(F.cross_entropy, reduction="none")
-_MACHINE_ERRORS = (
-    OSError,
-    MemoryError,
-    torch.OutOfMemoryError,
-    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
-)
-_MACHINE_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "CUDA error", "CUBLAS_", "CUDNN_")
-"""What plain RuntimeErrors say that are the machine's fault: of memory on a CPU, and of libraries on a GPU."""
 _ONE_RUN = threading.Lock()
 """torch's random number generator is the whole process's; two runs in threads of one would draw from it in turns."""
-
-
-def is_the_machines_fault(error: Exception) -> bool:
-    """Whether an error says nothing of the run: no memory, a full disk, a GPU that is gone."""
-    return isinstance(error, _MACHINE_ERRORS) or any(words in str(error) for words in _MACHINE_WORDS)
 
 
 class RunInProgressError(RuntimeError):
@@ -142,6 +130,9 @@ def made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: P
         ValueError: if it was made with others.
     """
     asked, made = _plain(asdict(settings)), record["settings"]
+    key = RunKey(**record["run"])
+    if key.task in lope_study.NOISE:
+        asked |= lope_study.circumstances(key)
     other = [name for name in asked if name in made and made[name] != asked[name]]
     if other:
         raise ValueError(
