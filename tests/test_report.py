@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metaadamw_lite.experiments import TASKS, figures, paired, report
+from metaadamw_lite.experiments import TASKS, figures, paired, released, report
 from metaadamw_lite.experiments.chapter import Evidence
 from metaadamw_lite.experiments.claims import REMOVALS, _judged_parts, claims_table
 from metaadamw_lite.experiments.paired import PairedDifference, improvement, verdict
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS, SEEDS
+from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS
 
 
@@ -144,6 +145,58 @@ def test_committed_records_are_readable_and_real():
         assert record["run"]["profile"] == "smoke" or record["data"] != "synthetic"
         assert record["environment"]["revision"]
         assert not record["environment"]["revision"].endswith("+"), "made from a changed checkout"
+
+
+def test_the_findings_on_the_front_page_are_those_of_the_records():
+    """Prose cannot be made anew by itself; so whoever adds runs that change it is told here."""
+    says = " ".join((report.repository() / "README.md").read_text(encoding="utf-8").split())
+    for baseline in ("adamw", "metaadamw-frozen"):
+        assert paired.better_and_worse(report.table_of_tasks(baseline=baseline)["difference"]) == (0, 0)
+    assert "**No task is decided.**" in says
+
+    whole = report.outcomes(report.runs_frame(report.main_records("wikitext2", "paper", "paper")))
+    adamw, ours, control = (x.sort_index() for x in report.by_seed(whole, "paper", *ARMS))
+    gains = paired.improvements_by_seed(ours, adamw, lower_is_better=True)
+    assert f"both numbers, with {adamw[0]:.1f} and {ours[0]:.1f}; the other two lose" in says
+    assert f"lose {-gains[1]:.0f} and {-gains[2]:.0f} %" in says
+    named = "{:.1f}, {:.1f} and {:.1f}".format
+    assert f"with {named(*control)}, end within half a percent of MetaAdamW's {named(*ours)}" in says
+    assert (ours / control - 1).abs().max() < 0.005
+
+    records = report.main_records("imdb", "paper", "paper")
+    whole = report.outcomes(report.runs_frame(records))
+    adamw, ours, control = (100 * x.sort_index() for x in report.by_seed(whole, "paper", *ARMS))
+    assert f"AdamW runs reach {adamw.min():.0f} to {adamw.max():.0f} %" in says
+    assert "MetaAdamW's reach {:.0f}, {:.0f} and {:.0f} %, seed by seed".format(*ours) in says
+    epochs = report.epochs_frame(records).query("variant == 'adamw' and epoch <= 6")
+    assert "had reached {:.0f}, {:.0f} and {:.0f} %".format(*(100 * epochs.groupby("seed")["metric"].max())) in says
+
+    table = report.table_of_tasks()
+    for task in ("etth1", "cifar10"):
+        assert round(100 * table.loc[task, "baseline_std"] / table.loc[task, "baseline_mean"]) == 13
+
+    everything = [
+        r for task in TASKS for p in ("paper", "lite") for q in PROTOCOLS for r in report.main_records(task, q, p)
+    ]
+    moved = report.movement_frame(r for r in everything if r["run"]["variant"] == "metaadamw")
+    moved = moved.groupby(["task", "profile", "protocol", "seed"])[["alpha_moved", "beta_moved"]].max()
+    (furthest,) = moved.index[moved["alpha_moved"] > 0.1]
+    assert furthest[0] == "imdb"
+    assert f"α moved by {moved.loc[furthest, 'alpha_moved']:.1f} and the control ended better" in says
+    assert control[furthest[3]] > ours[furthest[3]]
+    assert moved.drop(furthest).to_numpy().max() < 0.025
+    often = report.movement_table("etth1", "lite").query("variant == 'updates-10'")
+    assert (often["meta_updates"] / TASKS["etth1"].settings("lite").epochs).between(13, 14).all()
+    assert f"α moves by up to {often['alpha_moved'].max():.1f}, " in says
+
+    tuned = report.tuned_table()
+    worse = tuned[tuned["difference"].map(verdict).str.startswith("does not hold")]
+    assert {name[:2] for name in worse.index} == {("wikitext2", "paper"), ("wikitext2", "clean"), ("imdb", "paper")}
+    assert not (tuned["difference"].map(verdict) == "holds").any()
+    assert len(tuned) == 10
+    assert not (tuned["p_holm"] < 0.05).any()
+    assert "**one factor for the whole model has 39 to 88 % of" in released.statement(released.one_setting_apart())
+    assert "one factor for the whole model has 39 to 88 % of" in says
 
 
 def test_the_wilcoxon_test_is_that_of_the_pairs():
