@@ -368,6 +368,18 @@ def test_a_task_with_one_pair_counts_and_widens_no_interval():
     assert alone["interquartile mean"] == paired.Estimate(-1, -1, -1)
 
 
+def test_a_small_difference_does_not_look_like_none():
+    assert [paired.signed(x) for x in (-12.34, 0.05, 0.0, -0.0007, 0.04)] == [
+        "-12.3",
+        "+0.1",
+        "+0.0",
+        "-0.0007",
+        "+0.04",
+    ]
+    d = improvement(series([1.00001, 1.00002, 1.00002]), series([1.0, 1.0, 1.0]), lower_is_better=True)
+    assert str(d).startswith("-0.002 % [")
+
+
 def test_a_difference_shows_both_of_its_intervals():
     d = paired.paired_difference(series([1.0, 2.0, 4.0]), "%")
     assert str(d) == f"+2.3 % {d.interval}, Student's {d.t_interval}, 3 seeds"

@@ -22,6 +22,11 @@ ENOUGH_SEEDS = 3
 NEVER = "not yet tested"
 
 
+def signed(x: float) -> str:
+    """A difference with its sign and one decimal; where that would show nothing, with one digit."""
+    return f"{x:+.1g}" if 0 < abs(x) < 0.05 else f"{x:+.1f}"
+
+
 @dataclass(frozen=True)
 class PairedDifference:
     """An improvement over a baseline, paired by seed (positive: better): relative and in percent, unless it says other.
@@ -62,7 +67,7 @@ class PairedDifference:
             return "no pairs yet" + lost
         student = "" if np.isnan(self.low) else f", Student's {self.t_interval}"
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
-        return f"{self.mean:+.1f} {self.unit} {self.interval}{student}, {seeds}{lost}"
+        return f"{self.mean_text} {self.unit} {self.interval}{student}, {seeds}{lost}"
 
     def reversed(self) -> "PairedDifference":
         """The same for the claim that the baseline is the better one: everything with the other sign."""
@@ -76,14 +81,24 @@ class PairedDifference:
         return self.seeds + self.lost
 
     @property
+    def mean_text(self) -> str:
+        """The mean for a table."""
+        return signed(self.mean)
+
+    @property
+    def log_text(self) -> str:
+        """The log ratio for a table."""
+        return signed(self.log_ratio)
+
+    @property
     def interval(self) -> str:
         """The bootstrap interval in the unit, or that there are too few seeds for one."""
-        return "[no interval]" if np.isnan(self.low) else f"[{self.low:+.1f}, {self.high:+.1f}]"
+        return "[no interval]" if np.isnan(self.low) else f"[{signed(self.low)}, {signed(self.high)}]"
 
     @property
     def t_interval(self) -> str:
         """Student's interval in the unit, or a dash."""
-        return "–" if np.isnan(self.low) else f"[{self.t_low:+.1f}, {self.t_high:+.1f}]"
+        return "–" if np.isnan(self.low) else f"[{signed(self.t_low)}, {signed(self.t_high)}]"
 
 
 def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> PairedDifference:

@@ -164,7 +164,7 @@ def student(difference: PairedDifference) -> str:
     if not difference.seeds:
         return "–"
     enough = difference.seeds >= paired.ENOUGH_SEEDS
-    return f"{difference.mean:+.1f} {difference.t_interval if enough else difference.interval}"
+    return f"{difference.mean_text} {difference.t_interval if enough else difference.interval}"
 
 
 def judged(difference: PairedDifference, corrected: float) -> str:

@@ -180,11 +180,11 @@ def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[
                 {
                     "protocol": protocol,
                     "comparison": f"{labels[arm]} against {labels[baseline]}",
-                    "improvement (%)": f"{d.mean:+.1f} {d.interval}" if d.seeds else "–",
+                    "improvement (%)": f"{d.mean_text} {d.interval}" if d.seeds else "–",
                     "t interval": d.t_interval,
                     "p (t)": p_value(d.p),
                     "p (Wilcoxon)": p_value(d.p_wilcoxon),
-                    "log ratio": f"{d.log_ratio:+.1f}" if d.seeds else "–",
+                    "log ratio": d.log_text if d.seeds else "–",
                     "seeds": d.seeds,
                     "better?": verdict(d).split(":")[0],
                 }
