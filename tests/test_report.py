@@ -189,6 +189,21 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     assert (often["meta_updates"] / TASKS["etth1"].settings("lite").epochs).between(13, 14).all()
     assert f"α moves by up to {often['alpha_moved'].max():.1f}, " in says
 
+    trained, started = [], []
+    for task in ("etth1", "wikitext2", "multi30k", "imdb"):
+        table = report.ablation_table(task, "lite")
+        rows = table[table["variant"].isin(list(ABLATIONS)) & ~table["baseline"]]
+        rows = rows[rows["difference"].map(lambda d: d.seeds) >= paired.ENOUGH_SEEDS]
+        assert len(rows) >= 3
+        assert not (rows["p_holm"] < 0.05).any()
+        if task in ("wikitext2", "multi30k"):
+            of_training = rows.index.get_level_values("factor").isin(report.KEEP_PHI)
+            means = rows["difference"].map(lambda d: abs(d.mean))
+            trained += [*means[of_training]]
+            started += [*means[~of_training]]
+    assert max(trained) < 0.01
+    assert f"changes it by {min(started):.0f} to {max(started):.0f} % in the mean" in says
+
     tuned = report.tuned_table()
     worse = tuned[tuned["difference"].map(verdict).str.startswith("does not hold")]
     assert {name[:2] for name in worse.index} == {("wikitext2", "paper"), ("wikitext2", "clean"), ("imdb", "paper")}
