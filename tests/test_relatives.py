@@ -107,6 +107,14 @@ def test_accuracy_of_lilaw_is_a_paired_difference_in_points():
     assert relatives.points(runs, "last", "adamw-lilaw", "adamw").mean == pytest.approx(3)
 
 
+def test_what_a_failed_run_had_reached_is_not_its_end():
+    whole = on_wrong_labels("adamw-lilaw", 0, 0.4) | {"lilaw": [{"alpha": 9.0, "delta": 2.0, "beta": 1.0}]}
+    ends = relatives.runs_frame([whole, whole | {"status": "failed", "test": None}])
+    columns = ["meta_steps", "memorised", "alpha", "delta", "beta"]
+    assert ends.loc[0, columns].tolist() == [2 * 4, 50, 9, 2, 1], "four batches an epoch, and none in the first"
+    assert ends.loc[1, ["best", *columns]].isna().all()
+
+
 def claims(monkeypatch, made):
     def recorded(study):
         return [r for r in made if r["run"]["task"] in {key.task for key in study}]

@@ -249,23 +249,18 @@ def test_over_tasks_weighs_tasks_alike_and_counts_ties_half():
     assert str(again["interquartile mean"]) == str(together["interquartile mean"]), "the same each time"
 
 
-def epochs_of(variant, values, seed=0):
-    return [
-        {"protocol": "paper", "seed": seed, "variant": variant, "epoch": k, "metric": v}
-        for k, v in enumerate(values, 1)
-    ]
-
-
 @pytest.mark.parametrize("sign", [1, -1])
 def test_time_to_best_is_the_first_epoch_that_is_as_good(sign):
-    rows = epochs_of("adamw", [5, 3, 2, 4]) + epochs_of("metaadamw", [4, 2, 1, 9])
-    rows += epochs_of("adamw", [2, 1], seed=1) + epochs_of("metaadamw", [4, 3], seed=1)
-    frame = pd.DataFrame(rows)
-    frame["metric"] *= sign
-    table = report.time_to_best(frame, lower_is_better=sign > 0)
+    runs = {("adamw", 0): [5, 3, 2, 4], ("metaadamw", 0): [4, 2, 1, 9]}
+    runs |= {("adamw", 1): [2, 1], ("metaadamw", 1): [4, 3]}
+    records = [made(arm, seed, [sign * m for m in metrics]) for (arm, seed), metrics in runs.items()]
+    table = report.time_to_best(records, lower_is_better=sign > 0)
     assert table.loc[("paper", 0)].tolist() == [2 * sign, 3, 2, 4]
     assert table.loc[("paper", 1), "AdamW, epoch"] == 2
     assert math.isnan(table.loc[("paper", 1), "MetaAdamW, epoch"])
+    failed = [r | {"status": "failed"} if r["run"]["seed"] == 1 else r for r in records]
+    assert report.time_to_best(failed, lower_is_better=sign > 0).index.tolist() == [("paper", 0)]
+    assert report.time_to_best(failed[2:], lower_is_better=sign > 0).empty
 
 
 def test_evidence_is_of_the_papers_settings_once_there_are_enough_seeds():

@@ -187,7 +187,7 @@ class Evidence:
 
     def time_to_best(self) -> pd.DataFrame:
         """The epoch in which MetaAdamW is as good as AdamW at its best."""
-        return self._named(report.time_to_best(report.epochs_frame(self.records), self.task.lower_is_better))
+        return self._named(report.time_to_best(self.records, self.task.lower_is_better))
 
     def movement(self) -> Figure:
         """How far meta-learning moved Φ, α and log σ²."""

@@ -97,8 +97,7 @@ def _judged_ablation(task: str, variant: str) -> tuple[str, str]:
 def _judged_optimum(task: str) -> tuple[str, str]:
     """Is MetaAdamW as good as AdamW's best in an earlier epoch?"""
     records = report.main_records(task, "paper", "paper")
-    whole = (r for r in records if r["status"] != "failed")
-    reached = report.time_to_best(report.epochs_frame(whole), TASKS[task].lower_is_better)
+    reached = report.time_to_best(records, TASKS[task].lower_is_better)
     never = TASKS[task].settings("paper").epochs + 1
     d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
     seeds = [{r["run"]["seed"] for r in records if r["run"]["variant"] == arm} for arm in ("metaadamw", "adamw")]

@@ -52,13 +52,14 @@ def runs_frame(records: Records) -> pd.DataFrame:
     Columns beside the run's key: noise (what is wrong), ``wrong`` (how many of the ``train`` labels are), ``best``
     (test accuracy in the epoch that validated best), ``last`` (in the last epoch), ``memorised`` (wrong training labels
     that the model repeats in the end), ``meta_steps`` of LiLAW after its warm-up, and its last alpha, delta and beta.
-    A run that failed has no end.
+    A run that failed has no end, and no number of meta-steps.
     """
     rows = []
     for r in records:
         failed = r["status"] == "failed"
         end = {} if failed else (r.get("lilaw") or [{}])[-1]
         last = r["epochs"][-1] if r["epochs"] and not failed else {}
+        steps_per_epoch = -(-r["samples"]["train"] // r["settings"]["batch_size"])
         rows.append(
             {
                 **r["run"],
@@ -69,7 +70,7 @@ def runs_frame(records: Records) -> pd.DataFrame:
                 "best": 100 * r["test"]["metric"] if r["test"] else np.nan,
                 "last": 100 * r["last"]["metric"] if "last" in r else np.nan,
                 "memorised": 100 * (np.nan if last.get("memorised") is None else last["memorised"]),
-                "meta_steps": (len(r["epochs"]) - 1) * -(-r["samples"]["train"] // r["settings"]["batch_size"]),
+                "meta_steps": np.nan if failed else (len(r["epochs"]) - 1) * steps_per_epoch,
                 **{name: end.get(name, np.nan) for name in ("alpha", "delta", "beta")},
             }
         )

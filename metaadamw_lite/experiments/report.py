@@ -271,11 +271,11 @@ def improvements_frame(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def time_to_best(epochs: pd.DataFrame, lower_is_better: bool) -> pd.DataFrame:
-    """When MetaAdamW gets to where AdamW is at its best: one row for each pair.
+def time_to_best(records: Iterable[dict[str, Any]], lower_is_better: bool) -> pd.DataFrame:
+    """When MetaAdamW gets to where AdamW is at its best: one row for each pair, those with a failed run left out.
 
     Args:
-        epochs: from ``epochs_frame``, of one task, and under each protocol of one profile.
+        records: of one task, and under each protocol of one profile.
         lower_is_better: direction of the metric.
 
     Returns:
@@ -284,7 +284,8 @@ def time_to_best(epochs: pd.DataFrame, lower_is_better: bool) -> pd.DataFrame:
     """
     sign = 1 if lower_is_better else -1
     rows = []
-    for (protocol, seed), part in epochs.groupby(["protocol", "seed"]):
+    epochs = epochs_frame(r for r in records if r["status"] != "failed")
+    for (protocol, seed), part in epochs.groupby(["protocol", "seed"]) if len(epochs) else ():
         adamw, other = (part[part["variant"] == v].dropna(subset="metric") for v in ARMS[:2])
         if adamw.empty or other.empty:
             continue

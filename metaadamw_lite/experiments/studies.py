@@ -116,13 +116,15 @@ def best_variant(search: Sequence[RunKey], results: Path) -> str | None:
 
     A variant with a run that failed, or has no finite epoch, is not chosen.
     """
-    if missing(search, results):
-        return None
     better = min if TASKS[search[0].task].lower_is_better else max
-    records = [(key.variant, read_record(key.path(results))) for key in search]
-    best = [(variant, record["best"]) for variant, record in records]
-    failed = {v for v, r in records if r["status"] == "failed" or r["best"] is None or r["best"]["metric"] is None}
-    means = {v: fmean(b["metric"] for w, b in best if w == v) for v, _ in best if v not in failed}
+    metrics: dict[str, list[float | None]] = {}
+    for key in search:
+        record = _record_of(key, results)
+        if record is None:
+            return None
+        ended = record["status"] != "failed" and record["best"] is not None
+        metrics.setdefault(key.variant, []).append(record["best"]["metric"] if ended else None)
+    means = {v: fmean(x for x in of_v if x is not None) for v, of_v in metrics.items() if None not in of_v}
     return better(means, key=lambda v: means[v]) if means else None
 
 
@@ -185,15 +187,12 @@ def missing(runs: Sequence[RunKey], results: Path) -> list[RunKey]:
         RecordError: for a file that is no record.
         ValueError: for a record that was made with other settings than those of its task and profile.
     """
-    return [key for key in runs if not _done(key, results)]
+    return [key for key in runs if _record_of(key, results) is None]
 
 
-def _done(key: RunKey, results: Path) -> bool:
+def _record_of(key: RunKey, results: Path) -> dict[str, Any] | None:
     path = key.path(results)
-    if path.exists():
-        made_with(run_settings(key), read_record(path), path)
-        return True
-    return False
+    return made_with(run_settings(key), read_record(path), path) if path.exists() else None
 
 
 def sweep(
@@ -355,7 +354,7 @@ def _end_with(parent: int) -> None:
 
 def ends(runs: Sequence[RunKey], results: Path) -> "Counter[str]":
     """How many of some runs ended in which way ("finished", "stopped early", "diverged", "failed")."""
-    return Counter(read_record(key.path(results))["status"] for key in runs if _done(key, results))
+    return Counter(record["status"] for key in runs if (record := _record_of(key, results)) is not None)
 
 
 def status(results: Path, relatives: bool = False) -> pd.DataFrame:
