@@ -756,7 +756,7 @@ def test_what_training_phi_brings_is_taken_against_the_same_phi_untrained(monkey
     assert table["difference"].map(lambda d: d.mean).tolist() == pytest.approx([0, 10])
     assert table["alpha_moved"].tolist() == pytest.approx([0.05, 1.0])
     statement = report.more_meta_learning_statement(table)
-    assert "10 times per epoch**: 3 meta-updates a run, α by up to 1.60) is +10.0 %" in statement
+    assert "10 times per epoch**: 3 meta-updates a run, α by up to 1.6) is +10.0 %" in statement
     assert report.more_meta_learning("etth1", "paper").empty
 
 

@@ -453,11 +453,11 @@ def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
 
 def more_meta_learning_statement(table: pd.DataFrame) -> str:
     """What a ``more_meta_learning`` says, in two sentences (Markdown)."""
-    last, d = table.iloc[-1], table["difference"].iloc[-1]
+    last, d, p = table.iloc[-1], table["difference"].iloc[-1], table["p_holm"].dropna()
     return (
         f"The row that moved α furthest (**{table.index[-1]}**: {last['meta_updates']:.0f} meta-updates a run, "
-        f"α by up to {last['largest']:.2f}) is {d} beside the same Φ untrained: {verdict(d)}. After Holm's correction "
-        f"{(table['p_holm'] < 1 - CONFIDENCE).sum()} of the {table['p_holm'].notna().sum()} rows that move α differ."
+        f"α by up to {last['largest']:.2g}) is {d} beside the same Φ untrained: {verdict(d)}. Rows that move α and "
+        f"differ after Holm's correction: {(p < 1 - CONFIDENCE).sum()} of {len(p)}."
     )
 
 
