@@ -167,9 +167,15 @@ def test_a_file_that_is_made_from_a_download_is_not_said_to_be_one(tmp_path):
     assert datasets._by_hand("a/x.csv", "https://example.org/x.csv", tmp_path / "x.csv").startswith("download https")
 
 
-def test_the_default_folder(monkeypatch):
+def test_notebooks_and_commands_find_the_same_data(monkeypatch, tmp_path):
     monkeypatch.delenv("METAADAMW_DATA", raising=False)
-    assert datasets.data_folder() == Path("data/cache")
+    (tmp_path / "checkout" / "data" / "paper").mkdir(parents=True)
+    (tmp_path / "checkout" / "notebooks").mkdir()
+    for folder in ("checkout", "checkout/notebooks"):
+        monkeypatch.chdir(tmp_path / folder)
+        assert datasets.data_folder() == tmp_path / "checkout" / "data" / "cache"
+    monkeypatch.chdir(tmp_path)
+    assert datasets.data_folder().resolve() == tmp_path / "data" / "cache", "outside a checkout"
 
 
 # ---------------------------------------------------------------- runs

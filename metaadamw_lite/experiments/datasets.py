@@ -1,8 +1,9 @@
 """Where data come from, how they are checked, and how what is made of them is kept.
 
-``METAADAMW_DATA`` names the folder; without it, it is ``data/cache`` of the current directory. What is missing there
-is downloaded from its public source into the same layout. Every file is checked before it is used: ``DataFile`` by size
-and SHA-256, ``Table`` (whose file depends on who wrote it, but not its rows) by its columns and number of rows.
+``METAADAMW_DATA`` names the folder; without it, it is ``data/cache`` of the checkout that the current directory is in,
+or of the current directory outside one. What is missing there is downloaded from its public source into the same
+layout. Every file is checked before it is used: ``DataFile`` by size and SHA-256, ``Table`` (whose file depends on who
+wrote it, but not its rows) by its columns and number of rows.
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 import joblib
 import numpy as np
 import pandas as pd
+
+from metaadamw_lite.experiments.records import checkout
 
 T = TypeVar("T")
 
@@ -63,9 +66,15 @@ class Table:
     download: Callable[[], pd.DataFrame]
 
 
+def cache() -> Path:
+    """Where what is downloaded or made of data is kept, for notebooks and commands alike."""
+    return (checkout() or Path()) / "data" / "cache"
+
+
 def data_folder() -> Path:
-    """The folder of real data: ``METAADAMW_DATA``, else ``data/cache``."""
-    return Path(os.environ.get("METAADAMW_DATA") or "data/cache").expanduser()
+    """The folder of real data: ``METAADAMW_DATA``, else the ``cache``."""
+    named = os.environ.get("METAADAMW_DATA")
+    return Path(named).expanduser() if named else cache()
 
 
 def fetch(file: DataFile) -> Path:
@@ -125,12 +134,12 @@ def hub_table(
 
 
 def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -> T:
-    """What ``make(*arguments)`` makes of some tables, kept on disk in ``data/cache/prepared``: it is made only once.
+    """What ``make(*arguments)`` makes of some tables, kept on disk in the ``cache``: it is made only once.
 
     It is made anew when a file, an argument, the module of the function or what the text tasks share changes.
     """
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in map(_locate, tables)]
-    memory = joblib.Memory("data/cache/prepared", verbose=0)
+    memory = joblib.Memory(cache() / "prepared", verbose=0)
     try:
         result: T = memory.cache(_make, ignore=["make"])(make, _source(make), files, *arguments)
     except DataError:

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import imdb, wikitext2
-from metaadamw_lite.experiments.datasets import read_table
+from metaadamw_lite.experiments.datasets import cache, read_table
 from metaadamw_lite.experiments.records import (
     RunKey,
     environment,
@@ -254,14 +253,14 @@ def loss_of(model: nn.Module, rows: Tensor, noise: Callable[[Tensor, Tensor], Te
 
 
 def pretrained(s: LoPESettings, data: Texts, device: torch.device, progress: bool) -> SmallGPT:
-    """The GPT after pretraining; made once and kept in ``data/cache/prepared``."""
+    """The GPT after pretraining; made once and kept in the cache."""
     torch.manual_seed(0)
     model = SmallGPT(len(data.vocabulary), s).to(device)
     code = [inspect.getsource(part) for part in (Block, SmallGPT, loss_of, _pretrain)]
     sizes = [s.width, s.heads, s.layers, s.length, s.words, s.batch_size, s.pretrain_steps, s.pretrain_lr]
     what = json.dumps([sizes, code, data.name, data.vocabulary, torch.__version__])
     digest = hashlib.sha256(what.encode()).hexdigest()[:16]
-    path = Path("data/cache/prepared") / f"lope-{digest}.pt"
+    path = cache() / "prepared" / f"lope-{digest}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():

@@ -32,6 +32,12 @@ _MACHINE_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "CU
 """What plain RuntimeErrors say that are the machine's fault: of memory on a CPU, and of libraries on a GPU."""
 
 
+def checkout() -> Path | None:
+    """The checkout that the current directory is in, the first folder up with ``data/paper``; None outside one."""
+    here = Path.cwd().resolve()
+    return next((folder for folder in (here, *here.parents) if (folder / "data" / "paper").is_dir()), None)
+
+
 class RecordError(ValueError):
     """A record that is not what it should be: edited by hand, truncated, or of another run."""
 

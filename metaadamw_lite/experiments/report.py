@@ -25,23 +25,22 @@ from metaadamw_lite.experiments.paired import (
     pairs_by_seed,
     verdict,
 )
-from metaadamw_lite.experiments.records import read_records
+from metaadamw_lite.experiments.records import checkout, read_records
 from metaadamw_lite.experiments.studies import SEEDS, best_variant, search_runs
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, learning_rate
 
 
 def repository() -> Path:
-    """The checkout that the current directory is in, for notebooks: the nearest folder up that has ``data/paper``.
+    """The checkout that the current directory is in, whose records are reported.
 
     Raises:
         FileNotFoundError: outside a checkout.
     """
-    here = Path.cwd().resolve()
-    for folder in (here, *here.parents):
-        if (folder / "data" / "paper").is_dir():
-            return folder
-    raise FileNotFoundError(f"{here} is not inside a checkout of metaadamw_lite (no data/paper above it)")
+    folder = checkout()
+    if folder is None:
+        raise FileNotFoundError(f"{Path.cwd()} is not inside a checkout of metaadamw_lite (no data/paper above it)")
+    return folder
 
 
 def paper_table(number: int) -> pd.DataFrame:
