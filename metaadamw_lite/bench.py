@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from metaadamw_lite import MetaAdamW
+from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS
-from metaadamw_lite.experiments.records import environment
+from metaadamw_lite.experiments.records import environment, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
+from metaadamw_lite.experiments.training import check_device
 from metaadamw_lite.fast import Bucket
 
-FORMAT = 1
 DEPTHS = (8, 16, 32, 64, 128)
 """Layers of Φ for which a step and a meta-update are timed."""
 SIZES = (10**5, 10**6, 10**7, 10**8)
@@ -143,6 +144,12 @@ MEMORY_MODELS = {"etth1": "ETTh1 model", "perceptron": "8 linear layers, 2.9 M p
 # ---------------------------------------------------------------- measuring
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when a GPU has done all that it was told to do; on a CPU at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def in_turns(
     contestants: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, least: int = 5
 ) -> dict[str, list[float]]:
@@ -160,8 +167,7 @@ def in_turns(
     def once(call: Callable[[], Any]) -> float:
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return time.perf_counter() - start
 
     for call in contestants.values():
@@ -421,23 +427,30 @@ def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
         assert isinstance(ours, MetaAdamW)
         inside: dict[str, list[float]] = {"statistics": [], "factors": [], "kernel": []}
         memory = ours._memory
-        memory.inner_products = timed(memory.inner_products, inside["statistics"])  # type: ignore[method-assign]
-        memory.fused_adamw = timed(memory.fused_adamw, inside["kernel"])  # type: ignore[method-assign]
-        ours._factors = timed(ours._factors, inside["factors"])  # type: ignore[method-assign]
+        kernel = (memory, "fused_adamw") if device.type == "cpu" else (ours, "_move_on_device")  # once for each bucket
+        for part, (owner, name) in (
+            ("statistics", (memory, "inner_products")),
+            ("factors", (ours, "_factors")),
+            ("kernel", kernel),
+        ):
+            setattr(owner, name, timed(getattr(owner, name), inside[part], device))
         whole = in_turns({name: o.step for name, o in made.items()}, device, seconds)
         alone = in_turns({"⟨g, m⟩ alone": partial(read_once, ours._gather())}, device, seconds / 4)
-        medians = {part: statistics.median(times) for part, times in {**inside, **whole, **alone}.items()}
+        inside["kernel"] = list(np.reshape(inside["kernel"], (len(inside["factors"]), -1)).sum(axis=1))  # of each step
+        medians = {part: float(statistics.median(times)) for part, times in {**inside, **whole, **alone}.items()}
         medians["Φ"] = medians.pop("factors") - medians["statistics"]
         rows += [{"measure": measure, "part": part, "seconds": t} for part, t in medians.items()]
     return rows
 
 
-def timed(call: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
-    """A function that notes how long each call took."""
+def timed(call: Callable[..., Any], times: list[float], device: torch.device) -> Callable[..., Any]:
+    """A function that notes how long each call took; a GPU is waited for before and after, so parts add up to more."""
 
     def noting(*args: Any, **kwargs: Any) -> Any:
+        wait_for(device)
         start = time.perf_counter()
         result = call(*args, **kwargs)
+        wait_for(device)
         times.append(time.perf_counter() - start)
         return result
 
@@ -478,7 +491,6 @@ def measure_all(device: torch.device, reference: Path | None, seconds: float) ->
     rows = steps(device, reference, seconds) + meta_updates(device, reference, 3 * seconds)
     rows += epochs(device, seconds)
     return {
-        "format": FORMAT,
         "environment": environment(device),
         "rows": [asdict(row) for row in rows],
         "growth": growth(device, seconds / 2),
@@ -495,8 +507,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="how long each contest goes on (default: 6)")
     args = parser.parse_args(arguments)
     try:
+        check_device(args.device)
+        check_not_negative(seconds=args.seconds)
+        if args.json is not None:  # a bad path is better known before four minutes of measuring
+            args.json.parent.mkdir(parents=True, exist_ok=True)
         record = measure_all(torch.device(args.device), args.reference, args.seconds)
-    except (FileNotFoundError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -504,8 +520,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomically(args.json, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     return 0
 
 

@@ -244,8 +244,9 @@ class LoPE:
             compensate: by DyCompEnSate; else the clean experts keep their weights, which then sum to less than one.
 
         Raises:
-            ValueError: for adapters without a poisoning expert, or merged ones.
+            ValueError: for adapters without a poisoning expert, or merged ones, or if ``compensate`` is no truth value.
         """
+        check_choice("compensate", compensate, (True, False))
         self._check_poisoning()
         for layer in self.layers.values():
             layer.mask = "compensated" if compensate else "plain"
@@ -397,5 +398,5 @@ def continuous_noise(
             f"valid is {valid.dtype} of shape {tuple(valid.shape)}; booleans of shape {tuple(embeddings.shape[:-1])} "
             "are needed"
         )
-    noise = 2 * torch.rand(embeddings.shape, generator=generator).to(embeddings) - 1
+    noise = 2 * torch.rand(embeddings.shape, generator=generator, device="cpu").to(embeddings) - 1
     return embeddings + scale * noise * valid.unsqueeze(-1)

@@ -58,11 +58,11 @@ from metaadamw_lite.meta import (
 )
 from metaadamw_lite.modulator import Modulator
 from metaadamw_lite.sharding import is_sharded, local, local_gradient, refuse_flat_parameters, sum_over_shards
+from metaadamw_lite.state import VERSION, check_moments, fitting_meta
 
 GROUP_STRATEGIES = ("fine_grained", "original")
 META_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
-_META_STATE_VERSION = 1
 _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 _OWN_ATTRIBUTES = (
     "groups",
@@ -116,8 +116,9 @@ class MetaAdamW(torch.optim.AdamW):
         beta_range: β_g stays in 1 ± beta_range/2 (Eq. 8); 0 to 2.
         group_strategy: "fine_grained" (layer type × depth third × bias, section 3.2) or "original" (the optimizer's
             own parameter groups). Without parameter names and ``model`` it is "original".
-        model: decides layer types by module class, and names parameters that come without names. It is found by itself
-            where ``params`` is ``model.named_parameters()``; where it is not known, names and shapes decide.
+        model: for "fine_grained": decides layer types by module class, and names parameters that come without names. It
+            is found by itself where ``params`` is ``model.named_parameters()``; where it is not known, names and shapes
+            decide.
         feature_version: "basic", "basic_plus", "enhanced", "norm_basic" or "norm_basic_plus" (section 3.3).
         use_v_norms, include_time_step: the optional feature columns.
         use_feature_gating: learn a gate for every feature column.
@@ -141,8 +142,11 @@ class MetaAdamW(torch.optim.AdamW):
         huw: the uncertainty weights, or None.
 
     Raises:
-        ValueError: for an argument out of range (a parameter group's included), an unknown name, complex parameters, an
-            empty parameter list, or nameless parameters that ``model`` does not have.
+        ValueError: for an argument out of range (a parameter group's included), an unknown name, heads that do not
+            divide the features, options of torch's AdamW that are not supported, complex parameters, parameters that
+            FSDP1 has flattened, an empty parameter list, or nameless parameters that ``model`` does not have.
+        RuntimeError: for ``foreach`` and ``fused`` together, as in torch.
+        TypeError: for ``params`` that are neither tensors nor groups of them, as in torch.
     """
 
     _plain: PlainModulator | None
@@ -210,9 +214,8 @@ class MetaAdamW(torch.optim.AdamW):
         self._total_steps = total_steps
         self._t = 0
         self.groups: list[ModulationGroup] = []
-        lr, eps, weight_decay = (without_numpy(x) for x in (lr, eps, weight_decay))
-        betas = (without_numpy(betas[0]), without_numpy(betas[1]))
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
+        settings = _plain_numbers({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, **settings, foreach=foreach, fused=fused)
         # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
         self._step_supports_amp_scaling = False
         reference = next(self._parameters(), None)
@@ -439,8 +442,9 @@ class MetaAdamW(torch.optim.AdamW):
                 Slower, and not possible with every kernel; for checking.
 
         Raises:
-            ValueError: without a ``val_batch`` that the objective needs, or if a loss or the gradient of Φ is not
-                finite. Φ stays as it was.
+            ValueError: without a ``val_batch`` that the objective needs, for a loss that is not one finite number or
+                contains no parameter of this optimizer, for a gradient of Φ that is not finite, and for
+                ``double_backward`` with several processes. Φ stays as it was.
             RuntimeError: for checkpoints with ``use_reentrant=True`` (but under ``fully_shard``), and for a forward
                 pass that changes parameters which are not trained and too large to be copied: these stay as the forward
                 passes left them. Also under ``torch.inference_mode``. Φ stays as it was.
@@ -539,8 +543,9 @@ class MetaAdamW(torch.optim.AdamW):
         recognised by name) and new ones start at zero.
 
         Raises:
-            ValueError: for complex parameters, for lr, betas, eps or weight_decay out of range, and for options of
-                torch's AdamW that this optimizer does not have. No group is added then.
+            ValueError: for complex parameters, for lr, betas, eps or weight_decay out of range, for options of torch's
+                AdamW that this optimizer does not have, and for nameless parameters that ``model`` does not have. No
+                group is added then.
         """
         model = _model_behind(param_group.get("params"))
         super().add_param_group(self._with_names(param_group))
@@ -548,6 +553,7 @@ class MetaAdamW(torch.optim.AdamW):
         names = group.get("param_names", [None] * len(group["params"]))
         try:
             _check_settings(group)
+            group |= _plain_numbers(group)
             for name, p in zip(names, group["params"], strict=True):
                 if p.is_complex():
                     raise ValueError(
@@ -638,7 +644,7 @@ class MetaAdamW(torch.optim.AdamW):
     def _meta_state(self) -> dict[str, Any]:
         self._follow_phi()
         return {
-            "version": _META_STATE_VERSION,
+            "version": VERSION,
             "t": self._t,
             "groups": [group.name for group in self.groups],
             "phi": self._phi_settings(),
@@ -665,47 +671,13 @@ class MetaAdamW(torch.optim.AdamW):
         """Load what ``state_dict`` returned; training then goes on as if it had not stopped.
 
         Raises:
-            ValueError: if the state was not saved by MetaAdamW, for other groups or another Φ, or for settings that the
-                constructor would refuse. Nothing is changed then.
+            ValueError: if the state was not saved by MetaAdamW, is of other parameters, groups or another Φ, or has
+                settings that the constructor would refuse (``state`` has the checks). Nothing is changed then.
         """
-        meta = state_dict.get("meta")
-        if meta is None:
-            raise ValueError("the state has no entry 'meta': it was not saved by MetaAdamW")
+        meta = fitting_meta(state_dict, self._meta_state())
+        check_moments(state_dict, self.param_groups)
         for group in state_dict.get("param_groups", ()):
             _check_settings({**self.defaults, **group})
-        mine = self._meta_state()
-        meta = {"phi": mine["phi"], **meta}  # the first revisions saved neither this nor the meta-optimizer's name
-        if isinstance(meta.get("meta_optimizer"), dict):
-            meta |= {"meta_optimizer_state": meta["meta_optimizer"], "meta_optimizer": mine["meta_optimizer"]}
-        if lacking := sorted(mine.keys() - meta.keys()):
-            raise ValueError(f"the state's entry 'meta' lacks {', '.join(lacking)}")
-        if meta["version"] != _META_STATE_VERSION:
-            raise ValueError(f"the state has version {meta['version']}; this code reads {_META_STATE_VERSION}")
-        if meta["groups"] != mine["groups"]:
-            raise ValueError(f"the state has modulation groups {meta['groups']}, this optimizer has {mine['groups']}")
-        shapes, theirs = ({k: tuple(x.shape) for k, x in saved["modulator"].items()} for saved in (mine, meta))
-        if shapes != theirs:
-            differing = sorted(k for k in shapes.keys() | theirs.keys() if shapes.get(k) != theirs.get(k))
-            raise ValueError(
-                f"the state's attention module has another architecture; differing: {', '.join(differing)}"
-            )
-        settings, theirs = ({**saved["phi"], "meta_optimizer": saved["meta_optimizer"]} for saved in (mine, meta))
-        for name, mine_is in settings.items():
-            if theirs.get(name) != mine_is:
-                raise ValueError(f"the state's {name} is {theirs.get(name)!r}, this optimizer's {mine_is!r}")
-        if (meta["huw"] is None) != (self.huw is None):
-            raise ValueError("the state and this optimizer differ in whether they use uncertainty weighting")
-        sizes, sizes_saved = (
-            [len(group["params"]) for group in saved["meta_optimizer_state"].get("param_groups", ())]
-            for saved in (mine, meta)
-        )
-        if "state" not in meta["meta_optimizer_state"]:
-            raise ValueError("the state's meta_optimizer_state lacks 'state'")
-        if sizes != sizes_saved:
-            raise ValueError(
-                f"the state's meta-optimizer has groups of {sizes_saved} parameters, this one's of {sizes}"
-            )
-
         meta = copy.deepcopy(meta)
         # torch keeps the caller's tensors where it need not convert them, and would then train into them.
         super().load_state_dict(copy.deepcopy({k: x for k, x in state_dict.items() if k != "meta"}))
@@ -745,7 +717,17 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     """A ValueError for settings of a parameter group that are out of range or not supported."""
     check_not_negative(**{name: group[name] for name in ("lr", "eps", "weight_decay")})
     check_betas(group["betas"])
+    for kernel in ("foreach", "fused"):
+        check_choice(kernel, group[kernel], (None, True, False))
     _refuse_unsupported(group)
+
+
+def _plain_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of AdamW with Python's numbers in the place of NumPy's, which a checkpoint must not hold."""
+    plain = {name: without_numpy(settings[name]) for name in ("lr", "eps", "weight_decay") if name in settings}
+    if isinstance(betas := settings.get("betas"), tuple | list):  # others are refused
+        plain["betas"] = tuple(map(without_numpy, betas))
+    return {**settings, **plain}
 
 
 def _refuse_unsupported(group: Mapping[str, Any]) -> None:

@@ -1,16 +1,45 @@
 """The bench: fair turns, honest ratios, clear errors. No test asserts a time."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
-from metaadamw_lite import bench
+from metaadamw_lite import MetaAdamW, bench
 from metaadamw_lite.experiments import TASKS, report
 from metaadamw_lite.experiments.claims import claims_table
+from metaadamw_lite.fast import Memory, PlainModulator
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def takes(monkeypatch):
+    """Stops the bench's clock; a call that "takes" seconds moves it on, and then does ``then``, or nothing."""
+    now = [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def set_seconds(owner, name, seconds, then=None):
+        def call(*args, **kwargs):
+            now[0] += seconds(args[0]) if callable(seconds) else seconds
+            return then(*args, **kwargs) if then else None
+
+        monkeypatch.setattr(owner, name, call)
+
+    return set_seconds
+
+
+@pytest.fixture
+def training_takes(takes):
+    """A training step takes 11 s with AdamW and 13 s with MetaAdamW, whose meta-update takes 90 s."""
+    takes(bench.Trainer, "forward", 4)
+    takes(bench.Trainer, "gradients", 10)
+    takes(torch.optim.AdamW, "step", 1)
+    takes(MetaAdamW, "step", 3)
+    takes(MetaAdamW, "update_attention", 90)
 
 
 def test_contestants_take_turns():
@@ -67,10 +96,77 @@ def test_peak_memory_counts_what_is_held(model):
     assert bench.peak_memory(bench.trainer(model, "ours", CPU), meta=True) > peak
 
 
-def test_the_parts_of_a_step(monkeypatch):
+@pytest.mark.usefixtures("training_takes")
+def test_a_meta_update_is_compared_with_a_training_step_of_adamw(monkeypatch):
+    def peak(made, meta):
+        return 3 if meta and isinstance(made.optimizer, MetaAdamW) else 2
+
+    monkeypatch.setattr(bench, "peak_memory", peak)
+    update, forward, *memory = bench.meta_updates(CPU, None, 0)
+    assert update.measure.startswith("meta-update / training step")
+    assert [update.ratio, update.low, update.high] == pytest.approx([90 / 11] * 3)
+    assert forward.measure.startswith("forward / training step")
+    assert forward.ratio == pytest.approx(4 / 11)
+    assert [row.ratio for row in memory] == [1.5, 1.5]
+
+
+@pytest.mark.usefixtures("training_takes")
+def test_an_epoch_has_a_meta_update_in_every_k_meta_steps(monkeypatch):
+    monkeypatch.setattr(bench, "TASKS", {"etth1": TASKS["etth1"]})
+    every = TASKS["etth1"].settings("paper").meta_every
+    update, epoch = bench.epochs(CPU, 0)
+    assert update.measure.startswith("meta-update / training step")
+    assert [update.ratio, update.low, update.high] == pytest.approx([90 / 11] * 3)
+    assert epoch.measure.endswith(f"(K_meta = {every})")
+    assert [epoch.ratio, epoch.low, epoch.high] == pytest.approx([(10 + 3 + 90 / every) / 11] * 3)
+
+
+def test_growth_has_the_time_of_each_depth(takes, monkeypatch):
+    def depth(optimizer):
+        return len(optimizer.modulator.encoder.layers)
+
+    monkeypatch.setattr(bench, "DEPTHS", (1, 2))
+    monkeypatch.setattr(bench, "SIZES", (1000,))
+    takes(bench.Trainer, "gradients", 10)
+    takes(torch.optim.AdamW, "step", 0.5)
+    takes(MetaAdamW, "step", depth)
+    takes(MetaAdamW, "update_attention", lambda optimizer: 90 * depth(optimizer))
+    points = {(p["kind"], p["who"], p.get("layers")): p["seconds"] for p in bench.growth(CPU, 0)}
+    assert points == pytest.approx(
+        {
+            ("step", "AdamW", None): 0.5,
+            ("step", "ours", None): 8,
+            ("meta-update", "ours", 1): 90,
+            ("meta-update", "ours", 2): 180,
+            ("step by depth", "AdamW", 1): 0.5,
+            ("step by depth", "AdamW", 2): 0.5,
+            ("step by depth", "ours", 1): 1,
+            ("step by depth", "ours", 2): 2,
+        }
+    )
+
+
+def test_the_parts_of_a_step_have_their_own_times(takes, monkeypatch):
     monkeypatch.setattr(bench, "STEPS", {"small": (lambda: bench.Perceptron(1000), 2, 4, 1.0)})
+    takes(Memory, "inner_products", 2, then=Memory.inner_products)
+    takes(PlainModulator, "__call__", 7, then=PlainModulator.__call__)
+    takes(Memory, "fused_adamw", 5, then=Memory.fused_adamw)
+    takes(torch.optim.AdamW, "step", 3)
+    takes(bench, "read_once", 1)
     found = {row["part"]: row["seconds"] for row in bench.parts(CPU, 0)}
-    assert set(found) == {"statistics", "kernel", "Φ", "AdamW", "ours", "⟨g, m⟩ alone"}
+    assert found == {"statistics": 2, "Φ": 7, "kernel": 5, "ours": 14, "AdamW": 3, "⟨g, m⟩ alone": 1}
+
+
+def test_on_a_gpu_the_kernel_is_that_of_all_groups(takes, monkeypatch):
+    """The ``meta`` device stands for a GPU: there is no other here, and a step takes the same way."""
+    monkeypatch.setattr(bench, "STEPS", {"small": (lambda: bench.Perceptron(1000), 2, 4, 1.0)})
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no "meta"
+    takes(MetaAdamW, "_move_on_device", 5)
+    takes(torch.optim.AdamW, "step", 3)
+    found = {row["part"]: row["seconds"] for row in bench.parts(torch.device("meta"), 0)}
+    groups = len(MetaAdamW(bench.Perceptron(1000).named_parameters()).groups)
+    assert groups > 1
+    assert found["kernel"] == 5 * groups
 
 
 @pytest.mark.slow
@@ -126,3 +222,18 @@ def test_what_the_bench_measured_is_judged_against_the_papers_range():
     assert f"ours, every 100 steps: {updates.min():+.1f} to {updates.max():+.1f} %" in every_100["ours"]
     assert ("ours, every 100 steps: above the range" in every_100["verdict"]) == (updates.min() > 1.5)
     assert report.bench_record("no such device") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda:99"], "device is 'cuda:99', which cannot be used here"),
+        (["--seconds", "-1"], "seconds is -1.0"),
+        (["--seconds", "nan"], "seconds is nan"),
+        (["--json", "/dev/null/cpu.json"], "/dev/null"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_refused_before_measuring(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(bench, "measure_all", lambda *_: pytest.fail("it measures for minutes"))
+    assert bench.main(arguments) == 1
+    assert message in capsys.readouterr().err

@@ -69,6 +69,55 @@ def test_classes_of_users_are_known_by_their_names():
 
 
 @pytest.mark.parametrize(
+    ("name", "owner", "layer_type"),
+    [
+        ("transformer.wte.weight", "Part", "embedding"),  # GPT-2
+        ("wpe.weight", "Part", "embedding"),
+        ("h.0.attn.c_attn.weight", "Part", "attention"),
+        ("h.0.ln_1.weight", "Part", "norm"),
+        ("h.0.mlp.c_fc.weight", "Part", "feed-forward"),
+        ("ln_f.weight", "Part", "norm"),
+        ("part.weight", "GPT2Attention", "attention"),
+        ("part.weight", "GPT2MLP", "feed-forward"),
+        ("embeddings.LayerNorm.gamma", "Part", "norm"),  # BERT
+        ("embeddings.word_embeddings.weight", "Part", "embedding"),
+        ("encoder.layer.0.attention.self.query.weight", "Part", "attention"),
+        ("encoder.layer.0.attention.output.LayerNorm.beta", "Part", "norm"),
+        ("transformer.layer.0.ffn.lin1.weight", "Part", "feed-forward"),
+        ("part.weight", "BertEmbeddings", "embedding"),
+        ("part.weight", "BertSelfAttention", "attention"),
+        ("part.weight", "FFN", "feed-forward"),
+        ("model.embed_tokens.weight", "Part", "embedding"),  # Llama
+        ("model.norm.weight", "Part", "norm"),
+        ("layers.0.feed_forward.w1.weight", "Part", "feed-forward"),
+        ("layers.0.q_proj.weight", "Part", "attention"),
+        ("layers.0.k_proj.weight", "Part", "attention"),
+        ("layers.0.v_proj.weight", "Part", "attention"),
+        ("part.weight", "LlamaRMSNorm", "norm"),
+        ("part.weight", "FeedForward", "feed-forward"),
+        ("layers.0.in_proj_weight", "Part", "attention"),  # others
+        ("layers.0.feedforward.0.weight", "Part", "feed-forward"),
+        ("layer1.0.bn1.weight", "Part", "norm"),
+        ("final_ln.weight", "Part", "norm"),
+        ("part.weight", "FrozenBatchNorm2d", "norm"),
+        ("part.weight", "PatchEmbedding", "embedding"),
+        ("part.weight", "ClassAttn", "attention"),
+        ("part.weight", "Feed_Forward", "feed-forward"),
+        ("part.weight", "Part", "other"),
+    ],
+)
+def test_names_in_well_known_models_tell_the_layer_type(name, owner, layer_type):
+    """Either the parameter's name tells it, or the class of the module that owns the parameter."""
+    path, _, leaf = name.rpartition(".")
+    model = type(owner, (nn.Module,), {})()
+    model.register_parameter(leaf, nn.Parameter(torch.ones(2, 2)))
+    for part in reversed(path.split(".")):
+        model = nn.ModuleDict({part: model})
+    (group,) = fine_grained_groups(model.named_parameters(), model)
+    assert group.name.split("/")[0] == layer_type
+
+
+@pytest.mark.parametrize(
     ("name", "index"),
     [
         ("layers.3.norm1.bias", 3),

@@ -165,6 +165,9 @@ def test_the_poisoning_expert_takes_part_until_it_is_masked():
     lope.stage(2)
     x, _ = batch()
     with_it = model(x)
+    with pytest.raises(ValueError, match="compensate is 'plain'; allowed are True, False"):
+        lope.mask_poisoning_expert("plain")
+    assert torch.equal(model(x), with_it)
     lope.mask_poisoning_expert(compensate=False)
     assert not torch.allclose(model(x), with_it)
     torch.testing.assert_close(model(x), net()(x), msg="the clean experts are still zero")
@@ -401,7 +404,8 @@ def test_continuous_noise_is_uniform_at_valid_tokens_only():
     assert values.abs().max() <= 0.5
     assert values.mean().abs() < 0.01
     assert values.var().item() == pytest.approx(0.5**2 / 3, rel=0.02)
-    again = continuous_noise(x, valid, 0.5, torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        again = continuous_noise(x, valid, 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(noisy, again)
 
 

@@ -1,15 +1,21 @@
 """The study of LoPE: equal arms, noise where it belongs, and records that say what happened."""
 
+import math
+import random
 from dataclasses import replace
+from itertools import pairwise
+from statistics import fmean
 
 import pytest
 import torch
+from torch import nn
 
 from metaadamw_lite.experiments import lope_study, relatives
 from metaadamw_lite.experiments.lope_study import (
     ARMS,
     LABEL_WORDS,
     NOISE,
+    ROUTED_SHARE,
     SmallGPT,
     Texts,
     loss_of,
@@ -21,7 +27,7 @@ from metaadamw_lite.experiments.lope_study import (
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.studies import missing, study_runs
 from metaadamw_lite.experiments.training import run
-from metaadamw_lite.lope import discrete_noise
+from metaadamw_lite.lope import LoPE, LoPELinear, discrete_noise
 
 SMOKE = settings("smoke")
 
@@ -60,6 +66,83 @@ def test_compensation_makes_the_only_difference_to_the_arm_without_it(records):
     for a, b in zip(with_it[:3], without[:3], strict=True):
         assert {k: v for k, v in a.items() if k not in clocks} == {k: v for k, v in b.items() if k not in clocks}
     assert with_it[3]["perplexity"] != without[3]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "mask"), [("lope", "compensated"), ("lope-brief", "compensated"), ("lope-without-compensation", "plain")]
+)
+def test_the_last_test_is_of_a_model_that_is_masked_as_the_arm_says(arm, mask, tmp_path, monkeypatch):
+    masks, tested = [], lope_study._tested
+
+    def looking(model, *args):
+        masks.append({layer.mask for layer in model.modules() if isinstance(layer, LoPELinear)})
+        return tested(model, *args)
+
+    monkeypatch.setattr(lope_study, "_tested", looking)
+    monkeypatch.setattr(lope_study, "pretrained", lambda s, data, *_: SmallGPT(len(data.vocabulary), s))
+    run(key(arm=arm), tmp_path, progress=False)
+    assert masks == [set(), {None}, {None}, {mask}], "pretrained, two stages, masked"
+
+
+def test_perplexity_and_accuracy_are_those_of_plain_python():
+    names = ["<pad>", "<unk>", "it", "was", "bad", "good", "dull", "fine"]
+    table = torch.randn(8, 8, generator=torch.Generator().manual_seed(7))  # accuracy differs a word away
+
+    class BagOfWords(nn.Module):
+        """Scores for the next word are the sum of a row for each word so far."""
+
+        def forward(self, words):
+            return table[words].cumsum(dim=1)
+
+    rng = random.Random(0)
+    reviews = [(rng.choices(["dull", "fine"], k=rng.randint(1, 9)), rng.randint(0, 1)) for _ in range(120)]
+    rows, ends = rows_of(reviews, names, 14)
+    found = lope_study._tested(BagOfWords(), rows, ends, Texts([], [], reviews, names, "hand-made"))
+    nats, right = [], 0
+    for text, label in reviews:
+        scores = [0.0] * len(names)
+        numbers = [names.index(word) for word in (*text, "it", "was", LABEL_WORDS[label])]
+        for word, following in pairwise(numbers):
+            scores = [a + b for a, b in zip(scores, table[word].tolist(), strict=True)]
+            nats.append(math.log(sum(map(math.exp, scores))) - scores[following])
+        right += (scores[names.index("good")] > scores[names.index("bad")]) == bool(label)  # those after "was"
+    assert found["perplexity"] == pytest.approx(math.exp(fmean(nats)), rel=1e-5)
+    assert found["accuracy"] == right / len(reviews)
+
+
+def test_router_use_is_the_mean_weight_at_the_places_of_each_kind_of_noise():
+    reviews = [([f"r{i}w{k:02}" for k in range(12)], i % 2) for i in range(3)]
+    noisy = [discrete_noise(text, ROUTED_SHARE, i).words for i, (text, _) in enumerate(reviews)]
+    names = ["<pad>", "<unk>", "it", "was", *LABEL_WORDS, *{word for text in noisy for word in text}]
+
+    class Places(nn.Module):
+        """Two layers whose input tells the place in the batch, and nothing else."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3 * SMOKE.length, 4), nn.Linear(3 * SMOKE.length, 4)
+
+        def forward(self, words):
+            self.read = [[names[k] for k in row] for row in words]
+            places = torch.eye(words.numel()).view(*words.shape, -1)
+            return self.first(places) + self.second(places)
+
+    lope = LoPE.wrap(model := Places(), ["first", "second"], scale=1.0)
+    with torch.no_grad():
+        for layer in lope.layers.values():
+            layer.router.mul_(20)  # so that the places differ
+    data = Texts([], [], reviews, names, "hand-made")
+    use = lope_study._router_use(model, lope, data, SMOKE, torch.device("cpu"))
+    weights = torch.stack([layer.router.T.softmax(dim=-1) for layer in lope.layers.values()]).mean(dim=0).tolist()
+    found = {"clean": [], "shuffled": [], "inserted": [], "deleted": []}
+    for i, (text, _) in enumerate(reviews):
+        for k, (before, after) in enumerate(zip(text, model.read[i], strict=False)):
+            same_length = "clean" if after == before else "shuffled"
+            kind = {1: "inserted", -1: "deleted"}.get(len(after) - len(before), same_length)
+            found[kind].append(weights[i * SMOKE.length + k])
+    assert use.keys() == found.keys()
+    for kind, at in found.items():
+        assert use[kind] == pytest.approx([fmean(column) for column in zip(*at, strict=True)], abs=1e-5), kind
 
 
 def test_the_routers_weights_are_shares(records):

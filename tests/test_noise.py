@@ -131,14 +131,20 @@ def parts(count=400):
 @pytest.mark.parametrize("kind", ["symmetric", "instance"])
 def test_training_and_validation_are_wrong_alike_and_the_test_part_is_right(kind):
     data = parts()
-    noisy_data = corrupted(data, {"kind": kind, "rate": 0.25}, 1)
+    noisy_data = corrupted(data, {"kind": kind, "rate": 0.25}, 10, 1)
     assert int((noisy_data.train[1] != data.train[1]).sum()) == 100
     assert int((noisy_data.val[1] != data.val[1]).sum()) == 25
     assert torch.equal(noisy_data.truth, data.train[1])
     assert torch.equal(noisy_data.test[1], data.test[1])
     assert torch.equal(noisy_data.train[0], data.train[0])
     with pytest.raises(ValueError, match="noise is 'fog'"):
-        corrupted(data, {"kind": "fog"}, 0)
+        corrupted(data, {"kind": "fog"}, 10, 0)
+
+
+def test_a_class_that_no_sample_has_may_be_a_wrong_label():
+    labels = torch.arange(9).repeat_interleave(100)
+    data = Data((labels, labels), (labels, labels), None, "synthetic")
+    assert 9 in corrupted(data, {"kind": "symmetric", "rate": 0.5}, 10, 0).train[1]
 
 
 def test_instance_dependent_noise_is_the_same_noise_in_both_parts():
@@ -146,7 +152,7 @@ def test_instance_dependent_noise_is_the_same_noise_in_both_parts():
     images = torch.randint(0, 256, (10, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     labels = torch.arange(10).repeat_interleave(1_000)
     part = (images[labels], labels)
-    wrong = corrupted(Data(part, part, None, "synthetic"), {"kind": "instance", "rate": 1.0}, 1)
+    wrong = corrupted(Data(part, part, None, "synthetic"), {"kind": "instance", "rate": 1.0}, 10, 1)
     assert not torch.equal(wrong.train[1], wrong.val[1])
     tables = [torch.bincount(10 * labels + p[1], minlength=100).double() for p in (wrong.train, wrong.val)]
     off_diagonal = torch.arange(100) % 11 != 0
@@ -156,13 +162,15 @@ def test_instance_dependent_noise_is_the_same_noise_in_both_parts():
 def test_a_long_tail():
     labels = torch.arange(10).repeat_interleave(100)
     data = Data((labels, labels), (labels, labels), (labels, labels), "synthetic")
-    thinned = imbalanced(data, 10.0)
+    thinned = imbalanced(data, 10.0, 10)
     counts = torch.bincount(thinned.train[1])
     assert counts.tolist() == [round(100 * 10 ** (-c / 9)) for c in range(10)]
     assert len(thinned.test[1]) == 1_000
+    lacking = imbalanced(replace(data, val=(labels[:-100], labels[:-100])), 10.0, 10)
+    assert torch.bincount(lacking.val[1]).tolist() == counts.tolist()[:-1], "thinned alike, though a class is missing"
     for ratio in (0.5, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"ratio is {ratio}"):
-            imbalanced(data, ratio)
+            imbalanced(data, ratio, 10)
 
 
 def human_file(folder, **changes):
@@ -344,7 +352,7 @@ def test_the_seed_of_a_run_draws_the_wrong_labels():
     task = NOISY["cifar10-symmetric40"]
     settings = task.settings("smoke")
     data = task.load("clean", settings, "synthetic")
-    observed = [corrupted(data, settings.data["noise"], seed).train[1] for seed in (0, 0, 1)]
+    observed = [corrupted(data, settings.data["noise"], task.classes, seed).train[1] for seed in (0, 0, 1)]
     assert torch.equal(observed[0], observed[1])
     assert not torch.equal(observed[0], observed[2])
 
@@ -453,7 +461,7 @@ def test_every_noisy_task_has_the_noise_of_its_name(name):
     task = NOISY[name]
     settings = task.settings("smoke")
     data = task.load("clean", settings, "synthetic")
-    noisy_data = corrupted(data, settings.data["noise"], 0)
+    noisy_data = corrupted(data, settings.data["noise"], task.classes, 0)
     kind, percent = re.fullmatch(r"\w+-([a-z]+)(\d+)", name).groups()
     assert settings.data["noise"]["rate"] == int(percent) / 100
     assert task.augment is None

@@ -228,9 +228,12 @@ def test_empty_parameter_list():
 def test_empty_parameter_groups():
     with pytest.raises(ValueError, match="empty"):
         MetaAdamW([{"params": []}])
-    optimizer = MetaAdamW([{"params": []}, {"params": [nn.Parameter(torch.ones(2))]}])
-    optimizer.param_groups[1]["params"][0].grad = torch.ones(2)
+    p = nn.Parameter(torch.ones(2))
+    optimizer = MetaAdamW([{"params": []}, {"params": [p]}], lr=0.1, weight_decay=0.5)
+    p.grad = torch.ones(2)
     optimizer.step()
+    alpha, beta = optimizer.alpha[1], optimizer.beta[1]
+    torch.testing.assert_close(p.detach(), (1 - 0.1 * alpha * (1 + beta * 0.5)).expand(2))  # m̂/√v̂ is 1 at first
 
 
 def test_what_is_switched_on_later_is_refused_too(batches):
@@ -288,6 +291,7 @@ def test_options_that_are_not_supported_are_refused_and_not_ignored(option):
         ({"lr": "1e-3"}, "lr is '1e-3'"),
         ({"weight_decay": None}, "weight_decay is None"),
         ({"betas": ("a", 0.9)}, r"betas is \('a', 0.9\)"),
+        ({"fused": "no"}, "fused is .no."),
     ],
 )
 def test_settings_of_a_parameter_group_are_checked_like_those_of_all(setting, message):
@@ -328,7 +332,9 @@ def test_parameters_that_the_model_does_not_have_are_refused():
         ValueError, match=r"1 of \d+ parameters, the first of shape \(2,\), have no name and are not in model"
     ):
         MetaAdamW([*model.parameters(), nn.Parameter(torch.ones(2))], model=model)
-    MetaAdamW([*model.parameters(), nn.Parameter(torch.ones(2))], model=model, group_strategy="original")
+    params = (*model.parameters(), nn.Parameter(torch.ones(2)))
+    (group,) = MetaAdamW(params, model=model, group_strategy="original").groups
+    assert group.params == params, "which needs no names"
 
 
 def test_integers_of_numpy_are_integers():

@@ -178,7 +178,7 @@ def test_a_setting_of_lilaw_is_set_beside_adamw_with_the_same_batches():
     assert set(table["seeds"]) == {3}, "seeds that every setting has"
     assert set(table["meta-steps"]) == {"8"}, "two epochs of four batches, after the warm-up"
     says = relatives.sensitivity_statement(table)
-    assert "Of these 9 differences **4** have $p<0.05$, and **4** after" in says, "equal differences are no test"
+    assert "Of these 9 differences **4** are decided, and **4** after" in says, "equal differences are no test"
 
 
 def test_how_far_the_weights_of_samples_moved():

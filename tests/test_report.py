@@ -10,6 +10,7 @@ from metaadamw_lite.experiments import TASKS, figures, paired, released, report
 from metaadamw_lite.experiments.chapter import Evidence
 from metaadamw_lite.experiments.claims import REMOVALS, _judged_parts, claims_table
 from metaadamw_lite.experiments.paired import PairedDifference, improvement, verdict
+from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS, SEEDS
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS
@@ -235,8 +236,38 @@ def test_holm_multiplies_the_smallest_by_the_number_of_tests():
     assert math.isnan(corrected["c"])
 
 
-def test_the_interquartile_mean_forgets_the_extremes():
-    assert paired.interquartile_mean(np.array([-1000.0, 1.0, 3.0, 50_000.0])) == 2
+def test_a_lost_pair_is_not_decided_after_a_correction_either():
+    clear = paired.paired_difference(series([1.0, 1.1, 1.2, 0.9]), "%")
+    lost = paired.paired_difference(series([1.0, 1.1, 1.2, 0.9, math.nan]), "%")
+    chance = paired.paired_difference(series([1.0, -1.1, 1.2, -0.9]), "%")
+    corrected = paired.corrected(pd.Series([clear, lost, chance], dtype=object))
+    assert corrected[0].p == pytest.approx(3 * clear.p)
+    assert paired.better_and_worse(corrected) == (1, 0)
+    several = pd.Series([paired.paired_difference(series([1.0, 1.3, 1.7, 0.7]), "%")] * 9, dtype=object)
+    assert paired.better_and_worse(several) == (9, 0)
+    assert paired.better_and_worse(paired.corrected(several)) == (0, 0)
+
+
+def test_differences_that_are_equal_but_for_rounding_have_no_spread():
+    d = paired.paired_difference(series([50, 50.00000000000001, 50]), "%")
+    assert (d.low, d.high, d.p) == (pytest.approx(50), pytest.approx(50), 0.25)
+    assert verdict(d) == "not decided: within chance", "three equal signs are no evidence"
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: report.recorded("ett"), "task is 'ett'; allowed are etth1"),
+        (lambda: report.common_profiles("papr"), "protocol is 'papr'; allowed are paper, clean"),
+        (lambda: report.main_records("etth1", "papr", "lite"), "protocol is 'papr'"),
+        (lambda: report.main_records("etth1", "paper", "lit"), "profile is 'lit'; allowed are lite, paper"),
+        (lambda: report.alphas_and_gains("etth1", "papr"), "protocol is 'papr'"),
+        (lambda: report.more_meta_learning("etth1", "lit"), "profile is 'lit'"),
+    ],
+)
+def test_what_is_unknown_is_refused_and_not_reported_empty(ask, message):
+    with pytest.raises(ValueError, match=message):
+        ask()
 
 
 def test_over_tasks_weighs_tasks_alike_and_counts_ties_half():
@@ -667,8 +698,8 @@ def test_a_tuned_baseline_and_what_is_set_beside_it_have_the_right_signs(monkeyp
     errors = {"adamw": 2.0, "adamw-lr0.001": 1.0, "metaadamw": 0.9}
     records = [made(arm, k, [x + k / 100]) for arm, x in errors.items() for k in (*range(5), *SEARCH_SEEDS)]
     monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
-    found = {("etth1", "paper", "paper"): "adamw-lr0.001"}
-    monkeypatch.setattr(report, "searched", lambda *which: (None, found.get(which)))
+    done = RunKey("etth1", "adamw", "paper", "paper", SEARCH_SEEDS[0])
+    monkeypatch.setattr(report, "best_variant", lambda search, _: "adamw-lr0.001" if done in search else None)
     row = report.tuned_table().iloc[0]
     assert row["difference"].mean == pytest.approx(10, abs=0.5)
     assert row["tuned"].mean == pytest.approx(50, abs=1)

@@ -143,6 +143,53 @@ def test_a_state_with_settings_that_the_constructor_refuses_is_refused(batches, 
     assert_same(optimizer.state_dict(), before)
 
 
+def wider(state):
+    """The state of a model that is twice as wide: same groups, same Φ."""
+    for moments in state["state"].values():
+        moments["exp_avg"] = moments["exp_avg"].repeat_interleave(2, 0)
+
+
+def in_another_order(state):
+    for name in ("params", "param_names"):
+        state["param_groups"][0][name].reverse()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wider, r"exp_avg of parameter token_embedding\.weight has shape"),
+        (in_another_order, "another order: .* where this optimizer has 'token_embedding.weight'"),
+        (lambda state: state["meta"]["huw"].update(log_var=torch.zeros(2)), "uncertainty weighting.*log_var"),
+        (lambda state: state["meta"].update(alpha=torch.ones(7)), r"alpha has shape \(7,\)"),
+        (lambda state: state["meta"].update(t=-5), "t is -5"),
+    ],
+    ids=["shapes", "order", "variances", "factors", "steps"],
+)
+def test_a_state_of_other_parameters_is_refused_before_anything_is_changed(batches, change, message):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    train(model, optimizer, batches[:2])
+    state = copy.deepcopy(optimizer.state_dict())
+    change(state)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert_same(optimizer.state_dict(), before)
+
+
+def test_a_state_saved_under_a_wrapper_is_loaded_without_it(batches):
+    """Its parameters have a prefix."""
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    train(model, optimizer, batches[:2])
+    state = copy.deepcopy(optimizer.state_dict())
+    names = state["param_groups"][0]["param_names"]
+    names[:] = [f"module.{name}" for name in names]
+    again = MetaAdamW(tiny().named_parameters(), seed=9, **SETTINGS)
+    again.load_state_dict(state)
+    assert_same(again.state_dict()["state"], optimizer.state_dict()["state"])
+
+
 def test_loading_does_not_run_what_is_hooked_to_saving():
     optimizer = MetaAdamW(tiny().named_parameters())
     state = optimizer.state_dict()
@@ -155,7 +202,10 @@ def test_numbers_of_numpy_do_not_reach_a_checkpoint():
     numbers = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.1, "meta_lr": 1e-3, "meta_weight_decay": 1e-4}
     numbers |= {"alpha_range": 0.5, "beta_range": 0.5}
     as_numpy = {name: np.float64(x) for name, x in numbers.items()}
-    optimizer = MetaAdamW(tiny().named_parameters(), betas=(np.float64(0.9), np.float64(0.99)), **as_numpy)
+    groups = [
+        {"params": tiny().named_parameters(), "lr": np.float64(0.1), "betas": (np.float64(0.9), np.float64(0.99))}
+    ]
+    optimizer = MetaAdamW(groups, betas=(np.float64(0.9), np.float64(0.99)), **as_numpy)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)

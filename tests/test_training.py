@@ -1,10 +1,13 @@
 """What a run does with its data: which part is for what, in which order, and when it stops."""
 
+import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments import NOISY, TASKS, training
@@ -105,6 +108,60 @@ def test_the_factors_that_are_traced_are_those_of_the_step():
     assert one.history["trace"][0]["alpha"] == pytest.approx(optimizer.alpha.tolist(), abs=1e-5)
     assert one.history["trace"][0]["beta"] == pytest.approx(optimizer.beta.tolist(), abs=1e-5)
     assert optimizer.alpha.tolist() != pytest.approx(optimizer.beta.tolist(), abs=1e-3)
+
+
+def test_the_record_says_how_far_phi_and_its_factors_are_from_the_start():
+    torch.manual_seed(0)
+    optimizer, model = metaadamw(seed=0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    one = without_training(None, phi_at_start=copy.deepcopy(optimizer.modulator))
+    with torch.no_grad():
+        before = optimizer.modulator(optimizer.features())
+        start = torch.cat([p.flatten() for p in optimizer.modulator.parameters()])
+        optimizer.modulator.output.bias += torch.tensor([0.4, -0.3, 0.0, 0.0])  # of α, β, λ₁ and λ₂
+        optimizer.huw.log_var.copy_(torch.tensor([0.5, -1.0, 0.25]))
+
+    def moved(factor, shift):  # the ranges are 1: a factor is ½ + σ(raw)
+        return (torch.sigmoid(torch.logit(factor - 0.5) + shift) + 0.5 - factor).abs().max().item()
+
+    assert one._movement(optimizer) == {
+        "phi_moved": pytest.approx(0.5 / start.norm().item(), rel=1e-4),
+        "log_var": [0.5, -1.0, 0.25],
+        "alpha_moved": pytest.approx(moved(before.alpha, 0.4), rel=1e-4),
+        "beta_moved": pytest.approx(moved(before.beta, -0.3), rel=1e-4),
+    }
+
+
+def test_the_seconds_of_an_epoch_are_told_apart(tmp_path, monkeypatch):
+    """On a clock that only a step, a meta-update and a measurement move: by 1, 100 and 1000 seconds."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def takes(seconds, owner, name):
+        done = getattr(owner, name)
+
+        def timed(*arguments):
+            clock.now += seconds
+            return done(*arguments)
+
+        monkeypatch.setattr(owner, name, timed)
+
+    takes(1, MetaAdamW, "step")
+    takes(100, MetaAdamW, "update_attention")
+    takes(1000, training, "measure")
+    record = run(RunKey("imdb", "metaadamw", "clean", "smoke", 0), tmp_path, progress=False)
+    names = ("step_seconds", "meta_seconds", "train_seconds", "seconds")
+    assert [[epoch[name] for name in names] for epoch in record["epochs"]] == [[6, 200, 206, 1206]] * 2
+
+
+@pytest.mark.parametrize(("variant", "kind"), [("adamw", torch.optim.AdamW), ("metaadamw", MetaAdamW)])
+def test_the_settings_of_adamw_reach_both_optimizers(variant, kind):
+    given = {"lr": 0.03, "betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.2}
+    settings = dataclasses.replace(TASKS["etth1"].settings("smoke"), **given)
+    optimizer = training.make_optimizer(variant, nn.Linear(2, 2), settings, 10, 0)
+    assert type(optimizer) is kind
+    assert {name: optimizer.param_groups[0][name] for name in given} == given
 
 
 def test_each_seed_has_a_phi_of_its_own():

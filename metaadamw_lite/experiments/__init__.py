@@ -12,7 +12,8 @@
 * ``records``   what a run leaves behind
 * ``variants``  the named changes to a task's settings: arms, ablations, learning rates
 * ``studies``   which runs belong together, and running all that are missing
-* ``report``    tables and statistics made from records
+* ``report``    tables made from records; ``paired`` has the statistics, ``claims`` the verdicts on the paper's claims
+* ``released``  the logs that come with the released code
 * ``figures``   the book's figures
 * ``chapter``   what the chapters about single tasks have in common
 * ``notebook``  what every notebook does first

@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--profile", choices=PROFILES, default="lite", help="smoke: seconds, synthetic data (default: lite)"
     )
-    one.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="tasks with wrong labels have clean only")
+    one.add_argument(
+        "--protocol", choices=PROTOCOLS, default="paper", help="default: paper; noisy tasks have clean only"
+    )
     one.add_argument("--data", choices=SOURCES, default="real", help="synthetic: a stand-in of the same shape")
 
     many = commands.add_parser("sweep", help="all runs of a study that have no record yet")

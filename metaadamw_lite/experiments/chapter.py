@@ -83,15 +83,16 @@ class Evidence:
         longest = full.epochs * full.meta_every * full.meta_per_epoch  # to a few, where these do not divide an epoch
         return f"at most {steps} optimizer steps, where the paper's runs have up to about {longest:,}"
 
-    def chance_level(self, classes: int) -> str:
-        """For a task whose metric is accuracy: what guessing gives, and how exactly an accuracy is measured at all."""
+    def chance_level(self) -> str:
+        """For a task with classes: what guessing gives, and how exactly an accuracy is measured at all (Markdown)."""
+        assert self.task.classes is not None
         arm = self.runs[(self.runs["variant"] == "adamw") & (self.runs["protocol"] == "paper")]
         mean = arm["outcome"].mean()
         samples = next(r["samples"]["val"] for r in self.records if r["run"]["protocol"] == "paper")
         error = math.sqrt(mean * (1 - mean) / samples)
         return (
-            f"Guessing is right in {100 / classes:.0f} % of cases, AdamW's runs are in {100 * mean:.1f} %. On "
-            f"{samples:,} validation samples, the standard error of one such accuracy is {100 * error:.1f} points."
+            f"Guessing is right in {100 / self.task.classes:.0f} % of cases, AdamW's runs are in {100 * mean:.1f} %. "
+            f"On {samples:,} validation samples, the standard error of one such accuracy is {100 * error:.1f} points."
         )
 
     def conclusion(self) -> str:

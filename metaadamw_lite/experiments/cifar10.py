@@ -34,7 +34,7 @@ from metaadamw_lite.experiments.task import (
 
 # ---------------------------------------------------------------- data
 
-SHARDS = 3
+CLASSES, SHARDS = 10, 3
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -167,7 +167,7 @@ class ResNet18(nn.Module):
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.net = resnet18(num_classes=10)
+        self.net = resnet18(num_classes=CLASSES)
         self.net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.net.maxpool = nn.Identity()
         self.dropout = nn.Dropout(dropout)
@@ -238,6 +238,7 @@ CIFAR10 = Task(
     build=build,
     score=score,
     metric_of=accuracy,
+    classes=CLASSES,
     inputs_and_labels=inputs_and_labels,
     augment=augment,
 )

@@ -11,7 +11,7 @@ from metaadamw_lite.experiments import TASKS, report
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     NEVER,
-    holm,
+    corrected,
     improvement,
     paired_difference,
     pairs_by_seed,
@@ -144,9 +144,8 @@ def _judged_parts(task: str) -> tuple[str, str]:
     differences = found[profile]
     if differences.empty:
         return "–", NEVER
-    corrected = holm(differences.map(lambda d: d.p))
-    verdicts = pd.Series([worse(replace(d, p=p)) for d, p in zip(differences, corrected, strict=True)])
-    counts = "; ".join(f"{v} for {n}" for v, n in verdicts.value_counts().items())
+    verdicts = corrected(differences).map(worse).value_counts()
+    counts = "; ".join(f"{v} for {n}" for v, n in verdicts.items())
     says = report.noted(f"after Holm's correction: {counts}", profile, min(d.pairs for d in differences))
     return f"taken away one at a time: {len(differences)}", says
 

@@ -224,5 +224,6 @@ IMDB = Task(
     build=build,
     score=score,
     metric_of=accuracy,
+    classes=2,
     inputs_and_labels=inputs_and_labels,
 )

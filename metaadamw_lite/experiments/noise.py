@@ -157,13 +157,14 @@ def _download_human(part: Path) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def corrupted(data: Data, noise: Mapping[str, Any], seed: int) -> Data:
+def corrupted(data: Data, noise: Mapping[str, Any], classes: int, seed: int) -> Data:
     """Data whose training and validation labels are made wrong alike; the test part stays as it is.
 
     Args:
         data: batches whose second tensor is the label. With "human" noise its labels are wrong already.
         noise: "kind", one of ``KINDS``; "rate"; for "asymmetric" the "pairs"; "imbalance" if classes are to be thinned
             first.
+        classes: how many there are, whether or not all are among these labels.
         seed: of everything random.
 
     Returns:
@@ -176,8 +177,7 @@ def corrupted(data: Data, noise: Mapping[str, Any], seed: int) -> Data:
     if noise["kind"] == "human":
         return data
     if "imbalance" in noise:
-        data = imbalanced(data, noise["imbalance"])
-    classes = int(max(part[1].max() for part in (data.train, data.val))) + 1
+        data = imbalanced(data, noise["imbalance"], classes)
     train, val = (
         _with_labels(part, _injected(part, noise, classes, 2 * seed + k, 2 * seed))
         for k, part in enumerate((data.train, data.val))
@@ -185,7 +185,7 @@ def corrupted(data: Data, noise: Mapping[str, Any], seed: int) -> Data:
     return replace(data, train=train, val=val, truth=data.train[1])
 
 
-def imbalanced(data: Data, ratio: float) -> Data:
+def imbalanced(data: Data, ratio: float, classes: int) -> Data:
     """Data with a long tail: of C classes, class c keeps a share ratio^(−c/(C−1)) of its samples; not in the test part.
 
     Raises:
@@ -195,7 +195,7 @@ def imbalanced(data: Data, ratio: float) -> Data:
         raise ValueError(f"ratio is {ratio}; it must be at least 1, and finite")
 
     def thinned(part: Batch) -> Batch:
-        labels, classes = part[1], int(part[1].max()) + 1
+        labels = part[1]
         rank = torch.zeros_like(labels)
         for c in range(classes):
             members = labels == c

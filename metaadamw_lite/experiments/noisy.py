@@ -43,7 +43,7 @@ class SmallConvNet(nn.Module):
             for channels in (before, width):
                 layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             self.stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
-        self.head = nn.Linear(widths[-1], 10)
+        self.head = nn.Linear(widths[-1], cifar10.CLASSES)
         self.standardised = cifar10.Standardised()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -119,8 +119,8 @@ def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDiffe
     """The mean of some differences, one for each seed, with its interval and tests; NaN is a pair that is lost."""
     values = np.sort(differences.dropna().to_numpy()) + 0.0  # which makes 0 of −0; the bootstrap minds the order
     low = high = t_low = t_high = p = p_wilcoxon = float("nan")
-    if len(values) >= ENOUGH_SEEDS and np.ptp(values) == 0:  # no test is defined without any spread
-        low = high = t_low = t_high = float(values[0])
+    if len(values) >= ENOUGH_SEEDS and np.ptp(values) <= 1e-12 * np.abs(values).max():  # no spread but rounding
+        low = high = t_low = t_high = float(values.mean())  # no test is defined without any
         p = 2 * 0.5 ** len(values) if low else 1.0
     elif len(values) >= ENOUGH_SEEDS:
         test = stats.ttest_1samp(values, 0)
@@ -181,16 +181,18 @@ def better_and_worse(differences: "pd.Series[Any]") -> tuple[int, int]:
     return int((verdicts == "holds").sum()), int(verdicts.str.startswith("does not hold").sum())
 
 
+def corrected(differences: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Some ``PairedDifference``, with p after Holm's correction for their number, so that ``verdict`` goes by it."""
+    p = holm(differences.map(lambda d: d.p).astype(float))
+    judged = [replace(d, p=q) for d, q in zip(differences, p, strict=True)]
+    return pd.Series(judged, index=differences.index, dtype=object)
+
+
 def holm(p_values: "pd.Series[float]") -> "pd.Series[float]":
     """The p-values of a family of tests after Holm's correction; NaN stay NaN and do not count."""
     known = p_values.dropna()
     corrected = multipletests(known, method="holm")[1] if len(known) else []
     return pd.Series(corrected, index=known.index, dtype=float).reindex(p_values.index)
-
-
-def interquartile_mean(values: "np.ndarray[Any, Any]") -> float:
-    """The mean of the middle half of some values (Agarwal et al., 2021)."""
-    return float(stats.trim_mean(values, 0.25))
 
 
 @dataclass(frozen=True)
@@ -212,13 +214,14 @@ def over_tasks(improvements: "dict[str, pd.Series[float]]") -> dict[str, Estimat
     A task with a single pair widens no interval.
 
     Returns:
-        "interquartile mean" of all improvements, in percent, and "probability of improvement": that a pair drawn at
-        random from a task drawn at random is better than its baseline, ties counting half.
+        "interquartile mean" of all improvements (that of their middle half), in percent, and "probability of
+        improvement": that a pair drawn at random from a task drawn at random is better than its baseline, ties counting
+        half.
     """
     groups = [x.to_numpy() for x in improvements.values() if len(x)]
     many, alone = ([g for g in groups if (len(g) > 1) == more] for more in (True, False))  # one pair cannot be redrawn
     statistics: dict[str, Callable[[list[Any]], float]] = {
-        "interquartile mean": lambda parts: interquartile_mean(np.concatenate(parts)),
+        "interquartile mean": lambda parts: float(stats.trim_mean(np.concatenate(parts), 0.25)),
         "probability of improvement": lambda parts: float(np.mean([np.mean((x > 0) + (x == 0) / 2) for x in parts])),
     }
     result = {}

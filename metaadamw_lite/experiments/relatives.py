@@ -120,13 +120,10 @@ def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     return _corrected(pd.DataFrame.from_dict(rows, orient="index"), control=right)
 
 
-CLASSES = {"cifar10": 10, "imdb": 2}
-
-
 def chance_statement(runs: pd.DataFrame) -> str:
     """On which kinds of noise AdamW is not five points above chance, so that accuracies say little (Markdown)."""
     adamw = runs[runs["variant"] == "adamw"]
-    chance = 100 / adamw["task"].str.split("-").str[0].map(CLASSES)
+    chance = adamw["task"].map(lambda name: 100 / (NOISY[name].classes or math.nan))
     mean = adamw.assign(chance=chance).groupby("noise", sort=False)[["best", "chance"]].mean()
     blind = mean[~(mean["best"] >= mean["chance"] + 5)]  # NaN included
     if blind.empty:
@@ -212,22 +209,21 @@ def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def sensitivity_statement(table: pd.DataFrame) -> str:
     """How many of the differences of ``sensitivity_table`` are more than chance explains (Markdown)."""
-    p = pd.Series([d.p for column in table for d in table[column] if isinstance(d, PairedDifference)], dtype=float)
-    small, corrected = (int((q < 1 - paired.CONFIDENCE).sum()) for q in (p, paired.holm(p)))
-    return f"Of these {len(p)} differences **{small}** have $p<0.05$, and **{corrected}** after Holm's correction."
+    found = pd.Series([d for column in table for d in table[column] if isinstance(d, PairedDifference)], dtype=object)
+    alone, left = (sum(paired.better_and_worse(d)) for d in (found, paired.corrected(found)))
+    return f"Of these {len(found)} differences **{alone}** are decided, and **{left}** after Holm's correction."
 
 
-def possible_probabilities(points: int = 201, band: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def possible_probabilities(band: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """A grid of (s[ỹ], max s), and where on it such a pair is possible for some number of classes.
 
     Either the given label is the one believed most, s[ỹ] = max s (the diagonal), or the two probabilities belong to
     different classes and sum to at most one (the triangle). With C classes max s is 1/C at least.
 
     Args:
-        points: along each axis.
         band: how far from the diagonal still counts, so that a picture shows it.
     """
-    grid = torch.linspace(0, 1, points)
+    grid = torch.linspace(0, 1, 201)
     given, largest = torch.meshgrid(grid, grid, indexing="xy")
     return given, largest, (given + largest <= 1) & (given <= largest) | ((given - largest).abs() <= band)
 

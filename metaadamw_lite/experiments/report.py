@@ -14,10 +14,11 @@ import pandas as pd
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.paired import (
-    CONFIDENCE,
     ENOUGH_SEEDS,
     NEVER,
     PairedDifference,
+    better_and_worse,
+    corrected,
     holm,
     improvement,
     improvements_by_seed,
@@ -26,9 +27,9 @@ from metaadamw_lite.experiments.paired import (
     verdict,
 )
 from metaadamw_lite.experiments.records import checkout, read_records
-from metaadamw_lite.experiments.studies import SEEDS, best_variant, search_runs
+from metaadamw_lite.experiments.studies import SEEDS, best_variant, search_runs, tasks_of
 from metaadamw_lite.experiments.task import PROTOCOLS
-from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, learning_rate
+from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, differs, learning_rate
 
 
 def repository() -> Path:
@@ -51,7 +52,12 @@ def paper_table(number: int) -> pd.DataFrame:
 
 
 def recorded(task: str) -> list[dict[str, Any]]:
-    """The committed records of a task that were made from real data."""
+    """The committed records of a task that were made from real data.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
+    check_choice("task", task, tasks_of("smoke"))  # which has all
     return [r for r in read_records(repository() / "data" / "results", task) if r["data"] != "synthetic"]
 
 
@@ -64,6 +70,9 @@ def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", bas
         runs: from ``runs_frame``, of one task.
         protocol: "paper" or "clean".
         arm, baseline: variants.
+
+    Raises:
+        ValueError: for an unknown protocol.
     """
 
     def pairs(profile: str) -> int:
@@ -138,7 +147,11 @@ def alphas_and_gains(task: str, protocol: str) -> pd.DataFrame:
         "profile", "seed", "group", "alpha" (the group's mean over MetaAdamW's run), "share" (of the model's parameters
         that the group holds, in percent) and "gain" (of the pair, in percent). Pairs without a finite result are left
         out.
+
+    Raises:
+        ValueError: for an unknown task or protocol.
     """
+    check_choice("protocol", protocol, PROTOCOLS)
     records = [r for r in _of_main_study(recorded(task)) if r["run"]["protocol"] == protocol]
     runs = outcomes(runs_frame(records))
     factors = factors_frame(r for r in records if r["run"]["variant"] == "metaadamw")
@@ -160,7 +173,12 @@ def compare(outcome: pd.DataFrame, protocol: str, arm: str, baseline: str, lower
 
 
 def by_seed(outcome: pd.DataFrame, protocol: str, *arms: str) -> "list[pd.Series[float]]":
-    """The outcomes of some arms under a protocol, each indexed by seed; NaN for runs without a finite one."""
+    """The outcomes of some arms under a protocol, each indexed by seed; NaN for runs without a finite one.
+
+    Raises:
+        ValueError: for an unknown protocol.
+    """
+    check_choice("protocol", protocol, PROTOCOLS)
     part = outcome[outcome["protocol"] == protocol]
     return [part[part["variant"] == arm].set_index("seed")["outcome"].astype(float) for arm in arms]
 
@@ -296,14 +314,13 @@ def time_to_best(records: Iterable[dict[str, Any]], lower_is_better: bool) -> pd
     return pd.DataFrame(rows, columns=columns).set_index(["protocol", "seed"])
 
 
-def searched(task: str, protocol: str, profile: str) -> tuple[pd.DataFrame, str | None]:
-    """The search for AdamW's learning rate: its runs (lr, seed, best metric), and the best variant, if it is done."""
+def searched(task: str, protocol: str, profile: str) -> pd.DataFrame:
+    """The runs of the search for AdamW's learning rate: lr, seed, best metric."""
     search = search_runs(task, protocol, profile)
     runs = runs_frame(recorded(task))
     mine = runs[(runs["protocol"] == protocol) & (runs["profile"] == profile)]
     mine = mine[mine["seed"].isin({key.seed for key in search})]
-    frame = mine.assign(lr=mine["variant"].map(learning_rate))[["lr", "seed", "best"]]
-    return frame, best_variant(search, repository() / "data" / "results")
+    return mine.assign(lr=mine["variant"].map(learning_rate))[["lr", "seed", "best"]]
 
 
 def tuned_table() -> pd.DataFrame:
@@ -322,7 +339,7 @@ def tuned_table() -> pd.DataFrame:
         runs = runs_frame(recorded(name))
         for protocol in reversed(PROTOCOLS):
             for profile in ("paper", "lite"):
-                _, best = searched(name, protocol, profile)
+                best = best_variant(search_runs(name, protocol, profile), repository() / "data" / "results")
                 if best is None:
                     continue
                 fresh = runs["seed"].isin(SEEDS)  # not those that the rate was chosen with
@@ -351,14 +368,13 @@ def tuned_statement(table: pd.DataFrame) -> str:
         return ", ".join(named) or "none"
 
     verdicts = table["difference"].map(verdict)
-    decided = (verdicts == "holds") | verdicts.str.startswith("does not")
     tested = table["p_holm"].notna()
-    left = (decided & (table["p_holm"] < 1 - CONFIDENCE)).sum()
+    decided, left = (sum(better_and_worse(d)) for d in (table["difference"], corrected(table["difference"])))
     searches = table["tuned"].map(lambda d: verdict(d) if d else "the same rate")
     lines = [
         f"* MetaAdamW is **better** than tuned AdamW: {where(table[verdicts == 'holds'])}.",
         f"* It is **worse**: {where(table[verdicts.str.startswith('does not')])}.",
-        f"* That is {decided.sum()} of {tested.sum()} comparisons; after Holm's correction for their number {left} of "
+        f"* That is {decided} of {tested.sum()} comparisons; after Holm's correction for their number {left} of "
         "them are left. The others are **not decided**.",
         f"* The search gained AdamW something: {where(table[searches == 'holds'])}; it cost something: "
         f"{where(table[searches.str.startswith('does not')])}.",
@@ -387,11 +403,8 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
     outcome = outcomes(runs[runs["profile"] == profile])
     rows = []
     for variant in printed["variant"]:
-        baseline = (
-            pd.isna(variant)
-            or variant == "metaadamw"
-            or (variant in ABLATIONS and ABLATIONS[variant].change(settings) == settings)
-        )
+        baseline = pd.isna(variant) or variant == "metaadamw"
+        baseline = baseline or (variant in ABLATIONS and not differs(settings, variant))
         name = "metaadamw" if baseline else str(variant)
         arm, metaadamw = by_seed(outcome, "paper", name, "metaadamw")
         difference = improvement(arm, metaadamw, lower_is_better)
@@ -410,7 +423,11 @@ def movement_table(task: str, profile: str) -> pd.DataFrame:
         "alpha_moved" (largest distance of a group's α from what Φ gave at its start, over groups and meta-updates), and
         "same_phi": whether the variant begins with the Φ of MetaAdamW and of the untrained control, so that it can be
         compared with the latter.
+
+    Raises:
+        ValueError: for an unknown task, or a profile other than "lite" and "paper".
     """
+    check_choice("profile", profile, ("lite", "paper"))
     records = [r for r in recorded(task) if (r["run"]["profile"], r["run"]["protocol"]) == (profile, "paper")]
     moved = movement_frame(r for r in records if r["run"]["variant"] in ("metaadamw", *ABLATIONS))
     if moved.empty:
@@ -452,16 +469,23 @@ def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
 
 def more_meta_learning_statement(table: pd.DataFrame) -> str:
     """What a ``more_meta_learning`` says, in two sentences (Markdown)."""
-    last, d, p = table.iloc[-1], table["difference"].iloc[-1], table["p_holm"].dropna()
+    last, d = table.iloc[-1], table["difference"].iloc[-1]
+    moving = table[table["p_holm"].notna()]["difference"]
     return (
         f"The row that moved α furthest (**{table.index[-1]}**: {last['meta_updates']:.0f} meta-updates a run, "
         f"α by up to {last['largest']:.2g}) is {d} beside the same Φ untrained: {verdict(d)}. Rows that move α and "
-        f"differ after Holm's correction: {(p < 1 - CONFIDENCE).sum()} of {len(p)}."
+        f"differ after Holm's correction: {sum(better_and_worse(corrected(moving)))} of {len(moving)}."
     )
 
 
 def main_records(task: str, protocol: str, profile: str) -> list[dict[str, Any]]:
-    """The records of the main study under a protocol and a profile."""
+    """The records of the main study under a protocol and a profile.
+
+    Raises:
+        ValueError: for an unknown task or protocol, or a profile other than "lite" and "paper".
+    """
+    check_choice("protocol", protocol, PROTOCOLS)
+    check_choice("profile", profile, ("lite", "paper"))
     wanted = (protocol, profile)
     return [r for r in _of_main_study(recorded(task)) if (r["run"]["protocol"], r["run"]["profile"]) == wanted]
 

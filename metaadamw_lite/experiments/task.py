@@ -123,6 +123,7 @@ class Task:
         build: from settings and data to a model; initial weights follow torch's global generator.
         score: how a model does on a batch; its loss is what training minimises.
         metric_of: from mean loss and share of correct predictions to the metric.
+        classes: C, how many classes there are; None where there are none.
         inputs_and_labels: from a batch to what the model takes and the labels (N,), where the model returns logits
             (N, C); None where there are no classes.
         augment: random changes to a training batch, drawn from the generator; None for none.
@@ -138,6 +139,7 @@ class Task:
     build: Callable[[Settings, Data], nn.Module]
     score: Callable[[nn.Module, Batch], Score]
     metric_of: Callable[[float, float], float]
+    classes: int | None = None
     inputs_and_labels: Callable[[Batch], tuple[Batch, Tensor]] | None = None
     augment: Callable[[Batch, torch.Generator], Batch] | None = None
     translate: Callable[[nn.Module, Data], dict[str, float]] | None = None

@@ -296,7 +296,8 @@ class _Run:
         self.checkpoint = key.path(results, ".ckpt")
         data = task.load(key.protocol, settings, key.source)
         if "noise" in settings.data:
-            data = corrupted(data, settings.data["noise"], key.seed)
+            assert task.classes is not None
+            data = corrupted(data, settings.data["noise"], task.classes, key.seed)
         self.data = data.to(device)
         torch.manual_seed(derived_seed(key.seed, 0, "weights"))
         self.model = task.build(settings, data).to(device)
