@@ -24,7 +24,8 @@ class PriorityHUW(nn.Module):
         init_log_var: where every s starts.
 
     Raises:
-        ValueError: for an unknown kind, a priority that is not positive and finite, or unequal lengths.
+        ValueError: for an unknown kind or none, a priority that is not positive and finite, unequal lengths, or a start
+            that is not finite.
 
     The learned s are the parameter ``log_var``, shape (number of losses,).
     """

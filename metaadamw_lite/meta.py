@@ -161,7 +161,11 @@ class Evaluator:
 
     @classmethod
     def of(cls, model: nn.Module, loss_fn: LossFn, params: Sequence[Tensor]) -> "Evaluator":
-        """For a model, for its copies under ``DistributedDataParallel``, or for a model sharded by ``fully_shard``."""
+        """For a model, for its copies under ``DistributedDataParallel``, or for a model sharded by ``fully_shard``.
+
+        Raises:
+            ValueError: for parameters that FSDP1 has flattened, and where only some of them are sharded.
+        """
         refuse_flat_parameters(params, model)
         refuse_mixtures(params, model)
         devices = [p.device for p in params]

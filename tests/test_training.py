@@ -155,6 +155,17 @@ def test_the_seconds_of_an_epoch_are_told_apart(tmp_path, monkeypatch):
     assert [[epoch[name] for name in names] for epoch in record["epochs"]] == [[6, 200, 206, 1206]] * 2
 
 
+def test_meta_updates_begin_with_the_epoch_that_the_settings_name(tmp_path):
+    """Table 1's "warmup epochs (before meta)"."""
+    settings = TASKS["imdb"].settings("smoke")
+    key = RunKey("imdb", "metaadamw", "clean", "smoke", 0)
+    first, second = (
+        run(key, tmp_path / str(k), progress=False, settings=dataclasses.replace(settings, warmup_epochs=k))
+        for k in (1, 2)
+    )
+    assert len(first["meta_updates"]) == 2 * len(second["meta_updates"]) > 0
+
+
 @pytest.mark.parametrize(("variant", "kind"), [("adamw", torch.optim.AdamW), ("metaadamw", MetaAdamW)])
 def test_the_settings_of_adamw_reach_both_optimizers(variant, kind):
     given = {"lr": 0.03, "betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.2}

@@ -86,6 +86,10 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     Returns:
         Batches (image, class): images of shape (N, 3, 32, 32), uint8; classes of shape (N,), 0 to 9. If the settings
         ask for the labels of people (CIFAR-10N), those of the training part are these; ``truth`` has the true ones.
+
+    Raises:
+        ValueError: for an unknown protocol or source.
+        DataError: if the real data cannot be had, or are not what they should be.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -203,7 +207,11 @@ def score(model: nn.Module, batch: Batch) -> Score:
 
 
 def settings(profile: str) -> Settings:
-    """``paper``: Tables 1 and 4. ``lite``: 1,280 images. ``smoke``: a few made-up ones of 8 × 8 pixels."""
+    """``paper``: Tables 1 and 4. ``lite``: 1,280 images. ``smoke``: a few made-up ones of 8 × 8 pixels.
+
+    Raises:
+        ValueError: for an unknown profile.
+    """
     check_choice("profile", profile, PROFILES)
     epochs, batch_size, meta_every, data = {
         "paper": (15, 128, 190, {}),

@@ -137,6 +137,10 @@ def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -
     """What ``make(*arguments)`` makes of some tables, kept on disk in the ``cache``: it is made only once.
 
     It is made anew when a file, an argument, the module of the function or what the text tasks share changes.
+
+    Raises:
+        DataError: as ``fetch`` does, and if ``make`` cannot read what the rows hold.
+        OSError: for a disk that is full, for example.
     """
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in map(_locate, tables)]
     memory = joblib.Memory(cache() / "prepared", verbose=0)

@@ -61,6 +61,10 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
 
     Returns:
         Batches (x, y) with x of shape (N, 96) and y of shape (N, 1), in standard deviations.
+
+    Raises:
+        ValueError: for an unknown protocol or source.
+        DataError: if the real data cannot be had, or are not what they should be.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -153,7 +157,11 @@ def score(model: nn.Module, batch: Batch) -> Score:
 
 
 def settings(profile: str) -> Settings:
-    """``paper``: Tables 1 and 4. ``lite``: the first quarter of a year. ``smoke``: 400 synthetic hours."""
+    """``paper``: Tables 1 and 4. ``lite``: the first quarter of a year. ``smoke``: 400 synthetic hours.
+
+    Raises:
+        ValueError: for an unknown profile.
+    """
     check_choice("profile", profile, PROFILES)
     epochs, meta_every, data = {
         "paper": (8, 217, {}),

@@ -61,6 +61,10 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     Returns:
         Batches (words, label, length): words of shape (N, 256), int16; labels of shape (N,), 0 negative and 1
         positive; and how many of the words are not padding.
+
+    Raises:
+        ValueError: for an unknown protocol or source.
+        DataError: if the real data cannot be had, or are not what they should be.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -189,7 +193,11 @@ def score(model: nn.Module, batch: Batch) -> Score:
 
 
 def settings(profile: str) -> Settings:
-    """``paper``: Tables 1 and 4. ``lite``: 1,920 reviews. ``smoke``: a narrow model, made-up words."""
+    """``paper``: Tables 1 and 4. ``lite``: 1,920 reviews. ``smoke``: a narrow model, made-up words.
+
+    Raises:
+        ValueError: for an unknown profile.
+    """
     check_choice("profile", profile, PROFILES)
     epochs, batch_size, meta_every, hidden, data = {
         "paper": (15, 64, 39, 64, {}),

@@ -59,6 +59,11 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
 
     Returns:
         Batches (source, target), each of shape (N, 64), int16, beginning with "<bos>" and ending with "<eos>".
+
+    Raises:
+        ValueError: for an unknown protocol or source.
+        DataError: if the real data cannot be had, or are not what they should be.
+        ImportError: without sacrebleu, under ``clean``.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -247,7 +252,11 @@ def greedy(model: Translator, source: Tensor) -> Tensor:
 
 
 def settings(profile: str) -> Settings:
-    """``paper``: Tables 1 and 4. ``lite``: 640 pairs. ``smoke``: a narrow model, made-up words."""
+    """``paper``: Tables 1 and 4. ``lite``: 640 pairs. ``smoke``: a narrow model, made-up words.
+
+    Raises:
+        ValueError: for an unknown profile.
+    """
     check_choice("profile", profile, PROFILES)
     epochs, batch_size, meta_every, width, layers, data = {
         "paper": (25, 64, 454, 256, 4, {}),

@@ -86,6 +86,9 @@ def run(
         ValueError: for an unknown task, variant or device, settings of another kind of task, a variant that the task
             or its protocol does not go with, or settings other than those that the record was made with.
         RunInProgressError: if another process is at this run.
+        RecordError: if what lies in the record's place is no record.
+        DataError: if the data cannot be had, or are not what they should be.
+        OSError: if a file cannot be read or written. This and what else is the machine's fault leaves no record.
     """
     mine = run_settings(key, settings)
 

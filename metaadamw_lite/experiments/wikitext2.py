@@ -53,6 +53,10 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
 
     Returns:
         Batches (words,) of shape (N, 128), int16.
+
+    Raises:
+        ValueError: for an unknown protocol or source.
+        DataError: if the real data cannot be had, or are not what they should be.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -146,7 +150,11 @@ def score(model: nn.Module, batch: Batch) -> Score:
 
 
 def settings(profile: str) -> Settings:
-    """``paper``: Tables 1 and 4. ``lite``: 512 blocks. ``smoke``: a narrow model, made-up words."""
+    """``paper``: Tables 1 and 4. ``lite``: 512 blocks. ``smoke``: a narrow model, made-up words.
+
+    Raises:
+        ValueError: for an unknown profile.
+    """
     check_choice("profile", profile, PROFILES)
     epochs, batch_size, meta_every, width, data = {
         "paper": (15, 64, 123, 128, {}),
