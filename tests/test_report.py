@@ -352,7 +352,7 @@ def test_a_verdict_from_fewer_seeds_than_planned_says_so(monkeypatch):
     monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 3) if task == "etth1" else [])
     says = claims_table().set_index("claim")["verdict"]["Lower error on ETTh1"]
     assert says == "holds (interim: 3 of 5 planned seeds)"
-    verdicts = Evidence(TASKS["etth1"], "MSE").verdict()["MetaAdamW improves on AdamW"]
+    verdicts = Evidence(TASKS["etth1"]).verdict()["MetaAdamW improves on AdamW"]
     assert verdicts["paper"] == "holds (interim: 3 of 5 planned seeds)"
     monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 5) if task == "etth1" else [])
     assert claims_table().set_index("claim")["verdict"]["Lower error on ETTh1"] == "holds"
@@ -366,10 +366,10 @@ def test_whole_runs_that_are_too_few_to_judge_by_are_shown_all_the_same(monkeypa
     records = [r | {"settings": {"epochs": 2, "batch_size": 8}, "samples": {"train": 8}} for r in runs_of("lite", 5)]
     monkeypatch.setattr(Evidence, "factors_statement", lambda evidence: "no factors in these")
     monkeypatch.setattr(report, "recorded", lambda task: records + runs_of("paper", 1))
-    says = Evidence(TASKS["etth1"], "MSE").conclusion()
+    says = Evidence(TASKS["etth1"]).conclusion()
     assert "Whole runs under `paper`, too few to judge by: seed 0: AdamW 2, MetaAdamW 1.8 (+10.0 %)." in says
     monkeypatch.setattr(report, "recorded", lambda task: records)
-    assert "too few to judge by" not in Evidence(TASKS["etth1"], "MSE").conclusion()
+    assert "too few to judge by" not in Evidence(TASKS["etth1"]).conclusion()
 
 
 def test_an_ablation_claim_does_not_fall_back_on_shortened_runs_where_a_whole_one_diverged(monkeypatch):
@@ -403,7 +403,7 @@ def test_every_pair_is_shown_with_its_gain(monkeypatch):
     )
     monkeypatch.setattr(report, "recorded", lambda task: records)
     monkeypatch.setattr(Evidence, "_factors", lambda evidence: factors)
-    table = Evidence(TASKS["etth1"], "MSE").by_seed()
+    table = Evidence(TASKS["etth1"]).by_seed()
     assert table.loc[("paper", 0)].tolist() == ["2", "1.8", "2", "+10.0", "1.25"]
     assert table.loc[("paper", 2)].tolist() == ["2.002", "1.802", "–", "+10.0", "–"]
 
@@ -437,7 +437,7 @@ def test_a_page_with_whole_runs_under_one_protocol_says_what_rests_on_shortened_
     short = [r for r in report.recorded("imdb") if r["run"]["profile"] == "lite"]
     whole = [r | {"run": r["run"] | {"profile": "paper"}} for r in short if r["run"]["protocol"] == "paper"]
     monkeypatch.setattr(report, "recorded", lambda task: [r for r in short + whole if r["run"]["task"] == task])
-    evidence = Evidence(TASKS["imdb"], "accuracy (share of reviews)")
+    evidence = Evidence(TASKS["imdb"])
     assert evidence.profiles == {"paper": "paper", "clean": "lite"}
     assert set(evidence.runs.groupby("protocol")["profile"].unique().map(list).map(tuple)) == {("paper",), ("lite",)}
     assert "What is under protocol `clean` comes from shortened runs" in evidence.label()
@@ -451,7 +451,7 @@ def test_a_page_with_whole_runs_under_one_protocol_says_what_rests_on_shortened_
     assert "nan" not in says
     assert evidence.curves().get_suptitle() == "IMDB sentiment, profile: paper (protocol paper), lite (protocol clean)"
     monkeypatch.setattr(report, "recorded", lambda task: short)
-    assert "Everything recorded on this page comes from shortened runs" in Evidence(TASKS["imdb"], "share").label()
+    assert "Everything recorded on this page comes from shortened runs" in Evidence(TASKS["imdb"]).label()
 
 
 def test_the_search_stays_out_of_the_comparison():
@@ -715,7 +715,7 @@ def test_what_is_called_the_last_epoch_is_the_last(monkeypatch):
     ]
     monkeypatch.setattr(report, "recorded", lambda task: records)
     assert report.table_of_tasks().loc["etth1", "last"].mean == pytest.approx(-97, abs=3)
-    says = Evidence(TASKS["etth1"], "MSE").last_epoch()
+    says = Evidence(TASKS["etth1"]).last_epoch()
     assert "Last epoch, MetaAdamW against AdamW: -9" in says, "twice the error"
     frame = report.runs_frame([made("adamw", 0, [3.0, 1.0, 2.0])])
     assert frame[["best", "last"]].iloc[0].tolist() == [1.0, 2.0]
@@ -826,5 +826,5 @@ def test_pictures_show_the_numbers_of_their_tables():
     assert list(means) == [d.mean for d in tested["difference"]]
 
     epochs = report.epochs_frame(made("adamw", k, [3.0 + k, 2.0 - k / 10]) for k in range(3))
-    band = figures.plot_curves(epochs, ["paper"], "error").axes[0].collections[0].get_paths()[0].vertices
+    band = figures.plot_curves(epochs, ["paper"], TASKS["etth1"]).axes[0].collections[0].get_paths()[0].vertices
     assert {(1.0, 3.0), (1.0, 5.0), (2.0, 1.8), (2.0, 2.0)} <= {(x, round(y, 9)) for x, y in band}, "lowest to highest"

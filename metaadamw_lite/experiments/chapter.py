@@ -23,7 +23,6 @@ class Evidence:
 
     Args:
         task: which.
-        unit: the metric with its unit, for axes.
 
     Raises:
         FileNotFoundError: if no run of the task is recorded.
@@ -35,8 +34,8 @@ class Evidence:
         runs: a row for each, with its ``outcome``.
     """
 
-    def __init__(self, task: Task, unit: str) -> None:
-        self.task, self.unit = task, unit
+    def __init__(self, task: Task) -> None:
+        self.task = task
         self.paper: Any = report.paper_table(2).loc[task.name]
         runs = report.main_runs(task.name)
         if runs.empty:
@@ -109,7 +108,7 @@ class Evidence:
                 f"(the paper's run: {self.paper[arm]:.4g})"
                 for arm, column in (("adamw", "baseline"), ("metaadamw", "arm"))
             ]
-            lines.append(f"* {self.unit[0].upper()}{self.unit[1:]}, protocol `paper`: {'; '.join(arms)}.")
+            lines.append(f"* {self.task.unit[0].upper()}{self.task.unit[1:]}, protocol `paper`: {'; '.join(arms)}.")
         lines += [f"* {few}" for few in self._whole_but_few()]
         lines.append("* " + self.factors_statement())
         short = self._shortened()
@@ -157,12 +156,12 @@ class Evidence:
         """Validation curves, with the paper's two numbers where the runs have the paper's settings."""
         epochs = report.epochs_frame(self.records)
         alike = len(set(self.profiles.values())) == 1  # whole and shortened runs end far from each other
-        return self._titled(figures.plot_curves(epochs, PROTOCOLS, self.unit, self._reference(), share_y=alike))
+        return self._titled(figures.plot_curves(epochs, PROTOCOLS, self.task, self._reference(), share_y=alike))
 
     def pairs(self) -> Figure:
         """What every run reports, runs of one seed connected."""
         titles = {"paper": "best of all epochs (paper)", "clean": "test part, once (clean)"}
-        return self._titled(figures.plot_pairs(self.runs, titles, self.unit, self._reference()))
+        return self._titled(figures.plot_pairs(self.runs, titles, self.task, self._reference()))
 
     def spread(self) -> pd.DataFrame:
         """Mean and spread of what the arms report."""

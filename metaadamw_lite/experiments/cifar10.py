@@ -240,6 +240,7 @@ CIFAR10 = Task(
     name="cifar10",
     title="CIFAR-10 classification",
     metric="accuracy",
+    unit="accuracy (share of images)",
     lower_is_better=False,
     settings=settings,
     load=load,

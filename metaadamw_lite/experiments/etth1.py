@@ -190,6 +190,7 @@ ETTH1 = Task(
     name="etth1",
     title="ETTh1 forecasting",
     metric="MSE",
+    unit="MSE (squared std)",
     lower_is_better=True,
     settings=settings,
     load=load,

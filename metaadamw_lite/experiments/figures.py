@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from metaadamw_lite.experiments.paired import ENOUGH_SEEDS
+from metaadamw_lite.experiments.task import Task
 
 _ARMS = ("adamw", "metaadamw", "metaadamw-frozen", "adamw-lilaw", "metaadamw-lilaw")
 COLOURS = dict(zip(_ARMS, sns.color_palette("colorblind", len(_ARMS)), strict=True))
@@ -49,7 +50,7 @@ def use_style() -> None:
 def plot_curves(
     epochs: pd.DataFrame,
     protocols: Sequence[str],
-    metric: str,
+    task: Task,
     reference: dict[str, float] | None = None,
     share_y: bool = True,
 ) -> Figure:
@@ -58,13 +59,13 @@ def plot_curves(
     Args:
         epochs: from ``report.epochs_frame``.
         protocols: the panels.
-        metric: name of the metric, with its unit, for the axis.
+        task: whose metric it is; an error has a logarithmic axis.
         reference: the paper's value for an arm, drawn as a thin line under the paper's protocol.
         share_y: give all panels one range.
     """
     size = (4.6 * len(protocols), 3.8)
     figure, axes = plt.subplots(1, len(protocols), figsize=size, sharey=share_y, squeeze=False)
-    scale = "linear" if metric.startswith("accuracy") else "log"
+    scale = "log" if task.lower_is_better else "linear"
     for ax, protocol in zip(axes[0], protocols, strict=True):
         part = epochs[epochs["protocol"] == protocol].rename(columns={"variant": "arm"})
         sns.lineplot(
@@ -83,7 +84,7 @@ def plot_curves(
             for arm, value in (reference or {}).items():
                 ax.axhline(value, color=COLOURS[arm], linewidth=0.8)
         note = " (log scale)" if scale == "log" else ""
-        ax.set(yscale=scale, xlabel="epoch", ylabel=f"validation {metric}", title=f"protocol: {protocol}{note}")
+        ax.set(yscale=scale, xlabel="epoch", ylabel=f"validation {task.unit}", title=f"protocol: {protocol}{note}")
         ax.xaxis.get_major_locator().set_params(integer=True)
     legend = axes[0][-1].get_legend()
     if legend is not None:
@@ -121,13 +122,13 @@ def plot_factors(factors: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], unit: str, reference: dict[str, float]) -> Figure:
+def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], task: Task, reference: dict[str, float]) -> Figure:
     """What every run reports, runs of one seed connected; a panel for each protocol.
 
     Args:
         outcome: from ``report.outcomes``.
         titles: the protocols and the titles of their panels.
-        unit: label of the vertical axis.
+        task: whose metric it is.
         reference: the paper's value for an arm, drawn as a line in the panel of the paper's protocol.
     """
     labels = {arm: label.replace(", ", ",\n") for arm, label in LABELS.items()}
@@ -151,7 +152,7 @@ def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], unit: str, referen
         )
         for (name, value), dash in zip(reference.items() if protocol == "paper" else (), ("-", "--"), strict=False):
             ax.axhline(value, color="black", linewidth=0.7, linestyle=dash, label=f"paper, {LABELS[name]}")
-        ax.set(xlabel="", ylabel=unit, title=title, xlim=(-0.3, 2.3))
+        ax.set(xlabel="", ylabel=task.unit, title=title, xlim=(-0.3, 2.3))
         ax.tick_params(axis="x", labelsize="small")
     if "paper" in titles and reference:
         axes[0][0].legend(fontsize="x-small")
@@ -159,24 +160,24 @@ def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], unit: str, referen
     return figure
 
 
-def plot_learning_rates(search: pd.DataFrame, metric: str, lower_is_better: bool, reference: float) -> Figure:
+def plot_learning_rates(search: pd.DataFrame, task: Task, reference: float) -> Figure:
     """The best validation metric of AdamW over its learning rate: mean and range over the seeds of the search.
 
     Args:
         search: from ``report.searched``.
-        metric: name of the metric, with its unit, for the axis.
-        lower_is_better: direction of the metric.
+        task: whose metric it is; an error has a logarithmic axis.
         reference: the paper's learning rate, drawn as a line.
     """
     figure, ax = plt.subplots(figsize=(6.0, 3.6))
     sns.lineplot(search, x="lr", y="best", marker="o", color=COLOURS["adamw"], errorbar=("pi", 100), ax=ax)
     ax.axvline(reference, color="black", linewidth=0.7, linestyle="--", label="the paper's")
-    better = "lower" if lower_is_better else "higher"
-    ax.set(xscale="log", xlabel="learning rate (log scale)", ylabel=f"best validation {metric}\n({better} is better)")
+    better = "lower" if task.lower_is_better else "higher"
+    ylabel = f"best validation {task.unit}\n({better} is better)"
+    ax.set(xscale="log", xlabel="learning rate (log scale)", ylabel=ylabel)
     rates = sorted(search["lr"].unique())
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30)
     ax.set_xticks([], minor=True)
-    if lower_is_better:
+    if task.lower_is_better:
         ax.set_yscale("log")
     ax.legend(fontsize="small")
     return figure

@@ -226,6 +226,7 @@ IMDB = Task(
     name="imdb",
     title="IMDB sentiment",
     metric="accuracy",
+    unit="accuracy (share of reviews)",
     lower_is_better=False,
     settings=settings,
     load=load,

@@ -284,6 +284,7 @@ MULTI30K = Task(
     name="multi30k",
     title="Multi30k translation",
     metric="perplexity",
+    unit="perplexity",
     lower_is_better=True,
     settings=settings,
     load=load,

@@ -117,6 +117,7 @@ class Task:
         name: as on the command line.
         title: as in headings.
         metric: name of the task's metric.
+        unit: the metric with its unit, for axes.
         lower_is_better: direction of the metric.
         settings: from a profile to its settings.
         load: from protocol, settings and source ("real" or "synthetic") to the data.
@@ -133,6 +134,7 @@ class Task:
     name: str
     title: str
     metric: str
+    unit: str
     lower_is_better: bool
     settings: Callable[[str], Settings]
     load: Callable[[str, Settings, str], Data]

@@ -182,6 +182,7 @@ WIKITEXT2 = Task(
     name="wikitext2",
     title="WikiText-2 language modelling",
     metric="perplexity",
+    unit="perplexity",
     lower_is_better=True,
     settings=settings,
     load=load,
