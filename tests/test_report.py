@@ -202,7 +202,7 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     assert f"α moves by up to {often['alpha_moved'].max():.1f}, " in says
 
     trained, started = [], []
-    for task in ("etth1", "wikitext2", "multi30k", "imdb"):
+    for task in TASKS:
         table = report.ablation_table(task, "lite")
         rows = table[table["variant"].isin(list(ABLATIONS)) & ~table["baseline"]]
         rows = rows[rows["difference"].map(lambda d: d.seeds) >= paired.ENOUGH_SEEDS]
