@@ -37,9 +37,10 @@ def fitting_meta(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str,
         shapes, theirs = ({k: tuple(x.shape) for k, x in (state[part] or {}).items()} for state in (mine, meta))
         if differing := sorted(k for k in shapes.keys() | theirs.keys() if shapes.get(k) != theirs.get(k)):
             raise ValueError(f"the state's {what} has another architecture; differing: {', '.join(differing)}")
-    for name, mine_is in {**mine["phi"], "meta_optimizer": mine["meta_optimizer"]}.items():
-        if (theirs_is := {**meta["phi"], "meta_optimizer": meta["meta_optimizer"]}.get(name)) != mine_is:
-            raise ValueError(f"the state's {name} is {theirs_is!r}, this optimizer's {mine_is!r}")
+    settings, other = ({**state["phi"], "meta_optimizer": state["meta_optimizer"]} for state in (mine, meta))
+    for name, value in settings.items():
+        if other.get(name) != value:
+            raise ValueError(f"the state's {name} is {other.get(name)!r}, this optimizer's {value!r}")
     for factor in ("alpha", "beta"):
         if meta[factor].shape != mine[factor].shape:
             raise ValueError(
