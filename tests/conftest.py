@@ -1,5 +1,7 @@
 """Small models and batches that many tests share."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,3 +71,25 @@ def batches() -> list[tuple[Tensor, Tensor]]:
         )
         for _ in range(12)
     ]
+
+
+@pytest.fixture
+def clock_of(monkeypatch):
+    """``clock_of(module)`` stops a module's clock; ``takes(owner, name, seconds, then)`` lets a call move it on."""
+
+    def stop(module):
+        now = [0.0]
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+        def takes(owner, name, seconds, then=None):
+            """The call takes seconds (or what they are for its first argument), and does ``then``, or nothing."""
+
+            def call(*args, **kwargs):
+                now[0] += seconds(args[0]) if callable(seconds) else seconds
+                return then(*args, **kwargs) if then else None
+
+            monkeypatch.setattr(owner, name, call)
+
+        return takes
+
+    return stop

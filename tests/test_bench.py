@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -17,19 +16,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def takes(monkeypatch):
-    """Stops the bench's clock; a call that "takes" seconds moves it on, and then does ``then``, or nothing."""
-    now = [0.0]
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-
-    def set_seconds(owner, name, seconds, then=None):
-        def call(*args, **kwargs):
-            now[0] += seconds(args[0]) if callable(seconds) else seconds
-            return then(*args, **kwargs) if then else None
-
-        monkeypatch.setattr(owner, name, call)
-
-    return set_seconds
+def takes(clock_of):
+    return clock_of(bench)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,23 +132,12 @@ def test_the_record_says_how_far_phi_and_its_factors_are_from_the_start():
     }
 
 
-def test_the_seconds_of_an_epoch_are_told_apart(tmp_path, monkeypatch):
+def test_the_seconds_of_an_epoch_are_told_apart(tmp_path, clock_of):
     """On a clock that only a step, a meta-update and a measurement move: by 1, 100 and 1000 seconds."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-
-    def takes(seconds, owner, name):
-        done = getattr(owner, name)
-
-        def timed(*arguments):
-            clock.now += seconds
-            return done(*arguments)
-
-        monkeypatch.setattr(owner, name, timed)
-
-    takes(1, MetaAdamW, "step")
-    takes(100, MetaAdamW, "update_attention")
-    takes(1000, training, "measure")
+    takes = clock_of(training)
+    takes(MetaAdamW, "step", 1, then=MetaAdamW.step)
+    takes(MetaAdamW, "update_attention", 100, then=MetaAdamW.update_attention)
+    takes(training, "measure", 1000, then=training.measure)
     record = run(RunKey("imdb", "metaadamw", "clean", "smoke", 0), tmp_path, progress=False)
     names = ("step_seconds", "meta_seconds", "train_seconds", "seconds")
     assert [[epoch[name] for name in names] for epoch in record["epochs"]] == [[6, 200, 206, 1206]] * 2

@@ -31,6 +31,9 @@ from metaadamw_lite.experiments.studies import SEEDS, best_variant, search_runs,
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, differs, learning_rate
 
+OF_REAL_DATA = ("lite", "paper")
+"""Profiles that are reported; the third, "smoke", runs on made-up data."""
+
 
 def repository() -> Path:
     """The checkout that the current directory is in, whose records are reported.
@@ -396,7 +399,7 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
     Raises:
         ValueError: for a profile other than "lite" and "paper".
     """
-    check_choice("profile", profile, ("lite", "paper"))
+    check_choice("profile", profile, OF_REAL_DATA)
     printed = paper_table(3)
     settings, lower_is_better = TASKS[task].settings("paper"), TASKS[task].lower_is_better
     runs = runs_frame(recorded(task))
@@ -427,7 +430,7 @@ def movement_table(task: str, profile: str) -> pd.DataFrame:
     Raises:
         ValueError: for an unknown task, or a profile other than "lite" and "paper".
     """
-    check_choice("profile", profile, ("lite", "paper"))
+    check_choice("profile", profile, OF_REAL_DATA)
     records = [r for r in recorded(task) if (r["run"]["profile"], r["run"]["protocol"]) == (profile, "paper")]
     moved = movement_frame(r for r in records if r["run"]["variant"] in ("metaadamw", *ABLATIONS))
     if moved.empty:
@@ -485,7 +488,7 @@ def main_records(task: str, protocol: str, profile: str) -> list[dict[str, Any]]
         ValueError: for an unknown task or protocol, or a profile other than "lite" and "paper".
     """
     check_choice("protocol", protocol, PROTOCOLS)
-    check_choice("profile", profile, ("lite", "paper"))
+    check_choice("profile", profile, OF_REAL_DATA)
     wanted = (protocol, profile)
     return [r for r in _of_main_study(recorded(task)) if (r["run"]["protocol"], r["run"]["profile"]) == wanted]
 
