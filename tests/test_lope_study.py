@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaadamw_lite.experiments import lope_study, relatives
+from metaadamw_lite.experiments import lope_report, lope_study
 from metaadamw_lite.experiments.lope_study import (
     ARMS,
     LABEL_WORDS,
@@ -263,6 +263,6 @@ def test_an_adaptation_that_fails_is_recorded_as_such_and_lost_to_its_pair(tmp_p
     record = run(key(), tmp_path, progress=False)
     assert (record["status"], record["error"]) == ("failed", "RuntimeError: the matrix is singular")
     assert record["best"] is None
-    final = relatives.adaptations_frame([record]).query("final")
+    final = lope_report.adaptations_frame([record]).query("final")
     assert final["perplexity"].isna().all()
     assert len(final) == 1

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from metaadamw_lite.experiments import relatives, report
+from metaadamw_lite.experiments import claims, lilaw_report, lope_report, relatives, report
 from metaadamw_lite.experiments.lope_study import ARMS
 from metaadamw_lite.experiments.variants import WEIGHTED
 
@@ -51,30 +51,30 @@ def test_kinds_on_which_nothing_is_learned_are_named():
         for best in values
         for variant in ("adamw", "adamw-lilaw")
     ]
-    says = relatives.chance_statement(pd.DataFrame(rows))
+    says = lilaw_report.chance_statement(pd.DataFrame(rows))
     assert "IMDB, symmetric 40 %: 51.5 %, chance 50 %." in says
     assert "CIFAR" not in says
     nothing = pd.DataFrame([row | {"best": math.nan} for row in rows])
-    assert "CIFAR-10, symmetric 40 %: nan %" in relatives.chance_statement(nothing)
-    assert "more than five points above chance" in relatives.chance_statement(pd.DataFrame(rows[4:]))
+    assert "CIFAR-10, symmetric 40 %: nan %" in lilaw_report.chance_statement(nothing)
+    assert "more than five points above chance" in lilaw_report.chance_statement(pd.DataFrame(rows[4:]))
 
 
 def test_every_arm_has_a_label():
-    assert list(relatives.LOPE_LABELS) == list(ARMS)
+    assert list(lope_report.LOPE_LABELS) == list(ARMS)
     assert {"adamw", *WEIGHTED} >= {"adamw-lilaw", "metaadamw-lilaw"}
 
 
 def test_only_the_final_perplexity_of_a_pair_of_seeds_counts():
     records = [adaptation("lope", k, 90.0 - k) for k in range(4)] + [adaptation("lora", k, 100.0) for k in (3, 1, 0)]
-    d = relatives.lope_against(relatives.adaptations_frame(records), "lora")
+    d = lope_report.lope_against(lope_report.adaptations_frame(records), "lora")
     assert (d.seeds, d.unit) == (3, "%")
     assert d.mean == pytest.approx((10 + 11 + 13) / 3), "lower is better, and seed 2 has no pair"
 
 
 def test_lope_is_set_beside_each_recorded_arm_and_not_beside_itself():
     arms = ("lope", "lora", "lope-discrete")
-    runs = relatives.adaptations_frame([adaptation(arm, k, 90.0 + k) for arm in arms for k in range(3)])
-    table = relatives.lope_table(runs)
+    runs = lope_report.adaptations_frame([adaptation(arm, k, 90.0 + k) for arm in arms for k in range(3)])
+    table = lope_report.lope_table(runs)
     assert list(table.index) == [("5 %", "LoRA (peft)"), ("5 %", "LoPE, discrete noise only")]
     assert set(table["verdict"]) == {"not decided: within chance"}
     assert list(relatives.shown(table)["difference (%)"]) == ["+0.0 [+0.0, +0.0]"] * 2
@@ -82,45 +82,45 @@ def test_lope_is_set_beside_each_recorded_arm_and_not_beside_itself():
 
 def test_arms_that_start_from_different_models_are_pointed_out():
     records = [adaptation(arm, 0, 90.0) for arm in ("lope", "lora")]
-    assert "same model" not in relatives.accuracy_statement(relatives.adaptations_frame(records))
+    assert "same model" not in lope_report.accuracy_statement(lope_report.adaptations_frame(records))
     records[0]["epochs"][0]["perplexity"] *= 1.001
-    says = relatives.accuracy_statement(relatives.adaptations_frame(records))
+    says = lope_report.accuracy_statement(lope_report.adaptations_frame(records))
     assert "it was pretrained 2 times, and perplexities before adaptation differ by up to 0.1 %" in says
 
 
 def test_lope_is_judged_after_a_correction_for_all_arms_and_noises():
     made = [adaptation("lope", k, 90.0 + k) for k in range(3)]
     made += [adaptation("lora", k, 92.0 + 1.5 * k) for k in range(3)]
-    alone = relatives.lope_table(relatives.adaptations_frame(made)).iloc[0]
+    alone = lope_report.lope_table(lope_report.adaptations_frame(made)).iloc[0]
     assert alone["difference"].p < 0.05
     assert alone["verdict"] == "holds"
     more = [adaptation(arm, k, 90.0 - k + k * k) for arm in ("lope-discrete", "lope-continuous") for k in range(3)]
-    both = relatives.lope_table(relatives.adaptations_frame(made + more))
+    both = lope_report.lope_table(lope_report.adaptations_frame(made + more))
     assert both.loc[("5 %", "LoRA (peft)"), "p_holm"] == pytest.approx(3 * alone["difference"].p)
 
 
 def test_accuracy_of_lilaw_is_a_paired_difference_in_points():
     records = [on_wrong_labels("adamw", k, 0.4) for k in range(3)]
     records += [on_wrong_labels("adamw-lilaw", k, 0.45 + k / 100) for k in range(3)]
-    runs = relatives.runs_frame(records)
-    assert relatives.points(runs, "best", "adamw-lilaw", "adamw").mean == pytest.approx(6)
-    assert relatives.points(runs, "last", "adamw-lilaw", "adamw").mean == pytest.approx(3)
+    runs = lilaw_report.accuracies_frame(records)
+    assert lilaw_report.points(runs, "best", "adamw-lilaw", "adamw").mean == pytest.approx(6)
+    assert lilaw_report.points(runs, "last", "adamw-lilaw", "adamw").mean == pytest.approx(3)
 
 
 def test_what_a_failed_run_had_reached_is_not_its_end():
     whole = on_wrong_labels("adamw-lilaw", 0, 0.4) | {"lilaw": [{"alpha": 9.0, "delta": 2.0, "beta": 1.0}]}
-    ends = relatives.runs_frame([whole, whole | {"status": "failed", "test": None}])
+    ends = lilaw_report.accuracies_frame([whole, whole | {"status": "failed", "test": None}])
     columns = ["meta_steps", "memorised", "alpha", "delta", "beta"]
     assert ends.loc[0, columns].tolist() == [2 * 4, 50, 9, 2, 1], "four batches an epoch, and none in the first"
     assert ends.loc[1, ["best", *columns]].isna().all()
 
 
-def claims(monkeypatch, made):
+def judged_claims(monkeypatch, made):
     def recorded(study):
         return [r for r in made if r["run"]["task"] in {key.task for key in study}]
 
-    monkeypatch.setattr(relatives, "recorded", recorded)
-    return relatives.claims_table().set_index("claim")
+    monkeypatch.setattr(relatives, "study_records", recorded)
+    return claims.relatives_claims_table().set_index("claim")
 
 
 def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
@@ -131,7 +131,7 @@ def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
     fifty = [on_wrong_labels("adamw", k, 0.3) for k in range(3)]
     fifty += [on_wrong_labels("adamw-lilaw", k, 0.2 + k / 1000) for k in range(3)]
     made += [r | {"run": r["run"] | {"task": "cifar10-symmetric50"}, "detection": None} for r in fifty]
-    table = claims(monkeypatch, made)
+    table = judged_claims(monkeypatch, made)
     verdicts = table["verdict"]
     lower = "Our check on a small GPT: adapted to noisy text it has a lower perplexity than LoRA"
     assert verdicts[lower] == "holds (lite runs)"
@@ -150,13 +150,13 @@ def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
 
 
 def test_claims_without_records_are_not_judged(monkeypatch):
-    verdicts = claims(monkeypatch, [])["verdict"]
+    verdicts = judged_claims(monkeypatch, [])["verdict"]
     assert verdicts.str.startswith("not ").all()
     assert (verdicts[verdicts != "not yet tested"].str.removeprefix("not tested: ").str.len() > 10).all()
 
 
 def test_the_evidence_for_every_claim_is_a_chapter():
-    links = relatives.claims_table()["evidence"].str.extract(r"\((.*)\)")[0].dropna()
+    links = claims.relatives_claims_table()["evidence"].str.extract(r"\((.*)\)")[0].dropna()
     assert set(links) <= {p.name for p in (report.repository() / "notebooks").iterdir()}
 
 
@@ -169,7 +169,7 @@ def test_a_setting_of_lilaw_is_set_beside_adamw_with_the_same_batches():
     made += [on_wrong_labels("adamw-lilaw-lr0.5", k, 0.3 + (k - 1) / 500) for k in range(3)]
     made += [on_wrong_labels("adamw-batch16", k, 0.6) for k in range(3)]
     made += [on_wrong_labels("adamw-lilaw-batch16", k, 0.5 + (k - 1) / 500) for k in range(3)]
-    table = relatives.sensitivity_table(relatives.runs_frame(made))
+    table = lilaw_report.sensitivity_table(lilaw_report.accuracies_frame(made))
     assert {name: d.mean for name, d in table["accuracy, best epoch (points)"].items()} == {
         "as it is (rate 0.005, batches of 64)": pytest.approx(2),
         "rate 0.5": pytest.approx(-10),
@@ -177,7 +177,7 @@ def test_a_setting_of_lilaw_is_set_beside_adamw_with_the_same_batches():
     }
     assert set(table["seeds"]) == {3}, "seeds that every setting has"
     assert set(table["meta-steps"]) == {"8"}, "two epochs of four batches, after the warm-up"
-    says = relatives.sensitivity_statement(table)
+    says = lilaw_report.sensitivity_statement(table)
     assert "Of these 9 differences **4** are decided, and **4** after" in says, "equal differences are no test"
 
 
@@ -185,9 +185,9 @@ def test_how_far_the_weights_of_samples_moved():
     made = [on_wrong_labels("adamw-lilaw", k, 0.5) for k in range(2)]
     made[0]["lilaw"] = [{"alpha": 10.0, "delta": 6.0, "beta": 2.0}]
     made[1]["lilaw"] = [{"alpha": 9.0, "delta": 5.0, "beta": 1.0}, {"alpha": 10.0, "delta": 6.0, "beta": 0.0}]
-    runs = relatives.runs_frame([*made, on_wrong_labels("adamw", 0, 0.5)])
+    runs = lilaw_report.accuracies_frame([*made, on_wrong_labels("adamw", 0, 0.5)])
     there = 1 / (1 + math.exp(-1)) - 1 / (1 + math.exp(1))  # W_β = σ(m − βa), and a = m = 1 is as far as it gets
-    assert list(relatives.weights_moved(runs)) == pytest.approx([0.0, there], abs=1e-6)
+    assert list(lilaw_report.weights_moved(runs)) == pytest.approx([0.0, there], abs=1e-6)
 
 
 def test_a_ranking_is_compared_with_one_other_for_all_seeds():
@@ -198,7 +198,7 @@ def test_a_ranking_is_compared_with_one_other_for_all_seeds():
             "mean loss": {"auroc": 0.9 if k == 0 else 0.7, "auprc": 0.5},
             "entropy": {"auroc": 0.85 if k == 1 else 0.72, "auprc": 0.5},
         }
-    row = relatives.detection_against(relatives.detection_frame(made)).iloc[0]
+    row = lilaw_report.detection_against(lilaw_report.detection_frame(made)).iloc[0]
     assert row["best"] == "mean loss (AdamW + LiLAW)"
     assert row["difference"].mean == pytest.approx((-10 + 10 + 10) / 3)
 
@@ -207,7 +207,7 @@ def test_rankings_from_trainings_without_lilaw_count_too():
     made = [on_wrong_labels(arm, k, 0.5) for arm in ("adamw", "adamw-lilaw") for k in range(3)]
     for record in made[:3]:
         record["detection"] = {"mean loss": {"auroc": 0.95, "auprc": 0.5}}
-    row = relatives.detection_against(relatives.detection_frame(made)).iloc[0]
+    row = lilaw_report.detection_against(lilaw_report.detection_frame(made)).iloc[0]
     assert row["best"] == "mean loss (AdamW)"
     assert row["difference"].mean == pytest.approx(-15)
 
@@ -219,23 +219,23 @@ def test_accuracy_is_judged_after_a_correction_for_the_kinds_of_noise():
         return [r | {"run": r["run"] | {"task": task}} for r in made]
 
     one = kind("cifar10-symmetric50", (0.02, 0.024, 0.015))
-    alone = relatives.accuracy_table(relatives.runs_frame(one), "best").iloc[0]
+    alone = lilaw_report.accuracy_table(lilaw_report.accuracies_frame(one), "best").iloc[0]
     assert alone["verdict"] == "holds"
     more = [r for task in ("cifar10-symmetric20", "cifar10-human40") for r in kind(task, (0.1, -0.1, 0.02))]
-    both = relatives.accuracy_table(relatives.runs_frame(one + more), "best")
+    both = lilaw_report.accuracy_table(lilaw_report.accuracies_frame(one + more), "best")
     row = both.loc["CIFAR-10, symmetric 50 %"]
     assert row["p_holm"] == pytest.approx(3 * alone["p_holm"])
     assert row["verdict"] == "not decided after the correction"
     assert set(both["verdict"].drop("CIFAR-10, symmetric 50 %")) == {"not decided: within chance"}
     control = [r | {"wrong_labels": 0} for r in more]
-    kept = relatives.accuracy_table(relatives.runs_frame(one + control), "best")
+    kept = lilaw_report.accuracy_table(lilaw_report.accuracies_frame(one + control), "best")
     assert kept.loc["CIFAR-10, symmetric 50 %", "verdict"] == "holds", "right labels are not part of the question"
 
 
 def test_means_are_over_the_seeds_that_both_arms_have_and_too_few_are_not_judged():
     made = [on_wrong_labels("adamw", k, 0.4 + k / 10) for k in range(3)]
     made += [on_wrong_labels("adamw-lilaw", k, 0.5) for k in range(2)]
-    table = relatives.accuracy_table(relatives.runs_frame(made), "best").iloc[0]
+    table = lilaw_report.accuracy_table(lilaw_report.accuracies_frame(made), "best").iloc[0]
     assert table["AdamW (%)"].startswith("45.0"), "without the third seed"
     assert table["verdict"] == "not yet tested: 2 of 3 seeds"
 
@@ -245,8 +245,8 @@ def test_what_masking_takes_is_a_share_of_what_was_gained():
         record = adaptation("lope", 0, perplexities[-1])
         for entry, perplexity in zip(record["epochs"], perplexities, strict=True):
             entry["perplexity"] = perplexity
-        runs = relatives.adaptations_frame([record, adaptation("lora", 0, 90.0)])
-        return relatives.masking_table(runs).loc["LoPE", "5 %"]
+        runs = lope_report.adaptations_frame([record, adaptation("lora", 0, 90.0)])
+        return lope_report.masking_table(runs).loc["LoPE", "5 %"]
 
     assert stages(200.0, 160.0, 140.0, 191.0) == "85 %"
     assert stages(200.0, 160.0, 140.0, 134.0) == "-10 %", "masking can help"
@@ -263,21 +263,21 @@ def test_what_noise_costs_is_measured_against_the_same_arm_without_noise():
 
     only = adaptation("lora", 7, 1.0, task="lope-noise20")  # without a partner
     made = [*ended("lope", 200.0, 210.0), *ended("lora", 100.0, 115.0), only]
-    runs = relatives.adaptations_frame(made)
-    table = relatives.noise_cost_table(runs)
+    runs = lope_report.adaptations_frame(made)
+    table = lope_report.noise_cost_table(runs)
     assert table.loc["LoPE", "noise costs (%)"].startswith("+5.0 ± ")
     assert table.loc["LoRA (peft)", "noise costs (%)"].startswith("+14.9 ± ")
     assert table.loc["LoRA (peft)", "difference"].mean == pytest.approx(14.85 - 4.975, abs=0.01)
     assert table.loc["LoRA (peft)", "verdict"] == "holds"
     assert table.loc["LoPE", "verdict"] == "–"
     made += [adaptation("lora", 8, 1.0, task=task) for task in ("lope-noise0", "lope-noise20")]
-    more = relatives.noise_cost_table(relatives.adaptations_frame(made)).loc["LoRA (peft)", "difference"]
+    more = lope_report.noise_cost_table(lope_report.adaptations_frame(made)).loc["LoRA (peft)", "difference"]
     assert (more.seeds, more.lost) == (3, 0), "a seed that LoPE lacks is not lost"
 
 
 def test_accuracies_at_chance_are_called_that():
     def at(accuracy):
-        return relatives.accuracy_statement(relatives.adaptations_frame([adaptation("lope", 0, 90.0, accuracy)]))
+        return lope_report.accuracy_statement(lope_report.adaptations_frame([adaptation("lope", 0, 90.0, accuracy)]))
 
     assert "no arm reads the sentiment" in at(0.502)
     assert "no arm" not in at(0.8)
@@ -286,14 +286,14 @@ def test_accuracies_at_chance_are_called_that():
 def test_the_best_other_ranking_has_all_seeds():
     made = [on_wrong_labels("adamw-lilaw", k, 0.5) for k in range(3)]
     made.append(on_wrong_labels("adamw", 0, 0.5) | {"detection": {"mean loss": {"auroc": 0.99, "auprc": 0.5}}})
-    row = relatives.detection_against(relatives.detection_frame(made)).iloc[0]
+    row = lilaw_report.detection_against(lilaw_report.detection_frame(made)).iloc[0]
     assert row["best"] == "mean loss (AdamW + LiLAW)"
     assert row["difference"].seeds == 3
 
 
 def test_the_picture_of_lope_has_the_sign_of_its_table():
     made = [adaptation("lope", k, 120.0) for k in range(3)] + [adaptation("lora", k, 100.0) for k in range(3)]
-    runs = relatives.adaptations_frame(made)
-    shown = relatives.plot_lope_against(runs).axes[0].collections[0].get_offsets()[:, 0]
-    assert list(shown) == pytest.approx([relatives.lope_against(runs, "lora").mean] * 3)
+    runs = lope_report.adaptations_frame(made)
+    shown = lope_report.plot_lope_against(runs).axes[0].collections[0].get_offsets()[:, 0]
+    assert list(shown) == pytest.approx([lope_report.lope_against(runs, "lora").mean] * 3)
     assert shown[0] == pytest.approx(-20), "LoPE's perplexity is higher"

@@ -6,7 +6,8 @@
 * ``text``      what the text tasks share
 * ``noisy``     CIFAR-10 and IMDB with wrong labels; ``noise`` makes them wrong, ``mislabels`` finds them again
 * ``lope_study``  LoPE: a small GPT that adapts to noisy text
-* ``relatives``  tables and figures of these two
+* ``relatives``  how the studies of these two are judged
+* ``lilaw_report``, ``lope_report``  their tables and figures
 * ``datasets``  where data files come from, how they are checked and kept
 * ``training``  one run, from the seed to the record
 * ``records``   what a run leaves behind

@@ -1,4 +1,4 @@
-"""The claims of the paper, each with its number, ours, and the verdict that the records give by a rule."""
+"""The claims of the three papers, each with its number, ours, and the verdict that the records give by a rule."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from metaadamw_lite.checks import check_choice
-from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite.experiments import TASKS, lilaw_report, lope_report, paired, relatives, report
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     NEVER,
@@ -18,10 +18,12 @@ from metaadamw_lite.experiments.paired import (
     verdict,
     worse,
 )
+from metaadamw_lite.experiments.relatives import Records
+from metaadamw_lite.experiments.studies import study_runs
 
 
 def claims_table() -> pd.DataFrame:
-    """One row for each claim in ``data/paper/claims.csv``: the paper's number, ours, the verdict and the evidence.
+    """One row for each claim on MetaAdamW in ``data/paper/claims.csv``, with our number, the verdict and the evidence.
 
     How the kinds of claims are judged, under the paper's protocol:
 
@@ -192,3 +194,66 @@ def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
         of = f" for {{}} of {len(values)}" if len(values) > 1 else ""
         says.append(f"{what}: " + ", ".join(f"{v}{of.format(n)}" for v, n in counts.items()))
     return "<br>".join(ours), "<br>".join(says)
+
+
+def relatives_claims_table() -> pd.DataFrame:
+    """One row for each claim in ``data/paper/claims_relatives.csv``, judged as the claims on MetaAdamW are.
+
+    * accuracy: test accuracy with LiLAW against without, in points, on the task; with p after Holm's correction over
+      all kinds of noise.
+    * detection: both areas of LiLAW's easy weight against the best other method, for each kind of noise.
+    * adaptation: perplexity of LoPE against that of the arm named in ``against``, on the task.
+    * noise cost: how much less LoPE's perplexity rises with noise than that of the arm named in ``against``.
+    * scale: needs models or data that are not at hand; not tested.
+    """
+    claims = pd.read_csv(report.repository() / "data" / "paper" / "claims_relatives.csv", dtype=str)
+    results = report.repository() / "data" / "results"
+    studies = {method: study_runs(f"{method.lower()}/lite", results) for method in ("LiLAW", "LoPE")}
+    records = {method: relatives.study_records(study) for method, study in studies.items()}
+    rows = []
+    for _, claim in claims.iterrows():
+        ours, says = "–", f"not tested: {claim['why']}"
+        if claim["kind"] != "scale":
+            ours, says = _judged_relative(claim, records[claim["method"]])
+        link = chapter_link(claim["evidence"])
+        rows.append((claim["method"], claim["claim"], claim["number"], ours, says, link))
+    return pd.DataFrame(rows, columns=["method", "claim", "paper", "ours", "verdict", "evidence"])
+
+
+def _judged_relative(claim: "pd.Series[str]", records: Records) -> tuple[str, str]:
+    """What the lite runs of a method's study show about a claim, with what it was measured on, and the verdict."""
+    check_choice("kind (of a claim)", claim["kind"], ("accuracy", "detection", "adaptation", "noise cost"))
+    if not records:
+        return "–", NEVER
+    row: Any
+    if claim["kind"] == "adaptation":
+        table = lope_report.lope_table(lope_report.adaptations_frame(records))
+        row = lope_report.noise_share(claim["task"]), lope_report.LOPE_LABELS[claim["against"]]
+        what = f"lower perplexity, {row[0]} noise"
+    elif claim["kind"] == "noise cost":
+        table = lope_report.noise_cost_table(lope_report.adaptations_frame(records))
+        row = lope_report.LOPE_LABELS[claim["against"]]
+        what = "less rise of perplexity from 0 to 20 % noise"
+    elif claim["kind"] == "accuracy":
+        runs = lilaw_report.accuracies_frame([r for r in records if r["run"]["variant"] in ("adamw", "adamw-lilaw")])
+        table, row = lilaw_report.accuracy_table(runs, "best"), lilaw_report.noise_name(claim["task"])
+        what = row
+    else:
+        areas = lilaw_report.detection_frame(records)
+        tables = {area.upper(): lilaw_report.detection_against(areas, area) for area in ("auroc", "auprc")}
+        spans = pd.DataFrame({area: table["difference"].map(relatives.student) for area, table in tables.items()})
+        lines = [f"{noise}: {'; '.join(row)}" for noise, *row in spans.itertuples()]
+        counts = [
+            f"{area}: {report.noted(str(says), 'lite')} on {n} of {len(table)} kinds"
+            for area, table in tables.items()
+            for says, n in table["verdict"].value_counts().items()
+        ]
+        if not lines:
+            return "–", NEVER
+        return "<br>".join([f"points of {' and of '.join(tables)}:", *lines]), "<br>".join(counts)
+    if row not in table.index:
+        return "–", NEVER
+    found: Any = table.loc[row]
+    d = found["difference"]
+    p = f"{d.seeds} seeds, p {paired.p_value(d.p)}, after Holm's correction {paired.p_value(found['p_holm'])}"
+    return f"{relatives.student(d)} {d.unit}, {p} ({what}; lite runs)", report.noted(found["verdict"], "lite")

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -327,3 +328,14 @@ def plot_movement(movement: pd.DataFrame) -> Figure:
         ax.set_yscale("log" if moved else "linear")
         ax.xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
+    """One legend for all panels, below them, with the arms by their names."""
+    legend = ax.get_legend()
+    if legend is None:
+        return
+    names = [LABELS.get(text.get_text(), text.get_text()) for text in legend.get_texts()]
+    handles = [handle for handle in legend.legend_handles if handle is not None]
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    legend.remove()

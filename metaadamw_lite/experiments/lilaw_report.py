@@ -1,0 +1,359 @@
+"""What the chapters on LiLAW are made of: test accuracies, wrong labels that are found or repeated, and how W moved."""
+
+import math
+import re
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from metaadamw_lite import LiLAW
+from metaadamw_lite.experiments import NOISY, paired, relatives, report
+from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS, legend_below
+from metaadamw_lite.experiments.paired import PairedDifference, paired_difference
+from metaadamw_lite.experiments.relatives import Records
+from metaadamw_lite.lilaw import weights_of
+
+
+def accuracies_frame(records: Records) -> pd.DataFrame:
+    """One row for each run, accuracies and shares in percent.
+
+    Columns beside the run's key: noise (what is wrong), ``wrong`` (how many of the ``train`` labels are), ``best``
+    (test accuracy in the epoch that validated best), ``last`` (in the last epoch), ``memorised`` (wrong training labels
+    that the model repeats in the end), ``meta_steps`` of LiLAW after its warm-up, and its last alpha, delta and beta.
+    A run that failed has no end, and no number of meta-steps.
+    """
+    rows = []
+    for r in records:
+        failed = r["status"] == "failed"
+        end = {} if failed else (r.get("lilaw") or [{}])[-1]
+        last = r["epochs"][-1] if r["epochs"] and not failed else {}
+        steps_per_epoch = -(-r["samples"]["train"] // r["settings"]["batch_size"])
+        rows.append(
+            {
+                **r["run"],
+                "noise": noise_name(r["run"]["task"]),
+                "wrong": r["wrong_labels"],
+                "train": r["samples"]["train"],
+                "status": r["status"],
+                "best": 100 * r["test"]["metric"] if r["test"] else np.nan,
+                "last": 100 * r["last"]["metric"] if "last" in r else np.nan,
+                "memorised": 100 * (np.nan if last.get("memorised") is None else last["memorised"]),
+                "meta_steps": np.nan if failed else (len(r["epochs"]) - 1) * steps_per_epoch,
+                **{name: end.get(name, np.nan) for name in ("alpha", "delta", "beta")},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def noise_name(task: str) -> str:
+    """What is wrong with a task's labels, for headings: "CIFAR-10, symmetric 40 %"."""
+    data, _, kind = NOISY[task].title.partition(", ")
+    return f"{data.split()[0]}, {kind}"
+
+
+def points(runs: pd.DataFrame, column: str, arm: str, baseline: str) -> PairedDifference:
+    """How many percentage points an arm is above another in a column, paired by seed."""
+    first, second = (runs[runs["variant"] == v].set_index("seed")[column].astype(float) for v in (arm, baseline))
+    return relatives.points_above(first, second)
+
+
+def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Test accuracy with and without LiLAW, one row for each noise; the difference in points with its interval.
+
+    Args:
+        runs: from ``accuracies_frame``; only seeds that both arms have count.
+        column: "best" or "last", the epoch.
+
+    Returns:
+        Indexed by noise: mean ± standard deviation of both arms, difference (a ``PairedDifference`` in points), p_holm
+        (over the kinds of noise, those without any wrong label left out), and the verdict by that.
+    """
+    rows = {}
+    arms = ("adamw", "adamw-lilaw")
+    for noise, part in runs.groupby("noise", sort=False):
+        d = points(part, column, arms[1], arms[0])
+        paired = part.pivot(index="seed", columns="variant", values=column).reindex(columns=arms).dropna()
+        row: dict[str, object] = {
+            f"{LABELS[arm]} (%)": f"{paired[arm].mean():.1f} ± {paired[arm].std():.1f}" if d.seeds > 1 else "–"
+            for arm in arms
+        }
+        rows[noise] = row | {"difference": d}
+    right = runs[runs["wrong"] == 0]["noise"].unique()
+    return relatives.corrected_table(pd.DataFrame.from_dict(rows, orient="index"), control=right)
+
+
+def chance_statement(runs: pd.DataFrame) -> str:
+    """On which kinds of noise AdamW is not five points above chance, so that accuracies say little (Markdown)."""
+    adamw = runs[runs["variant"] == "adamw"]
+    chance = adamw["task"].map(lambda name: 100 / (NOISY[name].classes or math.nan))
+    mean = adamw.assign(chance=chance).groupby("noise", sort=False)[["best", "chance"]].mean()
+    blind = mean[~(mean["best"] >= mean["chance"] + 5)]  # NaN included
+    if blind.empty:
+        return "AdamW is more than five points above chance on every kind of noise."
+    named = "; ".join(f"{noise}: {row['best']:.1f} %, chance {row['chance']:.0f} %" for noise, row in blind.iterrows())
+    return f"**Hardly above chance** is AdamW on some kinds; their rows say little about accuracy. {named}."
+
+
+def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """LiLAW's meta rate and the batch size: a row for each setting, against AdamW with batches of that size.
+
+    Args:
+        runs: from ``accuracies_frame``, of one task; only seeds that every setting has count.
+
+    Returns:
+        Steps of the meta-descent, how far W got at most, where the scalars ended, differences (``PairedDifference`` in
+        points), seeds.
+    """
+    seeds = runs.groupby("seed")["variant"].nunique()
+    runs = runs[runs["seed"].isin(seeds[seeds == runs["variant"].nunique()].index)]
+    names = {"": "as it is (rate 0.005, batches of 64)", "-lr": "rate ", "-batch": "batches of "}
+    rows = {}
+    for variant in runs["variant"].unique():
+        setting = re.fullmatch(r"adamw-lilaw(|-lr|-batch)([\d.]*)", variant)
+        if not setting:
+            continue
+        baseline = f"adamw-batch{setting[2]}" if setting[1] == "-batch" else "adamw"
+        part = runs[runs["variant"] == variant]
+        row: dict[str, object] = {"meta-steps": f"{part['meta_steps'].mean():.0f}"}
+        row |= {
+            f"{symbol} at the end": f"{part[column].mean():.2f}"
+            for symbol, column in {"α": "alpha", "δ": "delta", "β": "beta"}.items()
+        }
+        row["largest change of W"] = f"{weights_moved(part).max():.2f}"
+        for column in ("best", "last", "memorised"):
+            what = "wrong labels repeated" if column == "memorised" else f"accuracy, {column} epoch"
+            row[f"{what} (points)"] = points(runs, column, variant, baseline)
+        rows[names[setting[1]] + setting[2]] = row | {"seeds": part["seed"].nunique()}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def sensitivity_statement(table: pd.DataFrame) -> str:
+    """How many of the differences of ``sensitivity_table`` are more than chance explains (Markdown)."""
+    found = pd.Series([d for column in table for d in table[column] if isinstance(d, PairedDifference)], dtype=object)
+    alone, left = (sum(paired.better_and_worse(d)) for d in (found, paired.corrected(found)))
+    return f"Of these {len(found)} differences **{alone}** are decided, and **{left}** after Holm's correction."
+
+
+def possible_probabilities(band: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """A grid of (s[ỹ], max s), and where on it such a pair is possible for some number of classes.
+
+    Either the given label is the one believed most, s[ỹ] = max s (the diagonal), or the two probabilities belong to
+    different classes and sum to at most one (the triangle). With C classes max s is 1/C at least.
+
+    Args:
+        band: how far from the diagonal still counts, so that a picture shows it.
+    """
+    grid = torch.linspace(0, 1, 201)
+    given, largest = torch.meshgrid(grid, grid, indexing="xy")
+    return given, largest, (given + largest <= 1) & (given <= largest) | ((given - largest).abs() <= band)
+
+
+def weights_moved(runs: pd.DataFrame) -> "pd.Series[float]":
+    """The largest change of W since the start, over all possible probabilities, for each run that has a LiLAW.
+
+    Args:
+        runs: from ``accuracies_frame``.
+    """
+    given, largest, possible = possible_probabilities()
+    start = LiLAW()
+
+    def total(*scalars: float) -> Tensor:
+        return weights_of(given, largest, *(torch.tensor(x) for x in scalars)).total[possible]
+
+    before = total(start.alpha.item(), start.delta.item(), start.beta.item())
+    ends = runs.dropna(subset=["alpha", "delta", "beta"])[["alpha", "delta", "beta"]]
+    return pd.Series({k: float((total(*end) - before).abs().max()) for k, *end in ends.itertuples()}, dtype=float)
+
+
+def detection_frame(records: Records) -> pd.DataFrame:
+    """One row for each run, method and measure ("auroc", "auprc") of finding wrong labels."""
+    return pd.DataFrame(
+        [
+            {**r["run"], "noise": noise_name(r["run"]["task"]), "method": method, **areas}
+            for r in records
+            if r["status"] != "failed"
+            for method, areas in (r["detection"] or {}).items()
+        ]
+    )
+
+
+def detection_against(found: pd.DataFrame, area: str = "auroc") -> pd.DataFrame:
+    """LiLAW's easy weight against the best of the other methods, for each noise.
+
+    The others are taken from trainings with and from those without LiLAW, each by itself, and the best is the one with
+    the highest mean area over the seeds: one method for all seeds, not the best of each.
+
+    Args:
+        found: from ``detection_frame``, of both arms.
+        area: "auroc" or "auprc".
+
+    Returns:
+        Indexed by noise: best (the method, and what it was trained with), difference (a ``PairedDifference`` in
+        points of the area; positive: LiLAW is better), p_holm (over the kinds of noise), and the verdict by that.
+    """
+    if found.empty:
+        return relatives.corrected_table(pd.DataFrame(columns=["best", "difference"]))
+    found = found[found["variant"].isin(["adamw", "adamw-lilaw"])]
+    lilaws = found["method"].str.startswith("LiLAW")
+    easy = found[(found["method"] == "LiLAW, easy weight") & (found["variant"] == "adamw-lilaw")]
+    others = found[~lilaws].assign(way=found["method"] + " (" + found["variant"].map(LABELS) + ")")
+    rows = {}
+    for noise, part in easy.groupby("noise", sort=False):
+        lilaw = 100 * part.set_index("seed")[area].astype(float)
+        same = others[(others["noise"] == noise) & others["seed"].isin(lilaw.index)]
+        areas = 100 * same.pivot(index="seed", columns="way", values=area).astype(float)
+        areas = areas.reindex(lilaw.index).dropna(axis=1)  # what has not all of these seeds yet cannot be the best
+        best = str(areas.mean().idxmax())
+        rows[noise] = {"best": best, "difference": paired_difference(lilaw - areas[best], "points")}
+    return relatives.corrected_table(pd.DataFrame.from_dict(rows, orient="index", columns=["best", "difference"]))
+
+
+EPOCH_LABELS = {
+    "memorised": "wrong labels repeated (%)",
+    "val_loss": "validation loss (nats)",
+    "metric": "validation accuracy (%)",
+}
+
+
+def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw")) -> Figure:
+    """Epoch by epoch, mean over seeds and the band from lowest to highest; a panel for each noise.
+
+    Args:
+        records: of the runs.
+        column: "memorised", how much of the wrong training labels is learned by heart, "val_loss", or "metric", the
+            accuracy on validation labels.
+        arms: the variants.
+    """
+    epochs = report.epochs_frame(r for r in records if r["run"]["variant"] in arms).dropna(subset=column)
+    epochs = epochs.assign(value=epochs[column].astype(float) * (1 if column == "val_loss" else 100))
+    tasks = list(dict.fromkeys(epochs["task"]))
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    size = (2.5 * columns, 2.5 * rows + 0.4) if columns > 1 else (7.2, 3.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_axis_off()
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        sns.lineplot(
+            epochs[epochs["task"] == task],
+            x="epoch",
+            y="value",
+            hue="variant",
+            style="variant",
+            hue_order=arms,
+            style_order=arms,
+            palette=COLOURS,
+            dashes=DASHES,
+            errorbar=("pi", 100),
+            ax=ax,
+            legend=ax is axes.flat[0],
+        )
+        ax.set(title=noise_name(task).replace(", ", ",\n"), xlabel="epoch", ylabel=EPOCH_LABELS[column])
+    axes.flat[0].set_ylim(bottom=0)
+    legend_below(figure, axes.flat[0], columns=len(arms))
+    return figure
+
+
+def plot_scalars(records: Records) -> Figure:
+    """α, δ and β of LiLAW over the steps of every run, a panel for each, coloured by noise."""
+    rows = [
+        {"noise": noise_name(r["run"]["task"]), "run": i, **point}
+        for i, r in enumerate(records)
+        for point in r.get("lilaw", [])
+    ]
+    frame = pd.DataFrame(rows)
+    figure, axes = plt.subplots(1, 3, figsize=(10.0, 3.8))
+    for ax, name, symbol in zip(axes, ("alpha", "delta", "beta"), "αδβ", strict=True):
+        sns.lineplot(
+            frame,
+            x="step",
+            y=name,
+            hue="noise",
+            units="run",
+            estimator=None,
+            linewidth=1,
+            palette="colorblind",
+            ax=ax,
+            legend=ax is axes[2],
+        )
+        ax.set(xlabel="step", ylabel=f"{symbol} (no unit)", title=symbol)
+    sns.move_legend(axes[2], "upper left", bbox_to_anchor=(1, 1), title="", fontsize="small")
+    return figure
+
+
+def plot_detection(found: pd.DataFrame, order: Sequence[str]) -> Figure:
+    """How well each method finds wrong labels, by AUROC: a panel for each noise, a dot for each run and the mean.
+
+    Args:
+        found: from ``detection_frame``.
+        order: the methods, from top to bottom.
+    """
+    noises = list(dict.fromkeys(found["noise"]))
+    columns = min(4, len(noises))
+    rows = -(-len(noises) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.1 * columns + 1.8, 2.8 * rows), sharex=True, sharey=True, squeeze=False
+    )
+    for ax in axes.flat[len(noises) :]:
+        ax.set_axis_off()
+    for ax, noise in zip(axes.flat, noises, strict=False):
+        part = found[found["noise"] == noise]
+        sns.stripplot(part, x="auroc", y="method", order=order, color="grey", size=4, jitter=False, ax=ax)
+        sns.pointplot(
+            part, x="auroc", y="method", order=order, errorbar=None, linestyle="none", marker="|", markersize=14, ax=ax
+        )
+        ax.axvline(0.5, color="black", linewidth=0.7)
+        ax.set(title=noise.replace(", ", ",\n"), xlabel="AUROC", ylabel="")
+    return figure
+
+
+def plot_weights(lilaw: LiLAW) -> Figure:
+    """W_α, W_δ, W_β and their sum over (s[ỹ], max s), where ``possible_probabilities`` has that pair."""
+    given, largest, possible = possible_probabilities(band=0.012)
+    with torch.no_grad():
+        w = weights_of(given, largest, lilaw.alpha, lilaw.delta, lilaw.beta)
+    panels = {"W_α (easy)": w.easy, "W_δ (moderate)": w.moderate, "W_β (hard)": w.hard, "W": w.total}
+    figure, axes = plt.subplots(1, 4, figsize=(10.4, 3.0), sharex=True, sharey=True)
+    for ax, (title, weights) in zip(axes, panels.items(), strict=True):
+        shown = np.ma.masked_array(weights.numpy(), ~possible.numpy())
+        top = 3 if title == "W" else 1
+        image = ax.imshow(shown, origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=top, cmap="cividis")
+        ax.set(title=title, xlabel="s[ỹ]", ylabel="max s" if ax is axes[0] else "")
+        ax.grid(visible=False)
+        if title in ("W_β (hard)", "W"):
+            figure.colorbar(image, ax=ax, label="weight (no unit)", shrink=0.8)
+    return figure
+
+
+def plot_arms(runs: pd.DataFrame, arms: Sequence[str]) -> Figure:
+    """Test accuracy of several arms in the best and the last epoch, and what they learned by heart; a line a seed."""
+    panels = {
+        "best": "test accuracy, best epoch (%)",
+        "last": "test accuracy, last epoch (%)",
+        "memorised": "wrong labels repeated (%)",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.8))
+    for ax, (column, label) in zip(axes, panels.items(), strict=True):
+        part = runs[runs["variant"].isin(arms)]
+        sns.lineplot(
+            part.assign(arm=part["variant"].map(list(arms).index)),
+            x="arm",
+            y=column,
+            units="seed",
+            estimator=None,
+            color="grey",
+            linewidth=0.8,
+            ax=ax,
+        )
+        sns.pointplot(part, x="variant", y=column, order=arms, hue="variant", palette=COLOURS, linestyle="none", ax=ax)
+        ax.set(xlabel="", ylabel=label)
+        ax.set_xticks(
+            range(len(arms)), [LABELS[arm].replace(" + ", "\n+ ") for arm in arms], fontsize="small", rotation=25
+        )
+    return figure
