@@ -232,7 +232,7 @@ def form_groups(members: Iterable[tuple[Tensor, Place, bool]]) -> list[Modulatio
 def native_groups(
     param_groups: Sequence[Sequence[Tensor]], names: Sequence[Sequence[str]] | None
 ) -> list[ModulationGroup]:
-    """One modulation group for each of the optimizer's own parameter groups (the "original" strategy).
+    """One modulation group for each of the optimizer's own parameter groups that is not empty ("original").
 
     Args:
         param_groups: the tensors of each parameter group.
@@ -250,8 +250,9 @@ def native_groups(
         ModulationGroup(
             name=f"param_group_{k}",
             params=tuple(params),
-            depth=sum(positions[k]) / max(len(params), 1),
-            bias_ratio=sum(biases[k]) / max(len(params), 1),
+            depth=sum(positions[k]) / len(params),
+            bias_ratio=sum(biases[k]) / len(params),
         )
         for k, params in enumerate(param_groups)
+        if params
     ]

@@ -228,12 +228,16 @@ def test_empty_parameter_list():
 def test_empty_parameter_groups():
     with pytest.raises(ValueError, match="empty"):
         MetaAdamW([{"params": []}])
-    p = nn.Parameter(torch.ones(2))
-    optimizer = MetaAdamW([{"params": []}, {"params": [p]}], lr=0.1, weight_decay=0.5)
-    p.grad = torch.ones(2)
-    optimizer.step()
-    alpha, beta = optimizer.alpha[1], optimizer.beta[1]
-    torch.testing.assert_close(p.detach(), (1 - 0.1 * alpha * (1 + beta * 0.5)).expand(2))  # m̂/√v̂ is 1 at first
+    ends = []
+    for groups in ([[1.0], [3.0]], [[], [1.0], [], [3.0]]):
+        params = [[nn.Parameter(torch.tensor([x])) for x in group] for group in groups]
+        optimizer = MetaAdamW([{"params": ps} for ps in params], lr=0.1, weight_decay=0.5)
+        for _ in range(2):
+            sum(p.square().sum() for ps in params for p in ps).backward()
+            optimizer.step()
+        ends.append([p.item() for ps in params for p in ps])
+        assert [len(group.params) for group in optimizer.groups] == [1, 1]
+    assert ends[0] == ends[1], "a group of nothing is no token: it must not change the factors of the others"
 
 
 def test_what_is_switched_on_later_is_refused_too(batches):
