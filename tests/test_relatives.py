@@ -76,7 +76,7 @@ def test_lope_is_set_beside_each_recorded_arm_and_not_beside_itself():
     runs = lope_report.adaptations_frame([adaptation(arm, k, 90.0 + k) for arm in arms for k in range(3)])
     table = lope_report.lope_table(runs)
     assert list(table.index) == [("5 %", "LoRA (peft)"), ("5 %", "LoPE, discrete noise only")]
-    assert set(table["verdict"]) == {"not decided: within chance"}
+    assert set(table["verdict"]) == {"not decided: identical results"}
     assert list(relatives.shown(table)["difference (%)"]) == ["+0.0 [+0.0, +0.0]"] * 2
 
 

@@ -185,6 +185,28 @@ class Evidence:
             lines.append(f"* Last epoch, {who}: {d}; better: {says}")
         return "\n".join(lines)
 
+    def cut_off(self) -> str:
+        """Which whole runs the last epoch allowed ended while they were at their best (Markdown)."""
+        limit, sign = self.task.settings("paper").epochs, 1 if self.task.lower_is_better else -1
+        arms: dict[tuple[str, str], list[str]] = {}
+        for record in self.records:
+            key = record["run"]
+            if key["profile"] != "paper":
+                continue
+            cut = arms.setdefault((key["protocol"], key["variant"]), [])
+            metric = [sign * epoch["metric"] for epoch in record["epochs"] if epoch["metric"] is not None]
+            if len(metric) == limit and metric[-1] == min(metric):
+                cut.append(f"seed {key['seed']} ({100 * abs(metric[-1] / metric[-2] - 1):.1f} %)")
+        lines = [
+            f"* `{protocol}`, {figures.LABELS[variant]}: {', '.join(cut) or 'none'}."
+            for (protocol, variant), cut in arms.items()
+        ]
+        head = (
+            f"Whole runs that the limit of {limit} epochs ended while they were at their best, and by how much the "
+            f"last epoch had changed the {self.task.metric}:\n\n"
+        )
+        return head + "\n".join(lines) if lines else ""
+
     def time_to_best(self) -> pd.DataFrame:
         """The epoch in which MetaAdamW is as good as AdamW at its best, as text, where it is at all."""
         table = report.time_to_best(self.records, self.task.lower_is_better)

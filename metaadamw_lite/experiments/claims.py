@@ -20,6 +20,7 @@ from metaadamw_lite.experiments.paired import (
 )
 from metaadamw_lite.experiments.relatives import Records
 from metaadamw_lite.experiments.studies import study_runs
+from metaadamw_lite.experiments.task import PROTOCOLS
 
 
 def claims_table() -> pd.DataFrame:
@@ -29,16 +30,17 @@ def claims_table() -> pd.DataFrame:
 
     * improvement: MetaAdamW against AdamW, paired by seed; ``all``: such a claim must hold on all tasks.
     * ablation: the variant's change against MetaAdamW; the claim is that the variant is worse.
+    * no gain: that the variant is not better by as much as ``high`` percent, by Student's interval.
     * necessary: the same for every variant of a task that takes something away, after Holm's correction.
     * epochs, longer: fewer, or more, epochs than AdamW until early stopping, paired by seed.
     * earlier: how many epochs earlier than AdamW MetaAdamW is as good as AdamW's best, paired by seed; where it never
       is, one after the last epoch that the task allows.
-    * trained: MetaAdamW against itself with an untrained Φ, on all tasks.
+    * trained: MetaAdamW against itself with an untrained Φ, on all tasks, under both protocols.
     * memory, time, update, updates, statistics, module: the bench's record against the range that the paper gives.
     """
     claims = pd.read_csv(report.repository() / "data" / "paper" / "claims.csv", dtype=str)
     main = report.table_of_tasks()
-    control = report.table_of_tasks(baseline="metaadamw-frozen")
+    control = {p: report.table_of_tasks(baseline="metaadamw-frozen", protocol=p) for p in PROTOCOLS}
     judged = [_judged(claim, main, control) for _, claim in claims.iterrows()]
     ours, says = ([j[k] for j in judged] for k in (0, 1))
     links = claims["evidence"].map(chapter_link)
@@ -54,20 +56,24 @@ COSTS = ("memory", "time", "update", "updates", "statistics", "module")
 """Kinds of claims that the bench's record decides."""
 
 
-def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) -> tuple[str, str]:
+def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.DataFrame]) -> tuple[str, str]:
     """What we have on a claim, and the verdict."""
     kind, task = claim["kind"], claim["task"]
     if kind in COSTS:
         return _judged_cost(claim)
     if kind in ("all", "trained"):
-        return _judged_over_tasks(main if kind == "all" else control)
+        return _judged_over_tasks({"paper": main} if kind == "all" else control)
     if task not in main.index:
         return "–", NEVER
     if kind == "improvement":
         d, profile = main.loc[task, ["difference", "profile"]]
-        return report.noted(str(d), profile), report.noted(verdict(d), profile, d.pairs)
-    if kind == "ablation":
-        return _judged_ablation(task, claim["variant"])
+        ours = report.noted(str(d), profile)
+        if profile == "paper":
+            gain = float(report.paper_table(2).loc[task, "improvement_percent"])
+            ours += f"; the paper's {gain:+.2f} % is {'in' if d.t_low <= gain <= d.t_high else 'out'}side Student's"
+        return ours, report.noted(verdict(d), profile, d.pairs)
+    if kind in ("ablation", "no gain"):
+        return _judged_ablation(task, claim["variant"], None if kind == "ablation" else float(claim["high"]))
     if kind == "necessary":
         return _judged_parts(task)
     check_choice("kind (of a claim)", kind, ("epochs", "longer", "earlier"))
@@ -77,23 +83,44 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: pd.DataFrame) 
     return _judged_optimum(task) if kind == "earlier" else _judged_length(task, kind, runs)
 
 
-def _judged_over_tasks(table: pd.DataFrame) -> tuple[str, str]:
-    """A claim about all tasks: how often which verdict."""
-    rows = list(zip(table.index, table["difference"], table["profile"], strict=True))
-    verdicts = [report.noted(verdict(d), profile, d.pairs) for _, d, profile in rows]
-    count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
-    ours = "<br>".join(f"{TASKS[str(t)].title}: {report.noted(str(d), profile)}" for t, d, profile in rows)
-    return ours, f"of {len(TASKS)} tasks: " + "; ".join(f"{v} on {n}" for v, n in count.items())
+def _judged_over_tasks(tables: dict[str, pd.DataFrame]) -> tuple[str, str]:
+    """A claim about all tasks, under some protocols: how often which verdict."""
+    ours, says = [], []
+    for protocol, table in tables.items():
+        where = f", `{protocol}`" if len(tables) > 1 else ""
+        rows = list(zip(table.index, table["difference"], table["profile"], strict=True))
+        verdicts = [report.noted(verdict(d), profile, d.pairs) for _, d, profile in rows]
+        count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
+        ours += [f"{TASKS[str(t)].title}{where}: {report.noted(str(d), profile)}" for t, d, profile in rows]
+        says.append(f"of {len(TASKS)} tasks{where}: " + "; ".join(f"{v} on {n}" for v, n in count.items()))
+    return "<br>".join(ours), "<br>".join(says)
 
 
-def _judged_ablation(task: str, variant: str) -> tuple[str, str]:
-    """Is the variant worse than MetaAdamW? Whole runs count, where there are enough of them."""
+def _judged_ablation(task: str, variant: str, gain: float | None) -> tuple[str, str]:
+    """Is the variant worse than MetaAdamW, or not better by some gain? Whole runs count, where there are enough."""
     runs = report.outcomes(report.runs_frame(report.recorded(task)))
     for profile in ("paper", "lite"):
         d = report.compare(runs[runs["profile"] == profile], "paper", variant, "metaadamw", TASKS[task].lower_is_better)
-        if d.pairs >= ENOUGH_SEEDS:
-            return report.noted(str(d), profile), report.noted(worse(d), profile, d.pairs)
+        if d.pairs < ENOUGH_SEEDS:
+            continue
+        if gain is None:
+            says = worse(d)
+            if not says.startswith("not ") and profile == "lite" and abs(d.mean) <= _rounding(task):
+                says += ", by no more than rounding makes"
+        elif d.lost:
+            says = verdict(d)
+        else:
+            inside = f"not decided: a gain of {gain:g} % is inside Student's"
+            says = "holds" if d.t_high < gain else "does not hold: it helps" if d.t_low > gain else inside
+        guessing = "; these accuracies are hardly above guessing" if report.near_chance(task, profile) else ""
+        return report.noted(str(d), profile) + guessing, report.noted(says, profile, d.pairs)
     return "–", NEVER
+
+
+def _rounding(task: str) -> float:
+    """By how many percent the last bits changed a shortened run of the task at most; NaN where that is not known."""
+    runs = report.repeated_runs(task)
+    return float(100 * (runs["again"] / runs["first"] - 1).abs().max())
 
 
 def _judged_optimum(task: str) -> tuple[str, str]:
@@ -105,7 +132,8 @@ def _judged_optimum(task: str) -> tuple[str, str]:
     seeds = [{r["run"]["seed"] for r in records if r["run"]["variant"] == arm} for arm in ("metaadamw", "adamw")]
     d = replace(d, lost=len(set.intersection(*seeds)) - len(reached))  # those without a finite epoch
     says = report.noted(verdict(d).replace("it is worse", "it is later or never"), "paper", d.pairs)
-    return f"{d}; positive is earlier; never counts as epoch {never}", says
+    often = (reached["MetaAdamW, epoch"] < reached["AdamW, epoch"]).sum()
+    return f"{d}; positive is earlier ({often} of {len(reached)} pairs); never counts as epoch {never}", says
 
 
 def _judged_length(task: str, kind: str, runs: pd.DataFrame) -> tuple[str, str]:

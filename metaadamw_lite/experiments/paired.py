@@ -165,6 +165,8 @@ def verdict(difference: PairedDifference) -> str:
         return f"not decided: {difference.lost} of {difference.pairs} pairs lost"
     if np.isnan(difference.low):
         return NEVER
+    if not (difference.low or difference.high):
+        return "not decided: identical results"
     if difference.p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:
         return "not decided: within chance"
     return "holds" if difference.low > 0 else "does not hold: it is worse"

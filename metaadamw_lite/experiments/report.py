@@ -190,6 +190,15 @@ PAIRS = (("metaadamw", "adamw"), ("metaadamw-frozen", "adamw"), ("metaadamw", "m
 """The comparisons that every chapter makes: an arm and its baseline."""
 
 
+def near_chance(task: str, profile: str) -> bool:
+    """Whether the task has classes, and MetaAdamW's runs under ``paper`` are not five points better than guessing."""
+    classes, runs = TASKS[task].classes, main_runs(task)
+    if classes is None:
+        return False
+    (accuracy,) = by_seed(outcomes(runs[runs["profile"] == profile]), "paper", "metaadamw")
+    return bool(accuracy.mean() < 1 / classes + 0.05)
+
+
 def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[str, str]) -> pd.DataFrame:
     """The paired comparisons of the three arms under both protocols, one row each with its 95 % interval, as text."""
     rows = []
@@ -392,9 +401,10 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
 
     Returns:
         Indexed by factor and value, with the columns "paper" (text, as printed, or missing), "baseline" (the row is
-        the task's own setting in Table 4), "variant" (missing where the row is the baseline), "mean" of ours over the
-        seeds that MetaAdamW has, too, "difference": the paired change against MetaAdamW (a ``PairedDifference``;
-        negative is worse), and "p_holm", its p after Holm's correction over the task's variants.
+        the task's own setting in Table 4), "variant" (missing where the row is the baseline), "mean" of ours and
+        "metaadamw", that of MetaAdamW, both over the seeds that the two have, "difference": the paired change against
+        MetaAdamW (a ``PairedDifference``; negative is worse), and "p_holm", its p after Holm's correction over the
+        task's variants.
 
     Raises:
         ValueError: for a profile other than "lite" and "paper".
@@ -411,11 +421,33 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
         name = "metaadamw" if baseline else str(variant)
         arm, metaadamw = by_seed(outcome, "paper", name, "metaadamw")
         difference = improvement(arm, metaadamw, lower_is_better)
-        mean = arm[arm.index.intersection(metaadamw.index)].mean()
-        rows.append((baseline, None if baseline else variant, mean, difference))
-    table = pd.DataFrame(rows, index=printed.index, columns=["baseline", "variant", "mean", "difference"])
+        means = pairs_by_seed(arm, metaadamw).mean()
+        rows.append((baseline, None if baseline else variant, means["arm"], means["baseline"], difference))
+    columns = ["baseline", "variant", "mean", "metaadamw", "difference"]
+    table = pd.DataFrame(rows, index=printed.index, columns=columns)
     tested = table["difference"].map(lambda d: d.p).where(~table["baseline"])  # NaN with too few seeds
     return table.assign(paper=printed[task], p_holm=holm(tested))
+
+
+def repeated_runs(task: str) -> pd.DataFrame:
+    """What shortened runs gave "first" and "again": the same computation, with sums added up in another order.
+
+    From ``data/rounding.csv``, which chapter 11 explains.
+
+    Returns:
+        Indexed by variant and seed: the best metric of both; no rows for a task of which no run was repeated.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
+    check_choice("task", task, TASKS)
+    runs = pd.read_csv(repository() / "data" / "rounding.csv").query("task == @task")
+    again = runs["revision"] == runs["revision"].iloc[-1] if len(runs) else runs.index == -1
+    parts = {
+        name: runs[which].set_index(["variant", "seed"])["metric"]
+        for name, which in (("first", ~again), ("again", again))
+    }
+    return pd.DataFrame(parts)
 
 
 def movement_table(task: str, profile: str) -> pd.DataFrame:
