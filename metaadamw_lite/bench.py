@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.checks import check_not_negative
-from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
 from metaadamw_lite.experiments.records import environment, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
 from metaadamw_lite.experiments.training import check_device
@@ -95,7 +95,7 @@ def task_model(name: str) -> nn.Module:
     """The model of a task at the paper's size."""
     task = TASKS[name]
     data = task.load("paper", task.settings("smoke"), "synthetic")
-    words = {"multi30k": {"source_words": 10_000}, "imdb": {"words": 25_000}}.get(name, {})
+    words = {"multi30k": {"source_words": multi30k.VOCABULARY}, "imdb": {"words": imdb.VOCABULARY}}.get(name, {})
     return task.build(task.settings("paper"), replace(data, sizes={**data.sizes, **words}))
 
 
@@ -107,16 +107,16 @@ def task_batch(name: str) -> Batch:
         return torch.randint(4, most, (size, length), dtype=torch.int16)
 
     if name == "etth1":
-        return torch.randn(size, 96), torch.randn(size, 1)
+        return torch.randn(size, etth1.WINDOW), torch.randn(size, 1)
     if name == "wikitext2":
-        return (words(128, 10_000),)
-    if name == "multi30k":  # sentences of 8 to 28 words, padded to 64 as the task's are
+        return (words(wikitext2.BLOCK, wikitext2.VOCABULARY),)
+    if name == "multi30k":  # sentences of 8 to 28 words, padded as the task's are
         lengths = torch.randint(8, 29, (size, 1))
-        padding = torch.arange(64) >= lengths
-        return tuple(words(64, 10_000).masked_fill(padding, 0) for _ in range(2))
+        padding = torch.arange(multi30k.LENGTH) >= lengths
+        return tuple(words(multi30k.LENGTH, multi30k.VOCABULARY).masked_fill(padding, 0) for _ in range(2))
     if name == "cifar10":
         return torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (size,))
-    return words(256, 25_000), torch.randint(0, 2, (size,)), torch.full((size,), 256)
+    return words(imdb.LENGTH, imdb.VOCABULARY), torch.randint(0, 2, (size,)), torch.full((size,), imdb.LENGTH)
 
 
 STEPS: Mapping[str, tuple[Callable[[], nn.Module], int, int, float]] = {
@@ -511,16 +511,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_not_negative(seconds=args.seconds)
         if args.json is not None:  # a bad path is better known before four minutes of measuring
             args.json.parent.mkdir(parents=True, exist_ok=True)
+            if args.json.is_dir():
+                raise IsADirectoryError(f"{args.json} is a folder; --json takes a file")
         record = measure_all(torch.device(args.device), args.reference, args.seconds)
+        print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")
+        if args.json is not None:
+            write_atomically(args.json, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")
-    if args.json is not None:
-        write_atomically(args.json, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     return 0
 
 

@@ -9,6 +9,10 @@ import numpy as np
 from torch import Tensor
 
 
+class NotFiniteError(ValueError):
+    """Logits, losses or gradients that are not finite: training diverges, and nobody called anything wrongly."""
+
+
 def _is_finite(value: Any) -> bool:
     """Whether the value is a finite number (NumPy's, and tensors and arrays without a dimension, included)."""
     number = isinstance(value, Real) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
@@ -34,7 +38,8 @@ def check_not_negative(**values: Any) -> None:
     """Every value is finite and at least 0."""
     for name, value in values.items():
         if not (_is_finite(value) and value >= 0):
-            raise ValueError(f"{name} is {value!r}; it must be finite and not negative")
+            scalar = " (a number, or a tensor without dimensions)" if getattr(value, "ndim", 0) else ""
+            raise ValueError(f"{name} is {value!r}; it must be finite and not negative{scalar}")
 
 
 def check_range(**values: Any) -> None:

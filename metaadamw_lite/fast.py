@@ -345,11 +345,12 @@ class PlainModulator:
         tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._modules)]
         self._members = [(table, name, member) for table in tables for name, member in table.items()]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._attributes = [vars(m) for m in modules]
         self._fold()
 
     def is_hooked(self) -> bool:
         """Whether somebody wants to see a module at work, or has put another ``forward`` in its place."""
-        return any(self._hooks) or "forward" in vars(self.modulator)
+        return any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
 
     def is_current(self, modulator: nn.Module) -> bool:
         """Whether Φ is still this module with these parts and weights.

@@ -96,7 +96,10 @@ def time_feature(step: int, total_steps: int | None) -> float:
 
 
 def inner_products(state: TensorState) -> tuple[float, float, float, float, float]:
-    """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of one tensor, in float64. ``fast`` has the version that is used."""
+    """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of one tensor, in float64.
+
+    The readable version: ``fast`` takes them of many tensors together, and calls this one for those it cannot take so.
+    """
     theta, g, m, v = (x.detach().double() for x in state)
     gg, gm, mm, tt, vv = (float((x * y).sum()) for x, y in ((g, g), (g, m), (m, m), (theta, theta), (v, v)))
     return gg, gm, mm, tt, vv
@@ -151,7 +154,7 @@ def group_features(
     elif config.use_v_norms:
         columns.append(mean[:, 4:])
     if config.standardised:
-        columns = [standardised(torch.cat(columns, dim=1))]
+        columns = [standardised(torch.cat(columns, dim=1), sorted(set(members)))]
     if config.include_time_step:
         columns.append(statistics.new_full((len(groups), 1), time))
     return torch.cat(columns, dim=1)
@@ -180,10 +183,18 @@ def _membership(
     return index.to(device), count.to(device, dtype).unsqueeze(1)
 
 
-def standardised(columns: Tensor) -> Tensor:
-    """Every column with mean 0 and standard deviation 1 over the groups; zeros where all groups agree."""
+def standardised(columns: Tensor, rows: Sequence[int]) -> Tensor:
+    """Every column with mean 0 and standard deviation 1 over some groups; zeros where they agree, and in other rows.
+
+    Args:
+        columns: (G, D).
+        rows: the numbers of the groups that have a gradient.
+    """
+    if len(rows) < len(columns):
+        some = torch.tensor(rows, device=columns.device)
+        return torch.zeros_like(columns).index_copy(0, some, standardised(columns[some], range(len(rows))))
     centred = columns - columns.mean(dim=0)
     std = centred.square().mean(dim=0).sqrt()
     # What varies by rounding alone, as a column of one group does, becomes zero instead of noise of size one.
-    constant = std <= 1e-6 * columns.abs().amax(dim=0)
-    return torch.where(constant, 0.0, centred / std.masked_fill(constant, 1.0))
+    same = std <= 1e-6 * columns.abs().amax(dim=0)
+    return torch.where(same, 0.0, centred / std.masked_fill(same, 1.0))

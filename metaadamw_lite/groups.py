@@ -78,13 +78,13 @@ class Place(NamedTuple):
     depth: float
 
 
-def places_by_class(model: nn.Module) -> dict[str, Place]:
-    """The place of every parameter of a model, by its name; layer types by module class first and by name second."""
+def places_by_class(model: nn.Module) -> dict[Tensor, Place]:
+    """The place of every parameter of a model; layer types by module class first and by name second."""
     named = list(model.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in named}
     types = [_type_by_class(name, model) or _type_by_name(name, shapes, by_shape=False) for name in shapes]
     positions = depths(list(shapes))
-    return {name: Place(t, depth) for name, t, depth in zip(shapes, types, positions, strict=True)}
+    return {p: Place(t, depth) for (_, p), t, depth in zip(named, types, positions, strict=True)}
 
 
 def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list[list[Place]]:
@@ -209,7 +209,7 @@ def fine_grained_groups(
     named = list(named_parameters)
     known = {} if model is None else places_by_class(model)
     places = zip(named, places_by_name([named])[0], strict=True)
-    return form_groups((p, known.get(name, place), is_bias(name)) for (name, p), place in places)
+    return form_groups((p, known.get(p, place), is_bias(name)) for (name, p), place in places)
 
 
 def form_groups(members: Iterable[tuple[Tensor, Place, bool]]) -> list[ModulationGroup]:

@@ -21,14 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaadamw_lite.checks import check_count, check_not_negative
+from metaadamw_lite.checks import NotFiniteError, check_count, check_not_negative
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 """From logits (N, C) and labels (N,) to losses (N,): ``partial(F.cross_entropy, reduction="none")``, for example."""
-
-
-class NotFiniteError(ValueError):
-    """Logits, or a gradient by the three scalars, that are not finite."""
 
 
 class Weights(NamedTuple):
@@ -136,14 +132,15 @@ class LiLAW(nn.Module):
             loss_fn: as for ``loss``.
 
         Raises:
-            ValueError: as ``loss`` does, or if the gradient is not finite. Nothing is changed then.
+            ValueError: as ``loss`` does; for logits or a gradient that are not finite a ``NotFiniteError``. Nothing is
+                changed then.
         """
         *inputs, targets = val_batch
         with torch.no_grad(), evaluating(model):
             logits = model(*inputs)
             losses = _losses(logits, targets, loss_fn)
         with torch.enable_grad():
-            value = (self.weights(logits, targets) * losses).mean()
+            value = (_parts(logits, targets, self.alpha, self.delta, self.beta).total * losses).mean()
         scalars = (self.alpha, self.delta, self.beta)
         gradient = torch.stack([x.to(value.device) for x in torch.autograd.grad(value, scalars)])
         if not torch.isfinite(gradient).all():

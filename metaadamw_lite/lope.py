@@ -165,7 +165,7 @@ class LoPE:
         poisoning: bool = True,
         seed: int = 0,
     ) -> "LoPE":
-        """Put adapters beside some linear layers of a model, in place, and freeze the rest.
+        """Put adapters beside some linear layers of a model, in place, and freeze the rest; stage I begins.
 
         Args:
             model: any module.

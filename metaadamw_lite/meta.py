@@ -14,20 +14,18 @@ Only first-order gradients are asked of the model (``first_order_losses``). ``do
 differentiate twice instead; it exists to check the other one. Chapter 5 of the book derives and compares both.
 """
 
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
+from metaadamw_lite.checks import NotFiniteError
 from metaadamw_lite.modulator import Modulation
 from metaadamw_lite.sharding import (
     is_sharded,
@@ -39,6 +37,7 @@ from metaadamw_lite.sharding import (
     reshard,
     sum_over_shards,
 )
+from metaadamw_lite.surroundings import same_random_numbers, write
 
 OBJECTIVES = ("combined", "gradient", "loss_decrease", "gen_gap")
 ROUNDING = 100
@@ -168,7 +167,7 @@ class Evaluator:
         """
         refuse_flat_parameters(params, model)
         refuse_mixtures(params, model)
-        devices = [p.device for p in params]
+        devices = [p.device for p in (*model.parameters(), *params)]  # frozen layers may draw masks, too
         if isinstance(model, DistributedDataParallel):
             return cls(model.module, loss_fn, devices, [model.process_group])
         sharded = any(is_sharded(p) for p in params)
@@ -176,7 +175,7 @@ class Evaluator:
             warnings.warn(
                 "several processes train, but this model is neither a DistributedDataParallel nor sharded: each of "
                 "them trains a Φ of its own. Pass the wrapped model",
-                stacklevel=3,
+                stacklevel=4,  # the third is torch's wrapper around ``update_attention``
             )
         return cls(model, loss_fn, devices, processes_of(params), sharded)
 
@@ -189,7 +188,7 @@ class Evaluator:
         return x
 
     def loss(self, name: str, batch: Any) -> Tensor:
-        """The scalar loss on a batch; a ValueError that names the batch if it is not one finite number.
+        """The scalar loss on a batch; an error that names the batch if it is not one finite number.
 
         Its value is the mean over the processes, its graph that of this process.
         """
@@ -204,7 +203,7 @@ class Evaluator:
         if self.processes:
             loss = loss + (self.mean(loss.detach()) - loss.detach())
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss on {name} is {loss.item()}; a meta-update needs finite losses")
+            raise NotFiniteError(f"the loss on {name} is {loss.item()}; a meta-update needs finite losses")
         return loss
 
     def value(self, name: str, batch: Any) -> Tensor:
@@ -262,7 +261,7 @@ def first_order_losses(
     """
     alpha, beta = modulation.alpha.detach(), modulation.beta.detach()
     with torch.no_grad():
-        _write([local(p) for p in step.params], step.theta_prime(alpha, beta))
+        write([local(p) for p in step.params], step.theta_prime(alpha, beta))
 
     def through_the_step(value: Tensor, vector: Iterable[Tensor]) -> Tensor:
         """``value``, with the derivatives by α and β that ∂L/∂θ′ = ``vector`` implies."""
@@ -314,11 +313,6 @@ def double_backward_losses(
     return l_grad, l_val
 
 
-def _write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for p, value in zip(params, values, strict=True):
-        p.copy_(value)
-
-
 def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
     """δ of a forward difference: √(machine ε)·(1 + ‖θ‖)/‖r‖ balances rounding against curvature."""
     precision = max(torch.finfo(p.dtype).eps for p in at)
@@ -328,22 +322,6 @@ def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float
     norms = torch.stack([torch.stack(pair).cpu().double() for pair in pairs])
     norm_at, norm_r = sum_over_shards(norms.square(), at).sum(dim=0).sqrt().tolist()
     return float(precision**0.5 * (1 + norm_at) / max(norm_r, 1e-30))
-
-
-@contextmanager
-def same_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
-    """Run a block and put back every random number generator it may have used (torch's, Python's and NumPy's)."""
-    accelerators = {d for d in devices if d.type != "cpu"}
-    kind = next(iter(accelerators)).type if accelerators else "cuda"
-    indices = sorted({d.index or 0 for d in accelerators if d.type == kind})
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002 (the losses of others use the global generator)
-    try:
-        with torch.random.fork_rng(indices, device_type=kind):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
@@ -363,146 +341,3 @@ def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
             )
         seen.add(node)
         todo.extend(parent for parent, _ in node.next_functions)
-
-
-class Surroundings:
-    """What a forward pass may change beside θ: buffers, and parameters that are not trained (a MoCo's key encoder).
-
-    Args:
-        model: whose.
-        params: what is trained, θ. Other parameters are copied where they are at most twice as large as these in all;
-            a large frozen model below a small adapter would double its memory, so of that only sums are kept.
-    """
-
-    def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
-        self._tables = [
-            (module, dict(module._buffers), set(_non_persistent(module) or ())) for module in model.modules()
-        ]
-        buffers = {buffer for _, named, _ in self._tables for buffer in named.values() if buffer is not None}
-        trained = set(params)
-        others = {name: p for name, p in model.named_parameters() if p not in trained and p.device.type != "meta"}
-        few = sum(p.numel() for p in others.values()) <= 2 * sum(p.numel() for p in params)
-        kept = [x for x in (*buffers, *(others.values() if few else ())) if x.device.type != "meta"]
-        self._values = [(x, _copy(local(x).detach())) for x in kept]
-        self._frozen = {} if few else {name: (p, _sum_of_bytes(p)) for name, p in others.items()}
-        self._is_new = True
-
-    def refuse_changes(self) -> None:
-        """A RuntimeError if a parameter has changed that was too large to be copied. It stays as it is."""
-        for name, (p, before) in self._frozen.items():
-            if _sum_of_bytes(p) != before:
-                raise RuntimeError(
-                    f"a forward pass changes the parameter {name}, which this optimizer does not train; a meta-update "
-                    "cannot put it back, since the parameters that are not trained are much larger than those that are"
-                )
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Make everything as it was at the start, before each loss but the first and at the end."""
-        if self._is_new:
-            self._is_new = False
-            return
-        for module, named, non_persistent in self._tables:
-            table, listed = module._buffers, _non_persistent(module)
-            if listed is not None and listed != non_persistent:
-                listed.clear()
-                listed.update(non_persistent)
-            if list(table.keys()) != list(named):  # not so in a ScriptModule, whose table cannot do this
-                table.clear()
-                table.update(named)
-            for name, buffer in named.items():
-                if table[name] is not buffer:
-                    table[name] = buffer
-        pairs = [(local(x), value) for x, value in self._values]
-        for x, value in pairs:
-            if (x.shape, x.dtype) != (value.shape, value.dtype):  # through ``.data``, or by ``resize_``
-                with torch.inference_mode(x.is_inference()):
-                    x.data = value.clone()
-        pairs = [(_without_repetitions(x), _without_repetitions(value)) for x, value in pairs]
-        on_host = [x.device.type == "cpu" or x.layout != torch.strided for x, _ in pairs]
-        elsewhere = [(x.data, value) for (x, value), here in zip(pairs, on_host, strict=True) if not here]
-        if elsewhere:  # without a look, for which the host would have to wait
-            torch._foreach_copy_([x for x, _ in elsewhere], [value for _, value in elsewhere])
-        for (x, value), here in zip(pairs, on_host, strict=True):
-            if here and not _alike(x, value):
-                _overwrite(x, value)
-
-
-def _sum_of_bytes(x: Tensor) -> int:
-    """A number that changes with a tensor's content, of whatever type."""
-    return int(local(x).detach().reshape(-1).view(torch.uint8).sum())
-
-
-def _overwrite(x: Tensor, value: Tensor) -> None:
-    """Write a value to a dense or sparse tensor."""
-    if x.layout == torch.sparse_coo:  # has no ``.data`` that could be written to
-        x.copy_(value)
-        return
-    with torch.inference_mode(x.is_inference()):
-        x.data.copy_(value)  # a graph that is not yet used up may hold x, and torch would refuse that
-
-
-def _non_persistent(module: nn.Module) -> set[str] | None:
-    """The names of a module's buffers that ``state_dict`` leaves out; None for a ScriptModule, which keeps no list."""
-    return vars(module).get("_non_persistent_buffers_set")
-
-
-def _without_repetitions(x: Tensor) -> Tensor:
-    """A view of a tensor that has each element of an expanded dimension once; torch writes to no other."""
-    if x.layout == torch.strided:
-        for dim, (step, size) in enumerate(zip(x.stride(), x.shape, strict=True)):
-            if step == 0 and size > 1:
-                x = x.narrow(dim, 0, 1)
-    return x
-
-
-def _copy(x: Tensor) -> Tensor:
-    """A copy of a tensor's values, expanded where it is."""
-    return _without_repetitions(x).clone().expand_as(x) if x.layout == torch.strided else x.clone()
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors, dense or sparse, hold the same numbers."""
-    return all(torch.equal(a, b) for a, b in zip(_dense_parts(x), _dense_parts(y), strict=True))
-
-
-def _dense_parts(x: Tensor) -> tuple[Tensor, ...]:
-    if x.layout == torch.sparse_coo:
-        return x._indices(), x._values()
-    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return x.crow_indices(), x.col_indices(), x.values()
-    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return x.ccol_indices(), x.row_indices(), x.values()
-    return (x,)
-
-
-@contextmanager
-def as_found(model: nn.Module, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Surroundings]]:
-    """Leave parameters, gradients, buffers and train/eval modes as they are, whatever the block does or raises.
-
-    Inside the block every ``.grad`` is None, so that nothing can be added to the gradients of the caller.
-
-    Yields:
-        Copies of the values of ``params`` (where they are sharded, of this process's parts), and everything else that a
-        forward pass may change.
-    """
-    reshard(model)  # after a forward pass without a backward pass it holds whole parameters, which are not its own
-    parts = [local(p) for p in params]
-    theta = [part.detach().clone() for part in parts]
-    grads = {p: p.grad for p in (*model.parameters(), *params)}
-    modes = [(module, module.training) for module in model.modules()]
-    surroundings = Surroundings(model, params)
-    try:
-        for p in grads:
-            p.grad = None
-        yield theta, surroundings
-    finally:
-        for p, grad in grads.items():
-            p.grad = grad
-        for module, training in modes:
-            module.training = training
-        reshard(model)
-        with torch.no_grad():
-            _write(parts, theta)
-        surroundings.put_back()
-        torch.clear_autocast_cache()

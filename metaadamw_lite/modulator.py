@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaadamw_lite.checks import check_count, check_range
+
 # Squares of larger numbers overflow in float32 inside the layer norms. Features that large say "exploded" and no more.
 LARGEST_FEATURE = 1e15
 
@@ -40,7 +42,8 @@ class Modulator(nn.Module):
         gating: multiply every input column by a learned gate σ(·), which starts at σ(1) ≈ 0.73.
 
     Raises:
-        ValueError: if the heads do not divide the input width D + group_embed_dim.
+        ValueError: if the heads do not divide the input width D + group_embed_dim, for fewer than one layer, head or
+            hidden unit, and for a range outside of [0, 2].
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Modulator(nn.Module):
         gating: bool = False,
     ) -> None:
         super().__init__()
+        check_count(layers=layers, heads=heads, hidden_dim=hidden_dim)
+        check_range(alpha_range=alpha_range, beta_range=beta_range)
         width = num_features + group_embed_dim
         if width % heads:
             raise ValueError(

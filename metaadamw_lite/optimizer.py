@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metaadamw_lite.checks import (
+    NotFiniteError,
     check_betas,
     check_choice,
     check_count,
@@ -52,13 +53,13 @@ from metaadamw_lite.meta import (
     HypotheticalStep,
     LossFn,
     MetaLosses,
-    as_found,
     double_backward_losses,
     first_order_losses,
 )
 from metaadamw_lite.modulator import Modulator
 from metaadamw_lite.sharding import is_sharded, local, local_gradient, refuse_flat_parameters, sum_over_shards
 from metaadamw_lite.state import VERSION, check_moments, fitting_meta
+from metaadamw_lite.surroundings import as_found
 
 GROUP_STRATEGIES = ("fine_grained", "original")
 META_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
@@ -74,7 +75,6 @@ _OWN_ATTRIBUTES = (
     "_group_strategy",
     "_names",
     "_places",
-    "_group_places",
     "_meta_objective",
     "_feature_gating_sparsity",
     "_total_steps",
@@ -207,8 +207,7 @@ class MetaAdamW(torch.optim.AdamW):
         self._names: dict[Tensor, str] = {}
         if model is not None and group_strategy == "fine_grained":
             self._names = {p: n for n, p in model.named_parameters()}
-        self._places = {} if found is None else places_by_class(found)
-        self._group_places: list[dict[str, Place]] = []  # one for each parameter group
+        self._places: dict[Tensor, Place] = {} if found is None else places_by_class(found)
         self._meta_objective = meta_objective
         self._feature_gating_sparsity = float(feature_gating_sparsity)
         self._total_steps = total_steps
@@ -311,19 +310,17 @@ class MetaAdamW(torch.optim.AdamW):
         """
         buckets = []
         for index, k, params in self._buckets:
-            used: list[Tensor] = []
-            bucket = Bucket(self.param_groups[index], k, used, [] if self._sharded else used, [], [], [], [])
+            used, g = [], []
             for p in params:
                 grad = p.grad if gradients is None else gradients.get(p)
                 if grad is not None:
-                    bucket.params.append(p)
-                    bucket.g.append(local_gradient(grad, p) if self._sharded else grad)
-            if bucket.params:
-                buckets.append(bucket)
+                    used.append(p)
+                    g.append(local_gradient(grad, p) if self._sharded else grad)
+            if used:
+                theta = [local(p) for p in used] if self._sharded else used
+                buckets.append(Bucket(self.param_groups[index], k, used, theta, g, [], [], []))
         _refuse_sparse(buckets)
         for bucket in buckets:
-            if self._sharded:
-                bucket.theta.extend(local(p) for p in bucket.params)
             for p in bucket.params:
                 if gradients is None:
                     state = self._state_of(p, fused=bool(bucket.settings["fused"]))
@@ -443,8 +440,9 @@ class MetaAdamW(torch.optim.AdamW):
 
         Raises:
             ValueError: without a ``val_batch`` that the objective needs, for a loss that is not one finite number or
-                contains no parameter of this optimizer, for a gradient of Φ that is not finite, and for
-                ``double_backward`` with several processes. Φ stays as it was.
+                contains no parameter of this optimizer, for a gradient of Φ that is not finite, for ``double_backward``
+                with several processes, and for parameters that FSDP1 has flattened or of which only some are sharded.
+                What is not finite is a ``NotFiniteError``. Φ stays as it was.
             RuntimeError: for checkpoints with ``use_reentrant=True`` (but under ``fully_shard``), and for a forward
                 pass that changes parameters which are not trained and too large to be copied: these stay as the forward
                 passes left them. Also under ``torch.inference_mode``. Φ stays as it was.
@@ -509,7 +507,7 @@ class MetaAdamW(torch.optim.AdamW):
         return step
 
     def _descend(self, total: Tensor) -> None:
-        """One step of the meta-optimizer down ``total``; a ValueError before it if the gradient is not finite."""
+        """One step of the meta-optimizer down ``total``; a NotFiniteError before it if the gradient is not finite."""
         self._follow_phi()
         phi = [p for group in self._meta_optimizer.param_groups for p in group["params"]]
         grads: Sequence[Tensor | None] = [None] * len(phi)
@@ -517,7 +515,7 @@ class MetaAdamW(torch.optim.AdamW):
             grads = torch.autograd.grad(total, phi, allow_unused=True)
         largest = torch._foreach_norm([x for x in (total.detach(), *grads) if x is not None], math.inf)
         if not torch.isfinite(torch.stack(largest)).all():
-            raise ValueError(f"the meta-loss is {total.item()} and its gradient is not finite; Φ is left as it was")
+            raise NotFiniteError(f"the meta-loss is {total.item()} and its gradient is not finite; Φ is left as it was")
         for p, grad in zip(phi, grads, strict=True):
             p.grad = torch.zeros_like(p) if grad is None else grad
         self._meta_optimizer.step()
@@ -544,9 +542,14 @@ class MetaAdamW(torch.optim.AdamW):
 
         Raises:
             ValueError: for complex parameters, for lr, betas, eps or weight_decay out of range, for options of torch's
-                AdamW that this optimizer does not have, and for nameless parameters that ``model`` does not have. No
-                group is added then.
+                AdamW that this optimizer does not have, for nameless parameters that ``model`` does not have, and, as
+                in torch, for parameters that have a group already or come with names where others have none.
+            TypeError: for what is no group of tensors, as in torch.
+
+        No group is added then.
         """
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # raises torch's TypeError
         model = _model_behind(param_group.get("params"))
         super().add_param_group(self._with_names(param_group))
         group = self.param_groups[-1]
@@ -562,7 +565,8 @@ class MetaAdamW(torch.optim.AdamW):
         except Exception:
             self.param_groups.pop()
             raise
-        self._group_places.append(self._places if model is None else places_by_class(model))
+        if model is not None:  # only a part of the constructor's, if there is one
+            self._places = places_by_class(model) | self._places
         if not hasattr(self, "modulator"):
             return  # the constructor is adding its groups
         before = [group.name for group in self.groups]
@@ -589,6 +593,8 @@ class MetaAdamW(torch.optim.AdamW):
         if not self._names or isinstance(params, set):  # torch refuses sets, which have no order
             return group
         params = [params] if isinstance(params, Tensor) else list(params)
+        if not params:
+            return {**group, "params": [], "param_names": []}  # or torch would take it for one without names
         nameless = [p for p in params if isinstance(p, Tensor)]
         if unknown := [p for p in nameless if p not in self._names]:
             raise ValueError(
@@ -606,8 +612,8 @@ class MetaAdamW(torch.optim.AdamW):
             named_groups = [list(zip(ns, ps, strict=True)) for ns, ps in zip(names, params, strict=True)]
             by_name = places_by_name(named_groups)
             self.groups = form_groups(
-                (p, known.get(name, place), is_bias(name))
-                for named, places, known in zip(named_groups, by_name, self._group_places, strict=True)
+                (p, self._places.get(p, place), is_bias(name))
+                for named, places in zip(named_groups, by_name, strict=True)
                 for (name, p), place in zip(named, places, strict=True)
             )
         else:

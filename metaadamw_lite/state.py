@@ -25,10 +25,10 @@ def fitting_meta(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str,
     meta = {"phi": mine["phi"], **meta}  # the first revisions saved neither this nor the meta-optimizer's name
     if isinstance(meta.get("meta_optimizer"), dict):
         meta |= {"meta_optimizer_state": meta["meta_optimizer"], "meta_optimizer": mine["meta_optimizer"]}
+    if meta.get("version") != VERSION:  # first, since another one has other parts
+        raise ValueError(f"the state has version {meta.get('version')}; this code reads {VERSION}")
     if lacking := sorted(mine.keys() - meta.keys()):
         raise ValueError(f"the state's entry 'meta' lacks {', '.join(lacking)}")
-    if meta["version"] != VERSION:
-        raise ValueError(f"the state has version {meta['version']}; this code reads {VERSION}")
     if meta["groups"] != mine["groups"]:
         raise ValueError(f"the state has modulation groups {meta['groups']}, this optimizer has {mine['groups']}")
     if (meta["huw"] is None) != (mine["huw"] is None):

@@ -219,6 +219,7 @@ def test_what_the_bench_measured_is_judged_against_the_papers_range():
         (["--seconds", "-1"], "seconds is -1.0"),
         (["--seconds", "nan"], "seconds is nan"),
         (["--json", "/dev/null/cpu.json"], "/dev/null"),
+        (["--json", "/tmp"], "/tmp is a folder"),
     ],
 )
 def test_what_cannot_be_measured_or_written_is_refused_before_measuring(monkeypatch, capsys, arguments, message):

@@ -1,5 +1,6 @@
 """Data, runs, records and the command line."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -602,6 +603,29 @@ def test_locks_of_earlier_sweeps_do_not_count_as_killed(tmp_path, monkeypatch):
     assert runs[0] in failed
     assert runs[3] not in failed, "it was waiting, and has a lock from before"
     assert runs[3].path(tmp_path).exists()
+
+
+def test_a_worker_that_leaves_no_record_is_not_asked_for_ever(tmp_path, monkeypatch, capsys):
+    runs = [RunKey("etth1", "adamw", "paper", "smoke", seed) for seed in range(2)]
+
+    @contextlib.contextmanager
+    def elsewhere(*_):
+        yield lambda todo, results, wait: ((key, None) for key in todo)
+
+    monkeypatch.setattr(studies, "study_runs", lambda *_: runs)
+    monkeypatch.setattr(studies, "_workers", elsewhere)
+    assert sweep("smoke", tmp_path, progress=False) == runs
+    assert f"its worker left no record in {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_package_that_is_missing_leaves_no_record(tmp_path, monkeypatch, capsys):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'cleanlab'")
+
+    monkeypatch.setattr(training._Run, "_status", missing)
+    assert main(["run", "etth1", "--optimizer", "adamw", "--profile", "smoke", "--results", str(tmp_path)]) == 2
+    assert "No module named 'cleanlab'" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_an_error_takes_its_lock_away(tmp_path, monkeypatch):

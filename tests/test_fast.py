@@ -422,6 +422,11 @@ def test_another_forward_in_the_place_of_phis():
     optimizer.modulator.forward = lambda features: calls.append(features) or asked(features)
     optimizer.step()
     assert len(calls) == 1
+    del optimizer.modulator.forward
+    optimizer.modulator.output.forward = lambda z: calls.append(z) or torch.zeros(len(z), 4, dtype=z.dtype)
+    optimizer.step()
+    assert len(calls) == 2, "of a part of Φ, too"
+    assert (optimizer.alpha == 1).all()
 
 
 def test_phi_in_low_precision_is_asked_as_a_module():

@@ -141,6 +141,22 @@ def test_tensors_without_a_gradient_take_no_part(batches):
     assert torch.equal(optimizer.features()[k, :5], torch.zeros(5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("version", ["norm_basic", "norm_basic_plus"])
+def test_a_group_without_a_gradient_takes_no_part_in_the_standardisation(batches, version):
+    model = tiny()
+    optimizer = MetaAdamW(model.named_parameters(), feature_version=version, attn_heads=1)
+    train(model, optimizer, batches[:2])
+    k = next(k for k, group in enumerate(optimizer.groups) if group.name.startswith("embedding"))
+    for p in optimizer.groups[k].params:
+        p.grad = None
+    features = optimizer.features()[:, :-1]  # without the time
+    assert torch.equal(features[k], torch.zeros_like(features[k]))
+    others = features[[row for row in range(len(features)) if row != k]]
+    varies = others.abs().amax(dim=0) > 0
+    torch.testing.assert_close(others.mean(dim=0), torch.zeros_like(others[0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(others.std(dim=0, correction=0)[varies], torch.ones_like(others[0])[varies])
+
+
 def test_low_precision_parameters_have_float32_statistics(batches):
     model = tiny(torch.bfloat16)
     optimizer = MetaAdamW(model.named_parameters())

@@ -15,7 +15,8 @@ from metaadamw_lite.groups import block_index, depth_third, depths, is_bias, pla
 def type_of(model: nn.Module, by_class: bool) -> dict[str, str]:
     names = dict(model.named_parameters())
     by_name = dict(zip(names, places_by_name([list(names.items())])[0], strict=True))
-    places = places_by_class(model) if by_class else by_name
+    by_class_too = places_by_class(model)
+    places = {name: by_class_too[p] for name, p in names.items()} if by_class else by_name
     return {name: place.layer_type for name, place in places.items()}
 
 
@@ -192,6 +193,28 @@ def test_the_same_parameters_are_in_the_same_groups_however_they_are_passed(by_c
     known = model if by_class else None
     whole = names_of(MetaAdamW(list(model.named_parameters()), model=known))
     assert names_of(MetaAdamW(split_by_decay(model), model=known)) == whole
+
+
+def test_a_model_knows_its_parameters_whatever_they_are_called():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    (linear, _, scale, _) = (p for _, p in model[1].named_parameters())
+    for named in (model[1].named_parameters(), list(model[1].named_parameters())):
+        groups = {p: group.name for group in MetaAdamW(named, model=model).groups for p in group.params}
+        assert groups[linear] == "other/deep/weight", "0.weight is the name of an embedding elsewhere in the model"
+        assert groups[scale] == "norm/deep/weight"
+    prefixed = MetaAdamW(model.named_parameters(prefix="net"))
+    assert prefixed.groups[0].name == "embedding/shallow/weight"
+    assert [g.name for g in fine_grained_groups(model.named_parameters(prefix="net"), model)] == [
+        g.name for g in prefixed.groups
+    ]
+
+
+def test_the_depth_of_a_part_is_that_in_the_whole_model():
+    model = nn.ModuleDict({"front": nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), "head": nn.Linear(4, 1)})
+    parts = [{"params": part.named_parameters()} for part in model.values()]
+    whole = {p: group.name for group in MetaAdamW(model.named_parameters()).groups for p in group.params}
+    split = {p: group.name for group in MetaAdamW(parts, model=model).groups for p in group.params}
+    assert split == whole
 
 
 def test_generators_inside_parameter_groups_tell_the_classes_too():

@@ -551,6 +551,23 @@ def test_a_meta_update_in_inference_mode_is_refused_by_name(batches):
         optimizer.update_attention(model, batches[0], batches[1], cross_entropy, batches[2])
 
 
+@pytest.mark.parametrize("size", [(3, 4), (70, 40), (5000, 3)])
+def test_a_large_frozen_queue_that_is_only_moved_is_noticed(size):
+    """As in MoCo: the same numbers at other places."""
+    torch.manual_seed(0)
+    model = nn.ParameterDict({"head": nn.Parameter(torch.ones(4)), "queue": nn.Parameter(torch.randn(size))})
+    model["queue"].requires_grad_(False)
+
+    def loss(model, batch):
+        with torch.no_grad():
+            model["queue"].copy_(model["queue"].roll(1, 0))
+        return (model["head"] * batch).sum()
+
+    optimizer = MetaAdamW([("head", model["head"])])
+    with pytest.raises(RuntimeError, match="changes the parameter queue"):
+        optimizer.update_attention(model, torch.ones(4), torch.ones(4), loss, torch.ones(4))
+
+
 @pytest.mark.parametrize("write", [torch.Tensor.copy_, lambda x, y: x.data.copy_(y), new_data])
 def test_a_large_frozen_model_that_the_forward_pass_changes_is_refused_by_name(write):
     """It is not copied: below a small adapter that would double the memory."""

@@ -7,9 +7,9 @@ from conftest import tiny
 from metaadamw_lite import MetaAdamW, Modulator
 
 
-def make(**changes):
+def make(seed=0, **changes):
     settings = {"layers": 3, "heads": 6, "hidden_dim": 16, "alpha_range": 1.0, "beta_range": 0.5, **changes}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return Modulator(6, 5, **settings)
 
 
@@ -38,8 +38,7 @@ def test_groups_attend_to_each_other_and_their_order_does_not_matter():
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e10, 1e30, float("inf"), float("nan")])
 def test_factors_stay_in_range_whatever_the_features_are(scale):
     for seed in range(5):
-        torch.manual_seed(seed)
-        phi = make(alpha_range=1.0, beta_range=2.0)
+        phi = make(seed, alpha_range=1.0, beta_range=2.0)
         out = phi(torch.randn(5, 6) * scale)
         assert ((out.alpha >= 0.5) & (out.alpha <= 1.5)).all()
         assert ((out.beta >= 0.0) & (out.beta <= 2.0)).all()
@@ -74,3 +73,12 @@ def test_precision_follows_the_parameters():
     assert MetaAdamW(tiny(torch.float64).named_parameters()).modulator.output.weight.dtype == torch.float64
     assert MetaAdamW(tiny(torch.float32).named_parameters()).alpha.dtype == torch.float32
     assert MetaAdamW(tiny(torch.bfloat16).named_parameters()).modulator.output.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"heads": 0}, "heads is 0"), ({"layers": 0}, "layers is 0"), ({"alpha_range": 5.0}, "alpha_range is 5.0")],
+)
+def test_arguments_out_of_range_are_quoted(bad, message):
+    with pytest.raises(ValueError, match=message):
+        make(**bad)

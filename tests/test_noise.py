@@ -456,6 +456,17 @@ def test_a_training_logit_that_is_not_finite_is_divergence_in_every_arm(tmp_path
         assert (record["status"], len(record["epochs"])) == ("diverged", 1)
 
 
+def test_a_failure_is_recorded_though_the_search_for_wrong_labels_fails_too(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no ranking")
+
+    monkeypatch.setattr(SampleHistory, "suspicion", fails)
+    record = run(RunKey("cifar10-symmetric40", "adamw", "clean", "smoke", 0), tmp_path, progress=False)
+    assert (record["status"], record["error"]) == ("failed", "RuntimeError: no ranking")
+    assert record["detection"] is None
+    assert record["wrong_labels"] > 0
+
+
 @pytest.mark.parametrize("name", NOISY)
 def test_every_noisy_task_has_the_noise_of_its_name(name):
     task = NOISY[name]

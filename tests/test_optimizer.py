@@ -163,8 +163,8 @@ def test_a_parameter_group_added_later_is_trained_and_keeps_what_phi_knows(batch
     assert torch.equal(optimizer.modulator.output.weight, weight)
     assert torch.equal(optimizer.state[model.batch_norm.weight]["exp_avg"], moment)
     for row, group in enumerate(optimizer.groups):
-        if group.name in names:
-            assert torch.equal(optimizer.modulator.embeddings[row], embeddings[names.index(group.name)])
+        old = embeddings[names.index(group.name)] if group.name in names else torch.zeros_like(embeddings[0])
+        assert torch.equal(optimizer.modulator.embeddings[row], old), group.name
 
     before = model.head.weight.detach().clone()
     train(model, optimizer, batches[2:4])
@@ -238,6 +238,21 @@ def test_empty_parameter_groups():
         ends.append([p.item() for ps in params for p in ps])
         assert [len(group.params) for group in optimizer.groups] == [1, 1]
     assert ends[0] == ends[1], "a group of nothing is no token: it must not change the factors of the others"
+    model = nn.Linear(2, 1, bias=False)
+    for order in (1, -1):  # no biases to go without decay
+        groups = [{"params": list(model.parameters())}, {"params": []}][::order]
+        assert len(MetaAdamW(groups, model=model).groups) == 1
+
+
+def test_what_is_no_parameter_group_is_torchs_error():
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    with pytest.raises(TypeError, match="must be a dict"):
+        MetaAdamW([{"params": [p]}, [q]])
+
+
+def test_a_rate_of_another_shape_is_refused_with_what_is_allowed():
+    with pytest.raises(ValueError, match=r"lr is tensor\(\[0.0010\]\).*a tensor without dimensions"):
+        MetaAdamW(tiny().named_parameters(), lr=torch.tensor([1e-3]))
 
 
 def test_what_is_switched_on_later_is_refused_too(batches):

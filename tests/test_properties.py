@@ -79,7 +79,7 @@ def modules(draw, dtype=None):
 def parameter_groups(module, count, named=True):
     members = list(module.named_parameters()) if named else list(module.parameters())
     parts = [members[k::count] for k in range(count)]
-    return [{"params": part, "weight_decay": 0.1 * k} for k, part in enumerate(parts) if part]
+    return [{"params": part, **({"weight_decay": 0.1 * k} if k else {})} for k, part in enumerate(parts) if part]
 
 
 def give(module, seed, scale, missing=0, special=None):
@@ -105,7 +105,6 @@ def give(module, seed, scale, missing=0, special=None):
 )
 def test_without_ranges_it_is_adamw(module, kernel, adamw, groups, named, steps):
     twin = copy.deepcopy(module)
-    adamw = {k: v for k, v in adamw.items() if k != "weight_decay"}
     ours = MetaAdamW(
         parameter_groups(module, groups, named), alpha_range=0, beta_range=0, attn_layers=1, **adamw, **kernel
     )

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from metaadamw_lite.experiments import claims, lilaw_report, lope_report, relatives, report
+from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS
 from metaadamw_lite.experiments.lope_study import ARMS
-from metaadamw_lite.experiments.variants import WEIGHTED
 
 
 def adaptation(variant, seed, perplexity, accuracy=0.5, task="lope-noise5"):
@@ -61,7 +61,8 @@ def test_kinds_on_which_nothing_is_learned_are_named():
 
 def test_every_arm_has_a_label():
     assert list(lope_report.LOPE_LABELS) == list(ARMS)
-    assert {"adamw", *WEIGHTED} >= {"adamw-lilaw", "metaadamw-lilaw"}
+    assert {"adamw", "adamw-lilaw", "metaadamw", "metaadamw-lilaw"} <= set(LABELS)
+    assert set(COLOURS) == set(DASHES) == set(LABELS)
 
 
 def test_only_the_final_perplexity_of_a_pair_of_seeds_counts():
@@ -78,6 +79,13 @@ def test_lope_is_set_beside_each_recorded_arm_and_not_beside_itself():
     assert list(table.index) == [("5 %", "LoRA (peft)"), ("5 %", "LoPE, discrete noise only")]
     assert set(table["verdict"]) == {"not decided: identical results"}
     assert list(relatives.shown(table)["difference (%)"]) == ["+0.0 [+0.0, +0.0]"] * 2
+
+
+def test_an_arm_whose_pairs_are_all_lost_is_not_one_that_was_not_run():
+    failed = [adaptation("lope", k, 90.0) | {"status": "failed"} for k in range(3)]
+    made = [*failed, *(adaptation("lora", k, 92.0 + k) for k in range(3))]
+    table = lope_report.lope_table(lope_report.adaptations_frame(made))
+    assert table.loc[("5 %", "LoRA (peft)"), "verdict"] == "not decided: 3 of 3 pairs lost"
 
 
 def test_arms_that_start_from_different_models_are_pointed_out():

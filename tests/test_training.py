@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from metaadamw_lite import MetaAdamW
-from metaadamw_lite.experiments import NOISY, TASKS, training
+from metaadamw_lite.checks import NotFiniteError
+from metaadamw_lite.experiments import NOISY, TASKS, report, training
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.task import Settings
 from metaadamw_lite.experiments.training import derived_seed, run
@@ -192,3 +193,18 @@ def test_each_pass_over_the_data_has_an_order_of_its_own_and_is_augmented():
     as_they_are = {image.numpy().tobytes() for image in data.train[0]}
     images, _ = next(one._training_batches(1, "order"))
     assert sum(image.numpy().tobytes() in as_they_are for image in images) < len(images)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(NotFiniteError("the loss is nan"), "finished"), (ValueError("a mistake"), "failed")]
+)
+def test_only_a_meta_update_that_is_not_finite_is_passed_over_and_not_counted(tmp_path, monkeypatch, error, status):
+    def refuses(*_):
+        raise error
+
+    monkeypatch.setattr(MetaAdamW, "update_attention", refuses)
+    record = run(RunKey("etth1", "metaadamw", "paper", "smoke", 0), tmp_path, progress=False)
+    assert record["status"] == status
+    (count,) = report.runs_frame([record])["meta_updates"]
+    assert count == 0
+    assert all(update["error"] == str(error) for update in record["meta_updates"])

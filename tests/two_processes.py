@@ -169,7 +169,7 @@ def bare_model() -> str:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         MetaAdamW(model.named_parameters()).update_attention(model, batch, batch, loss_fn, batch)
-    return " ".join(str(w.message) for w in said)
+    return " ".join(str(w.message) for w in said if w.filename == __file__)  # where the mistake was made
 
 
 def refusals() -> dict[str, str]:

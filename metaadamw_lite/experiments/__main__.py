@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             tables = [status(args.results), status(args.results, relatives=True)]
             print("\n\n".join(table.to_string() for table in tables))
-    except (ValueError, OSError, DataError, RunInProgressError) as error:
+    except (ValueError, ImportError, OSError, DataError, RunInProgressError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -167,13 +167,12 @@ def _source(make: Callable[..., Any]) -> str:
     return f"{make.__module__}.{make.__qualname__} {digest}"
 
 
-def held_out(keys: Iterable[str | bytes]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+def held_out(texts: Iterable[str]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
     """Which samples the ``clean`` protocol splits off the training set: about one in ten, the same each time.
 
     A sample's own content decides, so that copies of it stay on the same side.
     """
-    as_bytes = (key.encode() if isinstance(key, str) else key for key in keys)
-    return np.array([zlib.crc32(key) % 10 == 0 for key in as_bytes])
+    return np.array([zlib.crc32(text.encode()) % 10 == 0 for text in texts])
 
 
 def _locate(table: Table) -> Path:

@@ -78,9 +78,9 @@ def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     arms = ("adamw", "adamw-lilaw")
     for noise, part in runs.groupby("noise", sort=False):
         d = points(part, column, arms[1], arms[0])
-        paired = part.pivot(index="seed", columns="variant", values=column).reindex(columns=arms).dropna()
+        both = part.pivot(index="seed", columns="variant", values=column).reindex(columns=arms).dropna()
         row: dict[str, object] = {
-            f"{LABELS[arm]} (%)": f"{paired[arm].mean():.1f} ± {paired[arm].std():.1f}" if d.seeds > 1 else "–"
+            f"{LABELS[arm]} (%)": f"{both[arm].mean():.1f} ± {both[arm].std():.1f}" if d.seeds > 1 else "–"
             for arm in arms
         }
         rows[noise] = row | {"difference": d}

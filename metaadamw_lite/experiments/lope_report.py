@@ -162,7 +162,7 @@ def lope_table(runs: pd.DataFrame) -> pd.DataFrame:
     for noise, part in runs.groupby("noise", sort=False):
         for arm, label in LOPE_LABELS.items():
             d = lope_against(part, arm)
-            if arm != "lope" and d.seeds:
+            if arm != "lope" and d.pairs:
                 rows[noise, label] = {"difference": d}
     index = pd.MultiIndex.from_tuples(rows, names=["noise", "LoPE against"])
     return relatives.corrected_table(pd.DataFrame(list(rows.values()), index=index, columns=["difference"]))

@@ -25,6 +25,7 @@ FORMAT = 2
 _MACHINE_ERRORS = (
     OSError,
     MemoryError,
+    ImportError,
     torch.OutOfMemoryError,
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
 )
@@ -142,7 +143,7 @@ def read_records(results: Path, task: str | None = None) -> list[dict[str, Any]]
 
 
 def is_the_machines_fault(error: Exception) -> bool:
-    """Whether an error says nothing of the run: no memory, a full disk, a GPU that is gone."""
+    """Whether an error says nothing of the run: no memory, a full disk, no GPU, a missing package."""
     return isinstance(error, _MACHINE_ERRORS) or any(words in str(error) for words in _MACHINE_WORDS)
 
 

@@ -85,7 +85,10 @@ def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", bas
 
 
 def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each run: key, status, epochs, best and last metric, test metric, and how far Φ moved."""
+    """One row for each run: key, status, epochs, best and last metric, test metric, and how far Φ moved.
+
+    A meta-update that was refused, since a loss or a gradient was not finite, is not counted.
+    """
     rows = []
     for record in records:
         last_update = (record.get("meta_updates") or [{}])[-1]
@@ -99,7 +102,7 @@ def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
                 "last": record["epochs"][-1]["metric"] if record["epochs"] else None,
                 "test": record["test"] and record["test"]["metric"],
                 "bleu": record["test"] and record["test"].get("bleu"),
-                "meta_updates": len(record.get("meta_updates") or []),
+                "meta_updates": sum("error" not in update for update in record.get("meta_updates") or []),
                 "phi_moved": last_update.get("phi_moved"),
                 "revision": record["environment"]["revision"],
             }

@@ -214,13 +214,15 @@ def sweep(
         study, results, tasks: as ``study_runs`` takes them.
         jobs: runs at a time; by default one for each core, as many as fit on the GPU, or one for each thread of the
             cluster's workers.
-        scheduler: address of a Dask scheduler to send the runs to, instead of processes on this machine.
+        scheduler: address of a Dask scheduler to send the runs to, instead of processes on this machine. Its workers
+            must see ``results`` under the same path.
         device: where the runs compute; on a CPU each has one thread.
         progress: show a bar over the runs of the study, with the time that is left.
 
     Raises:
         ValueError: for an unknown study, profile or task, for fewer jobs than one, or for a device that this machine
             does not have.
+        RecordError: if what lies in a record's place is no record.
         OSError: if the scheduler does not answer, or a worker is killed before it begins a run.
     """
     check_count(jobs=1 if jobs is None else jobs)
@@ -243,6 +245,8 @@ def sweep(
                 forget_abandoned(key, results)  # of sweeps before this one
             try:
                 for key, outcome in outcomes(todo, results, busy.issuperset(todo)):
+                    if outcome is None and missing([key], results):
+                        outcome = f"its worker left no record in {results}; is that folder on a disk that all see?"
                     if outcome is None:
                         bar.update()
                     elif outcome == _BUSY:

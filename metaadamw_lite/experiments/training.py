@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from metaadamw_lite import LiLAW, MetaAdamW
-from metaadamw_lite.checks import check_choice
+from metaadamw_lite.checks import NotFiniteError, check_choice
 from metaadamw_lite.experiments import NOISY, TASKS, lope_study
 from metaadamw_lite.experiments.lope_study import LoPESettings
 from metaadamw_lite.experiments.mislabels import SampleHistory, detection
@@ -46,7 +46,6 @@ from metaadamw_lite.experiments.records import (
 )
 from metaadamw_lite.experiments.task import Batch, Measured, Score, Settings, Task
 from metaadamw_lite.experiments.variants import changed
-from metaadamw_lite.lilaw import NotFiniteError
 
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
@@ -88,6 +87,7 @@ def run(
         RunInProgressError: if another process is at this run.
         RecordError: if what lies in the record's place is no record.
         DataError: if the data cannot be had, or are not what they should be.
+        ImportError: if a package that the run needs is not installed.
         OSError: if a file cannot be read or written. This and what else is the machine's fault leaves no record.
     """
     mine = run_settings(key, settings)
@@ -95,8 +95,7 @@ def run(
     def make() -> dict[str, Any]:
         if isinstance(mine, LoPESettings):  # adaptations have training of their own
             return lope_study.make(key, mine, torch.device(device), progress)
-        task = TASKS.get(key.task) or NOISY[key.task]
-        return _Run(task, key, mine, results, torch.device(device)).make(progress)
+        return _Run(_task(key), key, mine, results, torch.device(device)).make(progress)
 
     return made_with(mine, _recorded(key, results, device, wait, make), key.path(results))
 
@@ -115,7 +114,7 @@ def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -
         if not isinstance(how, LoPESettings):
             raise ValueError(f"settings are {type(how).__name__}; {key.task} needs LoPESettings")
         return how
-    task = TASKS.get(key.task) or NOISY[key.task]
+    task = _task(key)
     if key.task in NOISY:
         check_choice("protocol (of a task with wrong labels)", key.protocol, ("clean",))
     if isinstance(settings, LoPESettings):
@@ -124,6 +123,10 @@ def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -
     if mine.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
     return mine
+
+
+def _task(key: RunKey) -> Task:
+    return TASKS.get(key.task) or NOISY[key.task]
 
 
 def made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -461,7 +464,7 @@ class _Run:
     def _weigh(self, t: int, lilaw: LiLAW, looking: bool) -> None:
         """A step of α, δ and β on the next validation batch."""
         inputs, labels = self._split(self._val_batch(t))
-        with contextlib.suppress(NotFiniteError):  # then the next training batch is not finite either
+        with contextlib.suppress(NotFiniteError):  # then α, δ and β rest; whether training goes on its loss decides
             lilaw.meta_step(self.model, (*inputs, labels), _EACH)
         if looking:
             scalars = {name: round(getattr(lilaw, name).item(), 5) for name in ("alpha", "delta", "beta")}
@@ -511,7 +514,7 @@ class _Run:
             val_batch = self._val_batch(self.meta_updates)
             losses = optimizer.update_attention(self.model, batch1, batch2, self._training_loss, val_batch)
             entry |= losses._asdict()
-        except ValueError as error:  # a loss that is not finite: it belongs in the record
+        except NotFiniteError as error:  # it belongs in the record
             entry["error"] = str(error)
         self.meta_updates += 1
         entry |= self._movement(optimizer)
@@ -620,7 +623,7 @@ class _Run:
         if len(self.environments) > 1:
             record["earlier_environments"] = self.environments[:-1]
         if self.samples is not None:
-            record |= self._found_wrong(self.samples)
+            record |= self._found_wrong(None if status == "failed" else self.samples)
         if self.lilaw is not None:
             record["lilaw"] = self.history["lilaw"]
         if self.data.test is not None and finite and status != "failed":  # what failed may fail again
@@ -640,12 +643,12 @@ class _Run:
             record["trace"] = self.history["trace"]
         return record
 
-    def _found_wrong(self, samples: SampleHistory) -> dict[str, Any]:
-        """How many labels are wrong, and how well each method finds them."""
+    def _found_wrong(self, samples: SampleHistory | None) -> dict[str, Any]:
+        """How many labels are wrong, and how well each method finds them, unless ``samples`` is None."""
         assert self.data.truth is not None
         wrong = (self.data.train[1] != self.data.truth).cpu().numpy()
         found: dict[str, Any] = {"wrong_labels": int(wrong.sum()), "detection": None}
-        if wrong.any() and not wrong.all() and samples.epochs:
+        if samples is not None and samples.epochs and wrong.any() and not wrong.all():
             scores = detection(samples.suspicion(self.lilaw is not None), wrong)
             found["detection"] = {name: {k: round(x, 5) for k, x in s.items()} for name, s in scores.items()}
         return found
