@@ -8,7 +8,15 @@ from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.datasets import DataError
 from metaadamw_lite.experiments.lope_study import ARMS, NOISE
 from metaadamw_lite.experiments.records import RESULTS, RunKey
-from metaadamw_lite.experiments.studies import STUDIES, ends, status, status_lines, study_runs, sweep
+from metaadamw_lite.experiments.studies import (
+    STUDIES,
+    STUDIES_OF_RELATIVES,
+    ends,
+    status,
+    status_lines,
+    study_runs,
+    sweep,
+)
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
 from metaadamw_lite.experiments.training import RunInProgressError, run
 from metaadamw_lite.experiments.variants import VARIANTS
@@ -85,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.study:
             print(status_lines(args.study, args.results))
         else:
-            tables = [status(args.results), status(args.results, relatives=True)]
+            tables = [status(args.results), status(args.results, STUDIES_OF_RELATIVES).T]
             print("\n\n".join(table.to_string() for table in tables))
     except (ValueError, ImportError, OSError, DataError, RunInProgressError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -49,6 +49,7 @@ STUDIES = {
     "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
     "smoke": "everything once, in seconds, on synthetic data",
 }
+STUDIES_OF_PAPER = ("main", "baseline", "ablation")
 STUDIES_OF_RELATIVES = ("lilaw", "together", "lope")
 SENSITIVITY_TASK = "cifar10-symmetric40"
 TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
@@ -361,24 +362,20 @@ def ends(runs: Sequence[RunKey], results: Path) -> "Counter[str]":
     return Counter(record["status"] for key in runs if (record := _record_of(key, results)) is not None)
 
 
-def status(results: Path, relatives: bool = False) -> pd.DataFrame:
-    """How many runs of each study have a record.
+def status(results: Path, studies: Sequence[str] = STUDIES_OF_PAPER) -> pd.DataFrame:
+    """How many runs of some studies have a record: a row for each study and profile, a column for each task.
 
     Args:
         results: folder of the records.
-        relatives: the studies of LiLAW and LoPE, a row for each task and a column for each study and profile, instead
-            of the others, the other way round.
+        studies: names of ``STUDIES``.
     """
     rows = {}
-    for name in STUDIES:
-        if name == "smoke" or (name in STUDIES_OF_RELATIVES) != relatives:
-            continue
+    for name in studies:
         for profile in ("paper", "lite"):
             study = f"{name}/{profile}"
             keys = {task: study_runs(study, results, [task]) for task in tasks_of(name)}
             rows[study] = {t: f"{len(k) - len(missing(k, results))}/{len(k)}" for t, k in keys.items()}
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.T.fillna("–") if relatives else table
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
 
 
 def status_lines(study: str, results: Path) -> str:
