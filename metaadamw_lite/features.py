@@ -190,8 +190,10 @@ def standardised(columns: Tensor, rows: Sequence[int]) -> Tensor:
         columns: (G, D).
         rows: the numbers of the groups that have a gradient.
     """
+    if not rows:
+        return torch.zeros_like(columns)
     if len(rows) < len(columns):
-        some = torch.tensor(rows, device=columns.device)
+        some = _constant(tuple(rows), torch.long, columns.device)
         return torch.zeros_like(columns).index_copy(0, some, standardised(columns[some], range(len(rows))))
     centred = columns - columns.mean(dim=0)
     std = centred.square().mean(dim=0).sqrt()

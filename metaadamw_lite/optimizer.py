@@ -442,7 +442,7 @@ class MetaAdamW(torch.optim.AdamW):
             ValueError: without a ``val_batch`` that the objective needs, for a loss that is not one finite number or
                 contains no parameter of this optimizer, for a gradient of Φ that is not finite, for ``double_backward``
                 with several processes, and for parameters that FSDP1 has flattened or of which only some are sharded.
-                What is not finite is a ``NotFiniteError``. Φ stays as it was.
+                What is not finite is a ``metaadamw_lite.checks.NotFiniteError``. Φ stays as it was.
             RuntimeError: for checkpoints with ``use_reentrant=True`` (but under ``fully_shard``), and for a forward
                 pass that changes parameters which are not trained and too large to be copied: these stay as the forward
                 passes left them. Also under ``torch.inference_mode``. Φ stays as it was.

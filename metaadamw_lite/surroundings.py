@@ -1,6 +1,7 @@
 """What a meta-update must leave as it found it: parameters, gradients, buffers, modes and random number generators.
 
-``as_found`` is the block that does so; nothing here knows of Φ or of the paper.
+``as_found`` puts back all but the generators, which ``same_random_numbers`` does for each loss. Nothing here knows of Φ
+or of the paper.
 """
 
 import random
@@ -132,7 +133,9 @@ def _fingerprint(x: Tensor) -> tuple[int, int]:
     whole = content[: content.numel() // width * width].reshape(-1, width)
     rows, columns = whole.sum(dim=1), whole.sum(dim=0)
     columns[: content.numel() % width] += content[whole.numel() :]  # the rest, which fills no row
-    first, second = (sums @ torch.arange(1, len(sums) + 1, device=sums.device) for sums in (rows, columns))
+    first, second = (  # a product of vectors of integers is not to be had on a GPU
+        (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum() for sums in (rows, columns)
+    )
     return int(first), int(second)
 
 

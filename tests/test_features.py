@@ -117,6 +117,12 @@ def test_time_without_a_known_length_rises_from_0_towards_1(batches):
     assert optimizer.features()[0, -1].item() == pytest.approx(2 / (1 + math.exp(-7 / 1000)) - 1)
 
 
+@pytest.mark.parametrize("version", ["basic", "basic_plus", "norm_basic", "norm_basic_plus"])
+def test_without_any_gradient_all_features_are_zero(version):
+    optimizer = MetaAdamW(tiny().named_parameters(), feature_version=version, attn_heads=1)
+    assert not optimizer.features().any()
+
+
 def test_before_the_first_step_there_is_no_momentum(batches):
     model = tiny()
     optimizer = MetaAdamW(model.named_parameters())

@@ -68,7 +68,7 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.D
     if kind == "improvement":
         d, profile = main.loc[task, ["difference", "profile"]]
         ours = report.noted(str(d), profile)
-        if profile == "paper":
+        if profile == "paper" and d.seeds >= ENOUGH_SEEDS:
             gain = float(report.paper_table(2).loc[task, "improvement_percent"])
             ours += f"; the paper's {gain:+.2f} % is {'in' if d.t_low <= gain <= d.t_high else 'out'}side Student's"
         return ours, report.noted(verdict(d), profile, d.pairs)
