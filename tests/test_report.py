@@ -251,6 +251,10 @@ def test_the_wilcoxon_test_is_that_of_the_pairs():
     assert math.isnan(improvement(arm, arm, lower_is_better=True).p_wilcoxon)
 
 
+def test_a_small_p_is_not_printed_as_none():
+    assert [paired.p_value(p) for p in (0.04, 0.00051, 1e-7, math.nan)] == ["0.040", "0.001", "< 0.001", "–"]
+
+
 def test_holm_multiplies_the_smallest_by_the_number_of_tests():
     corrected = paired.holm(pd.Series({"a": 0.01, "b": 0.04, "c": math.nan, "d": 0.03}))
     assert corrected.dropna().to_dict() == pytest.approx({"a": 0.03, "b": 0.06, "d": 0.06})

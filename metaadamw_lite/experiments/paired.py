@@ -152,7 +152,7 @@ def improvements_by_seed(
 
 def p_value(p: float) -> str:
     """A p-value for a table; a dash where there was no test."""
-    return "–" if np.isnan(p) else f"{p:.3f}"
+    return "–" if np.isnan(p) else "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def verdict(difference: PairedDifference) -> str:
