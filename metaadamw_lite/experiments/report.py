@@ -445,7 +445,7 @@ def repeated_runs(task: str) -> pd.DataFrame:
     """
     check_choice("task", task, TASKS)
     runs = pd.read_csv(repository() / "data" / "rounding.csv").query("task == @task")
-    again = runs["revision"] == runs["revision"].iloc[-1] if len(runs) else runs.index == -1
+    again = runs["revision"].isin(runs["revision"].tail(1))
     parts = {
         name: runs[which].set_index(["variant", "seed"])["metric"]
         for name, which in (("first", ~again), ("again", again))
