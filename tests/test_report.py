@@ -164,6 +164,10 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     named = "{:.1f}, {:.1f} and {:.1f}".format
     assert f"with {named(*control)}, end within half a percent of MetaAdamW's {named(*ours)}" in says
     assert (ours / control - 1).abs().max() < 0.005
+    clean = report.outcomes(report.runs_frame(report.main_records("wikitext2", "clean", "paper")))
+    blind = [x.sort_index().head(3) for x in report.by_seed(clean, "clean", *ARMS[:2])]
+    ends = "Under `clean` AdamW ends at {:.1f}, {:.1f} and {:.1f}, MetaAdamW at {:.1f}, {:.1f} and {:.1f}."
+    assert ends.format(*blind[0], *blind[1]) in says
 
     records = report.main_records("imdb", "paper", "paper")
     whole = report.outcomes(report.runs_frame(records))
