@@ -70,7 +70,8 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.D
         ours = report.noted(str(d), profile)
         if profile == "paper" and d.seeds >= ENOUGH_SEEDS:
             gain = float(report.paper_table(2).loc[task, "improvement_percent"])
-            ours += f"; the paper's {gain:+.2f} % is {'in' if d.t_low <= gain <= d.t_high else 'out'}side Student's"
+            where = "inside" if d.t_low <= gain <= d.t_high else "outside"
+            ours += f"; the paper's {gain:+.2f} % is {where} Student's interval"
         return ours, report.noted(verdict(d), profile, d.pairs)
     if kind in ("ablation", "no gain"):
         return _judged_ablation(task, claim["variant"], None if kind == "ablation" else float(claim["high"]))
@@ -110,7 +111,7 @@ def _judged_ablation(task: str, variant: str, gain: float | None) -> tuple[str, 
         elif d.lost:
             says = verdict(d)
         else:
-            inside = f"not decided: a gain of {gain:g} % is inside Student's"
+            inside = f"not decided: a gain of {gain:g} % is inside Student's interval"
             says = "holds" if d.t_high < gain else "does not hold: it helps" if d.t_low > gain else inside
         guessing = "; these accuracies are hardly above guessing" if report.near_chance(task, profile) else ""
         return report.noted(str(d), profile) + guessing, report.noted(says, profile, d.pairs)
