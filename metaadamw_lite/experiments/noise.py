@@ -140,7 +140,7 @@ def human_labels(name: str, truth: Array) -> Array:
         raise DataError(f"{path} has {labels.shape} labels {name!r}; expected 50,000")
     wrong = (labels != clean).mean()
     if not 0.05 < wrong < 0.5:
-        raise DataError(f"of the labels {name!r} in {path} {wrong:.0%} are wrong; expected 9 to 40 %")
+        raise DataError(f"of the labels {name!r} in {path} {100 * wrong:.0f} % are wrong; expected 9 to 40 %")
     if not np.array_equal(clean, truth):
         raise DataError(f"the images of CIFAR-10 are not in the order of {path}: their true labels differ")
     return labels
