@@ -255,6 +255,12 @@ def test_the_wilcoxon_test_is_that_of_the_pairs():
     assert math.isnan(improvement(arm, arm, lower_is_better=True).p_wilcoxon)
 
 
+def test_what_students_interval_contains():
+    d = paired.paired_difference(series([1.0, 2.0, 3.0]), "%")  # 2 ± 4.303 · 1/√3
+    assert [d.inside(x) for x in (-0.49, -0.47, 4.47, 4.49)] == [False, True, True, False]
+    assert paired.paired_difference(series([1.0, 2.0]), "%").inside(1.5) is None
+
+
 def test_a_small_p_is_not_printed_as_none():
     assert [paired.p_value(p) for p in (0.04, 0.00051, 1e-7, math.nan)] == ["0.040", "0.001", "< 0.001", "–"]
 
@@ -425,7 +431,7 @@ def test_a_claim_that_rests_on_guessing_says_so(monkeypatch):
         monkeypatch.setattr(report, "recorded", lambda task, a=accuracy: records(a) if task == "imdb" else [])
         ours = claims_table().set_index("claim")["ours"]["Feature gating is effective (IMDB)"]
         assert ours.endswith("hardly above guessing") == guessing
-    assert not report.near_chance("etth1", "lite"), "an error has no chance level"
+    assert not report.near_chance("etth1", report.main_runs("etth1")), "an error has no chance level"
 
 
 def test_what_rounding_changes_is_told_from_what_a_factor_changes(monkeypatch):

@@ -68,10 +68,9 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.D
     if kind == "improvement":
         d, profile = main.loc[task, ["difference", "profile"]]
         ours = report.noted(str(d), profile)
-        if profile == "paper" and d.seeds >= ENOUGH_SEEDS:
-            gain = float(report.paper_table(2).loc[task, "improvement_percent"])
-            where = "inside" if d.t_low <= gain <= d.t_high else "outside"
-            ours += f"; the paper's {gain:+.2f} % is {where} Student's interval"
+        gain = float(report.paper_table(2).loc[task, "improvement_percent"])
+        if profile == "paper" and (inside := d.inside(gain)) is not None:
+            ours += f"; the paper's {gain:+.2f} % is {'inside' if inside else 'outside'} Student's interval"
         return ours, report.noted(verdict(d), profile, d.pairs)
     if kind in ("ablation", "no gain"):
         return _judged_ablation(task, claim["variant"], None if kind == "ablation" else float(claim["high"]))
@@ -101,7 +100,8 @@ def _judged_ablation(task: str, variant: str, gain: float | None) -> tuple[str, 
     """Is the variant worse than MetaAdamW, or not better by some gain? Whole runs count, where there are enough."""
     runs = report.outcomes(report.runs_frame(report.recorded(task)))
     for profile in ("paper", "lite"):
-        d = report.compare(runs[runs["profile"] == profile], "paper", variant, "metaadamw", TASKS[task].lower_is_better)
+        outcome = runs[runs["profile"] == profile]
+        d = report.compare(outcome, "paper", variant, "metaadamw", TASKS[task].lower_is_better)
         if d.pairs < ENOUGH_SEEDS:
             continue
         if gain is None:
@@ -113,7 +113,7 @@ def _judged_ablation(task: str, variant: str, gain: float | None) -> tuple[str, 
         else:
             inside = f"not decided: a gain of {gain:g} % is inside Student's interval"
             says = "holds" if d.t_high < gain else "does not hold: it helps" if d.t_low > gain else inside
-        guessing = "; these accuracies are hardly above guessing" if report.near_chance(task, profile) else ""
+        guessing = "; these accuracies are hardly above guessing" if report.near_chance(task, outcome) else ""
         return report.noted(str(d), profile) + guessing, report.noted(says, profile, d.pairs)
     return "–", NEVER
 

@@ -75,6 +75,10 @@ class PairedDifference:
         low, high = -self.high, -self.low
         return replace(self, mean=-self.mean, low=low, high=high, t_low=t_low, t_high=t_high, log_ratio=log_ratio)
 
+    def inside(self, value: float) -> bool | None:
+        """Whether Student's interval contains a value in the unit; None where there are too few seeds for one."""
+        return None if np.isnan(self.t_low) else self.t_low <= value <= self.t_high
+
     @property
     def pairs(self) -> int:
         """How many pairs were run, those that are lost included."""

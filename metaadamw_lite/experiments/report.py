@@ -193,12 +193,17 @@ PAIRS = (("metaadamw", "adamw"), ("metaadamw-frozen", "adamw"), ("metaadamw", "m
 """The comparisons that every chapter makes: an arm and its baseline."""
 
 
-def near_chance(task: str, profile: str) -> bool:
-    """Whether the task has classes, and MetaAdamW's runs under ``paper`` are not five points better than guessing."""
-    classes, runs = TASKS[task].classes, main_runs(task)
+def near_chance(task: str, outcome: pd.DataFrame) -> bool:
+    """Whether the task has classes, and MetaAdamW's runs under ``paper`` are not five points better than guessing.
+
+    Args:
+        task: which.
+        outcome: from ``outcomes``, of the task and of one profile.
+    """
+    classes = TASKS[task].classes
     if classes is None:
         return False
-    (accuracy,) = by_seed(outcomes(runs[runs["profile"] == profile]), "paper", "metaadamw")
+    (accuracy,) = by_seed(outcome, "paper", "metaadamw")
     return bool(accuracy.mean() < 1 / classes + 0.05)
 
 
