@@ -11,9 +11,9 @@ from metaadamw_lite.experiments.chapter import Evidence
 from metaadamw_lite.experiments.claims import REMOVALS, _judged_parts, claims_table
 from metaadamw_lite.experiments.paired import PairedDifference, improvement, verdict
 from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.studies import SEARCH_SEEDS, SEEDS
+from metaadamw_lite.experiments.studies import SEARCH_SEEDS
 from metaadamw_lite.experiments.task import PROTOCOLS
-from metaadamw_lite.experiments.variants import ABLATIONS, ARMS
+from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, SEEDS, phi_of
 
 
 def series(values, start=0):
@@ -122,6 +122,50 @@ def test_the_alpha_of_a_group_stands_beside_what_its_pair_gained(monkeypatch):
     assert table.loc[("a", 1), ["alpha", "share"]].tolist() == pytest.approx([(1.5 + 0.7) / 2, 30])
     assert table.loc[("b", 0), ["alpha", "share"]].tolist() == pytest.approx([1.2, 70])
     assert table.loc[("a", 0), "gain"] == pytest.approx(10)
+
+
+def exchanged(metric, task):
+    """Records of AdamW (metric 10) and of each Φ with each seed; Φ number k gives an α of 1 + k / 10."""
+    records = [made("adamw", seed, [10.0], task, "lite") for seed in SEEDS]
+    for seed in SEEDS:
+        for phi in SEEDS:
+            record = made("metaadamw" if phi == seed else phi_of(phi), seed, [metric(seed, phi)], task, "lite")
+            groups = [{"name": "other/deep/weight", "parameters": 1}]
+            records.append(record | {"groups": groups, "trace": [{"step": 1, "alpha": [1 + phi / 10], "beta": [1.0]}]})
+    return records
+
+
+@pytest.mark.parametrize(("task", "sign"), [("wikitext2", -1), ("imdb", 1)])
+def test_what_an_exchanged_phi_gains_is_set_beside_adamw_with_the_runs_own_seed(task, sign, monkeypatch):
+    records = exchanged(lambda seed, phi: 10.0 * math.exp(phi + seed / 100), task)
+    monkeypatch.setattr(report, "recorded", lambda task: records)
+    table = report.exchanged_phi(task, "lite").set_index(["seed", "phi"])
+    assert len(table) == 25
+    assert table.loc[(3, 1), ["alpha", "gain"]].tolist() == pytest.approx([1.1, sign * 103])
+    assert table.loc[(2, 2), ["alpha", "gain"]].tolist() == pytest.approx([1.2, sign * 202]), "metaadamw's own"
+    monkeypatch.setattr(report, "recorded", lambda task: records[1:])
+    assert set(report.exchanged_phi(task, "lite")["seed"]) == {1, 2, 3, 4}, "seed 0 has no AdamW"
+    assert report.exchanged_phi(task, "paper").empty
+
+
+@pytest.mark.parametrize(
+    ("gain", "shares"),
+    [
+        (lambda seed, phi: phi, (1, 0, 0)),
+        (lambda seed, phi: (seed + phi) % 5, (0, 0, 1)),
+        (lambda seed, phi: phi + 2 * seed, (0.2, 0.8, 0)),
+    ],
+)
+def test_what_a_seed_does_is_taken_apart(gain, shares):
+    table = pd.DataFrame([(s, p, float(gain(s, p))) for s in SEEDS for p in SEEDS], columns=["seed", "phi", "gain"])
+    parts = report.what_a_seed_does(table)
+    assert [parts[k] for k in ("phi", "seed", "rest")] == pytest.approx(shares, abs=1e-12)
+    if shares[0] > 0:
+        assert parts["p"] < 0.001
+    if shares[2] == 1:
+        assert parts["p"] == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"\(2, 1\)"):
+        report.what_a_seed_does(table.drop(index=11))
 
 
 def test_the_papers_tables_are_whole():
@@ -935,5 +979,10 @@ def test_pictures_show_the_numbers_of_their_tables():
     assert list(means) == [d.mean for d in tested["difference"]]
 
     epochs = report.epochs_frame(made("adamw", k, [3.0 + k, 2.0 - k / 10]) for k in range(3))
+    crossed = report.exchanged_phi("wikitext2", "lite")
+    columns = figures.plot_exchanged_phi(crossed).axes[0].collections
+    heights = sorted(y for collection in columns for y in collection.get_offsets()[:, 1])
+    assert heights == pytest.approx(sorted(crossed["gain"]))
+
     band = figures.plot_curves(epochs, ["paper"], TASKS["etth1"]).axes[0].collections[0].get_paths()[0].vertices
     assert {(1.0, 3.0), (1.0, 5.0), (2.0, 1.8), (2.0, 2.0)} <= {(x, round(y, 9)) for x, y in band}, "lowest to highest"

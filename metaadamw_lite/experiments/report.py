@@ -3,6 +3,7 @@
 ``paired`` has the statistics, ``claims`` what the tables say of the paper's claims.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
@@ -27,9 +29,18 @@ from metaadamw_lite.experiments.paired import (
     verdict,
 )
 from metaadamw_lite.experiments.records import checkout, read_records
-from metaadamw_lite.experiments.studies import SEEDS, best_variant, search_runs, tasks_of
+from metaadamw_lite.experiments.studies import best_variant, search_runs, tasks_of
 from metaadamw_lite.experiments.task import PROTOCOLS
-from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, differs, learning_rate
+from metaadamw_lite.experiments.variants import (
+    ABLATIONS,
+    ARMS,
+    EXCHANGED,
+    LEARNING_RATES,
+    SEEDS,
+    differs,
+    learning_rate,
+    phi_of,
+)
 
 OF_REAL_DATA = ("lite", "paper")
 """Profiles that are reported; the third, "smoke", runs on made-up data."""
@@ -170,6 +181,59 @@ def alphas_and_gains(task: str, protocol: str) -> pd.DataFrame:
     shares = {g["name"]: 100 * g["parameters"] / r["parameters"] for r in records for g in r.get("groups", [])}
     table = alpha.join(gain, on=["profile", "seed"], how="inner")
     return table.assign(share=table["group"].map(shares))
+
+
+def exchanged_phi(task: str, profile: str, group: str = "other/deep/weight") -> pd.DataFrame:
+    """What MetaAdamW gains with the Φ of each seed in the runs of each seed, under the paper's protocol.
+
+    Args:
+        task: which.
+        profile: "lite" or "paper".
+        group: whose α is shown; by default the output layer's.
+
+    Returns:
+        One row for each run that ended with a finite result: "seed" (of weights, batches and dropout), "phi" (the seed
+        that Φ's random start is of), "alpha" (the group's mean over the run) and "gain", the logarithm of the ratio to
+        AdamW's outcome with the run's seed, times 100 (positive is better).
+
+    Raises:
+        ValueError: for an unknown task, or a profile other than "lite" and "paper".
+    """
+    check_choice("profile", profile, OF_REAL_DATA)
+    of_profile = [r for r in recorded(task) if (r["run"]["protocol"], r["run"]["profile"]) == ("paper", profile)]
+    if not of_profile:
+        return pd.DataFrame(columns=["seed", "phi", "alpha", "gain"])
+    runs = outcomes(runs_frame(of_profile)).set_index(["variant", "seed"])["outcome"].astype(float)
+    factors = factors_frame(r for r in of_profile if r["run"]["variant"] in ("metaadamw", *EXCHANGED))
+    alpha = factors[factors["group"] == group].groupby(["variant", "seed"])["alpha"].mean()
+    sign = -1 if TASKS[task].lower_is_better else 1
+    rows = []
+    for seed, phi in itertools.product(SEEDS, SEEDS):
+        run = ("metaadamw" if phi == seed else phi_of(phi), seed)
+        ratio = runs.get(run, np.nan) / runs.get(("adamw", seed), np.nan)
+        rows.append((seed, phi, alpha.get(run, np.nan), 100 * sign * np.log(ratio)))
+    return pd.DataFrame(rows, columns=["seed", "phi", "alpha", "gain"]).dropna(subset="gain")
+
+
+def what_a_seed_does(table: pd.DataFrame) -> dict[str, float]:
+    """How much of the gains of an ``exchanged_phi`` goes with Φ, and how much with all else that a seed draws.
+
+    Returns:
+        The shares of the sum of squares (they add up to one) that the means of the five Φ's explain ("phi"), those of
+        the seeds of everything else ("seed"), and neither ("rest"); and "p" of Friedman's test that the Φ's do not
+        differ, with the seeds as blocks.
+
+    Raises:
+        ValueError: where a run is missing, or did not end with a finite result.
+    """
+    gains = table.pivot(index="seed", columns="phi", values="gain").reindex(index=[*SEEDS], columns=[*SEEDS])
+    if gains.isna().any(axis=None):
+        missing = [(int(seed), int(phi)) for seed, phi in np.argwhere(gains.isna())]
+        raise ValueError(f"no result for (seed, Φ) {missing}; each seed is needed with each Φ")
+    apart = gains.to_numpy() - gains.to_numpy().mean()
+    phi, seed = (float(len(SEEDS) * (apart.mean(axis=axis) ** 2).sum() / (apart**2).sum()) for axis in (0, 1))
+    p = stats.friedmanchisquare(*apart.T).pvalue
+    return {"phi": phi, "seed": seed, "rest": 1 - phi - seed, "p": float(p)}
 
 
 def compare(outcome: pd.DataFrame, protocol: str, arm: str, baseline: str, lower_is_better: bool) -> PairedDifference:

@@ -32,9 +32,17 @@ from metaadamw_lite.experiments.training import (
     run,
     run_settings,
 )
-from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, LEARNING_RATES, WEIGHTED, at_learning_rate, differs
+from metaadamw_lite.experiments.variants import (
+    ABLATIONS,
+    ARMS,
+    LEARNING_RATES,
+    SEEDS,
+    WEIGHTED,
+    at_learning_rate,
+    differs,
+    phi_of,
+)
 
-SEEDS = range(5)
 FEW_SEEDS = range(3)
 """Of ``lilaw`` and ``lope``, which have many arms and kinds of noise."""
 SEARCH_SEEDS = range(100, 102)
@@ -44,12 +52,13 @@ STUDIES = {
     "main": "Table 2, Table 5 and figures 1 to 5: every task, arm and protocol",
     "baseline": "AdamW with a learning rate that was searched for",
     "ablation": "Table 3: every row that differs from MetaAdamW, under the paper's protocol",
+    "exchange": "MetaAdamW with the random start of Φ of each other seed, under the paper's protocol",
     "lilaw": "AdamW with and without LiLAW on wrong labels, and LiLAW's own settings",
     "together": "AdamW and MetaAdamW, each with and without LiLAW, on wrong labels",
     "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
     "smoke": "everything once, in seconds, on synthetic data",
 }
-STUDIES_OF_PAPER = ("main", "baseline", "ablation")
+STUDIES_OF_PAPER = ("main", "baseline", "ablation", "exchange")
 STUDIES_OF_RELATIVES = ("lilaw", "together", "lope")
 SENSITIVITY_TASK = "cifar10-symmetric40"
 TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
@@ -137,6 +146,12 @@ def _ablation(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
                     yield RunKey(task, variant, "paper", profile, seed)
 
 
+def _exchange(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    for seed in SEEDS:
+        for task in tasks:
+            yield from (RunKey(task, phi_of(other), "paper", profile, seed) for other in SEEDS if other != seed)
+
+
 def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
     for seed in FEW_SEEDS:
         for task in tasks:
@@ -160,7 +175,7 @@ def _lope(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
 
 def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
     of_the_paper, wrong = ([t for t in tasks if t in group] for group in (TASKS, NOISY))
-    runs = [*_main(profile, of_the_paper, results), *_ablation(profile, of_the_paper, results)]
+    runs = [key for study in (_main, _ablation, _exchange) for key in study(profile, of_the_paper, results)]
     runs += [RunKey(task, at_learning_rate(lr), "paper", profile, 0) for task in of_the_paper for lr in LEARNING_RATES]
     runs += [
         *_lilaw(profile, wrong, results),
@@ -174,6 +189,7 @@ _RUNS = {
     "main": _main,
     "baseline": _baseline,
     "ablation": _ablation,
+    "exchange": _exchange,
     "lilaw": _lilaw,
     "together": _together,
     "lope": _lope,

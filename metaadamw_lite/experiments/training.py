@@ -45,7 +45,7 @@ from metaadamw_lite.experiments.records import (
     write_record,
 )
 from metaadamw_lite.experiments.task import Batch, Measured, Score, Settings, Task
-from metaadamw_lite.experiments.variants import changed
+from metaadamw_lite.experiments.variants import changed, phi_of
 
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
@@ -104,8 +104,8 @@ def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -
     """The settings of a run: those of its task and profile, or others that are given, with its variant's change.
 
     Raises:
-        ValueError: for an unknown task or variant, settings of another kind of task, or a variant that the task or its
-            protocol does not go with.
+        ValueError: for an unknown task or variant, settings of another kind of task, or a variant that the task, its
+            protocol or the seed does not go with.
     """
     check_choice("task", key.task, (*TASKS, *NOISY, *lope_study.NOISE))
     if key.task in lope_study.NOISE:
@@ -120,6 +120,8 @@ def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -
     if isinstance(settings, LoPESettings):
         raise ValueError(f"settings are LoPESettings; {key.task} needs Settings")
     mine = changed(settings or task.settings(key.profile), key.variant)
+    if key.variant == phi_of(key.seed):
+        raise ValueError(f"optimizer is {key.variant!r}, which is what 'metaadamw' is with seed {key.seed}; use that")
     if mine.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
     return mine
@@ -224,7 +226,9 @@ def forget_abandoned(key: RunKey, results: Path) -> None:
 def make_optimizer(
     variant: str, model: nn.Module, settings: Settings, total_steps: int, seed: int
 ) -> torch.optim.AdamW:
-    """The optimizer of a variant, with the settings that are the variant's. Φ's random start follows the run's seed."""
+    """The optimizer of a variant, with the settings that are the variant's. Φ's random start follows the run's seed,
+    unless the variant has another's.
+    """
     common: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
@@ -233,7 +237,8 @@ def make_optimizer(
     }
     if variant.startswith("adamw"):
         return torch.optim.AdamW(model.parameters(), **common)
-    return MetaAdamW(model.named_parameters(), **common, **settings.metaadamw, total_steps=total_steps, seed=seed)
+    arguments = {"seed": seed, **settings.metaadamw}
+    return MetaAdamW(model.named_parameters(), **common, **arguments, total_steps=total_steps)
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:

@@ -1,5 +1,5 @@
-"""The named variants of an experiment: the three arms, one for each cell of Table 3, AdamW at other learning rates, and
-arms with LiLAW.
+"""The named variants of an experiment: the three arms, one for each cell of Table 3, AdamW at other learning rates,
+MetaAdamW with the Φ of another seed, and arms with LiLAW.
 
 Each is a change to the settings of a task (Tables 1 and 4). A variant of the ablation changes exactly one factor; where
 a task has the variant's value anyway, it *is* ``metaadamw`` there, and there is no such run.
@@ -17,6 +17,9 @@ Change = Callable[[Settings], Settings]
 
 ARMS = ("adamw", "metaadamw", "metaadamw-frozen")
 """AdamW; MetaAdamW; and the control, MetaAdamW whose random Φ is never updated."""
+
+SEEDS = range(5)
+"""Of the runs that are reported, except where a study says otherwise."""
 
 LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 """Where the baseline's learning rate is searched; the paper's is 5e-4."""
@@ -109,6 +112,18 @@ def at_learning_rate(lr: float) -> str:
     return "adamw" if lr == Settings.lr else f"adamw-lr{lr:g}"
 
 
+def phi_of(seed: int) -> str:
+    """The name of MetaAdamW with the Φ of a seed."""
+    return f"phi-seed{seed}"
+
+
+EXCHANGED: dict[str, Change] = {phi_of(seed): _with(seed=seed) for seed in SEEDS}
+"""MetaAdamW whose Φ has the random start that another seed draws; weights, batches and dropout keep the run's own.
+
+So what a seed does through Φ is told from all else that it does. With the run's own seed this *is* ``metaadamw``.
+"""
+
+
 LILAW = {"alpha": 10.0, "delta": 6.0, "beta": 2.0, "lr": 0.005, "weight_decay": 1e-4}
 """The settings of LiLAW's paper."""
 
@@ -135,7 +150,8 @@ WEIGHTED: dict[str, Change] = {
 """The arms with LiLAW, and its sensitivity to its learning rate and to the batch size."""
 
 _TUNED = {at_learning_rate(lr): lr for lr in LEARNING_RATES if lr != Settings.lr}
-VARIANTS = (*ARMS, *ABLATIONS, *_TUNED, *WEIGHTED)
+VARIANTS = (*ARMS, *ABLATIONS, *_TUNED, *EXCHANGED, *WEIGHTED)
+_CHANGES = {name: row.change for name, row in ABLATIONS.items()} | EXCHANGED | WEIGHTED
 
 
 def learning_rate(variant: str) -> float:
@@ -152,10 +168,7 @@ def changed(settings: Settings, variant: str) -> Settings:
     check_choice("optimizer", variant, VARIANTS)
     if variant in ARMS:
         return settings
-    if variant in _TUNED:
-        new = replace(settings, lr=_TUNED[variant])
-    else:
-        new = (WEIGHTED[variant] if variant in WEIGHTED else ABLATIONS[variant].change)(settings)
+    new = replace(settings, lr=_TUNED[variant]) if variant in _TUNED else _CHANGES[variant](settings)
     if new == settings:
         plain = "metaadamw" if variant in ABLATIONS else "adamw"
         raise ValueError(f"optimizer is {variant!r}, which is what {plain!r} is on this task; use that")
