@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from metaadamw_lite.experiments import figures, report
 
 ROOT = Path(__file__).resolve().parent.parent
 
 if __name__ == "__main__":
     figures.use_style()
-    np.random.seed(0)  # noqa: NPY002 (seaborn draws the dots' jitter from it; the picture changes with the records only)
     figure = figures.plot_improvements(report.improvements_frame(report.table_of_tasks()))
     figure.savefig(ROOT / "book" / "_static" / "tasks.png", dpi=110, metadata={"Software": None})

@@ -676,6 +676,9 @@ class MetaAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; training then goes on as if it had not stopped.
 
+        The objective, the priorities, the sparsity of the gates and ``total_steps`` are not in a state: they stay as
+        they were given to the constructor.
+
         Raises:
             ValueError: if the state was not saved by MetaAdamW, is of other parameters, groups or another Φ, or has
                 settings that the constructor would refuse (``state`` has the checks). Nothing is changed then.

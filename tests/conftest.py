@@ -1,5 +1,6 @@
 """Small models and batches that many tests share."""
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, see
         optimizer.zero_grad()
         cross_entropy(model, batch).backward()
         optimizer.step()
+
+
+def largest_gap(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> float:
+    """The largest difference between any two elements; NaN where there is one, which is no difference that is small."""
+    return float(torch.stack([(x - y).detach().abs().max() for x, y in zip(xs, ys, strict=True)]).max())
 
 
 def assert_same(a: object, b: object) -> None:

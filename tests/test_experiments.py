@@ -27,7 +27,14 @@ from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, lope_study
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.datasets import DataError, DataFile, fetch
 from metaadamw_lite.experiments.lope_study import NOISE
-from metaadamw_lite.experiments.records import RecordError, RunKey, read_record, read_records, write_record
+from metaadamw_lite.experiments.records import (
+    RecordError,
+    RunKey,
+    default_results,
+    read_record,
+    read_records,
+    write_record,
+)
 from metaadamw_lite.experiments.studies import missing, study_runs, sweep
 from metaadamw_lite.experiments.training import RunInProgressError, run
 from metaadamw_lite.experiments.variants import ARMS
@@ -435,6 +442,69 @@ def test_run_prints_the_record_and_the_result(tmp_path, capsys):
     assert "data: synthetic" in out
 
 
+COMMANDS = sys.modules[main.__module__]
+
+
+def test_what_a_command_is_asked_for_reaches_the_run(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(COMMANDS, "run", lambda *a: asked.append(a) or {**EMPTY, "metric": "MSE"})
+    monkeypatch.setattr(COMMANDS, "sweep", lambda *a: asked.append(a) or [])
+    words = "--optimizer metaadamw --seed 3 --profile smoke --protocol clean --data synthetic --device cuda:1"
+    assert main(["run", "imdb", *words.split(), "--results", str(tmp_path)]) == 0
+    key = RunKey("imdb", "metaadamw", "clean", "smoke", 3, "synthetic")
+    assert asked.pop() == (key, tmp_path, "cuda:1")
+    words = "--task imdb --task etth1 --jobs 3 --scheduler tcp://a:1 --device cuda:1"
+    assert main(["sweep", "main/lite", *words.split(), "--results", str(tmp_path)]) == 0
+    assert asked.pop() == ("main/lite", tmp_path, ["imdb", "etth1"], 3, "tcp://a:1", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "says"),
+    [
+        ([RunKey("etth1", "adamw", "paper", "smoke", 0)], 1, ""),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: CUDA out of memory"),
+        (MemoryError(), 2, "error: MemoryError"),
+        (RuntimeError("CUDA error: an illegal address"), 2, "error: CUDA error"),
+    ],
+)
+def test_exit_codes(outcome, code, says, tmp_path, monkeypatch, capsys):
+    def ends(*_):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(COMMANDS, "sweep", ends)
+    assert main(["sweep", "smoke", "--results", str(tmp_path)]) == code
+    assert capsys.readouterr().err.startswith(says)
+
+
+def test_a_mistake_in_the_code_is_no_one_line_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(COMMANDS, "sweep", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["sweep", "smoke", "--results", str(tmp_path)])
+
+
+def test_records_lie_in_the_checkout_wherever_a_command_is_given(tmp_path, monkeypatch):
+    (tmp_path / "data" / "paper").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert default_results() == tmp_path / "data" / "results"
+    monkeypatch.chdir(tmp_path)
+    assert default_results() == Path("data/results"), "short, for messages"
+    (tmp_path / "data" / "paper").rmdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert default_results() == Path("data/results"), "outside a checkout it is below the current directory"
+
+
+@pytest.mark.parametrize(("free", "runs"), [(20, 3), (1, 1), (1000, 4)])
+def test_as_many_runs_share_a_gpu_as_its_memory_holds(free, runs, monkeypatch):
+    monkeypatch.setattr(studies.joblib, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
+    assert studies.runs_at_a_time("cuda") == runs
+    assert studies.runs_at_a_time("cpu") == 4
+
+
 def test_status_tells_what_is_missing(tmp_path, capsys):
     write_record(EMPTY, RunKey("etth1", "adamw", "paper", "paper", 1), tmp_path)
     assert main(["status", "--results", str(tmp_path)]) == 0
@@ -456,10 +526,10 @@ def test_status_tells_what_is_missing(tmp_path, capsys):
         (["run", "etth1", "--optimizer", "sgd"], "sgd"),
         (["run", "etth1", "--optimizer", "adamw", "--profile", "full"], "full"),
         (["run", "etth1", "--optimizer", "adamw", "--protocol", "dirty"], "dirty"),
-        (["run", "etth1", "--optimizer", "adamw", "--seed", "-1"], "-1"),
+        (["run", "etth1", "--optimizer", "adamw", "--seed", "-1"], "seed is -1"),
         (["sweep", "everything"], "everything"),
         (["sweep", "main/full"], "main/full"),
-        (["sweep", "smoke", "--jobs", "0"], "0"),
+        (["sweep", "smoke", "--jobs", "0"], "jobs is 0"),
         (["sweep", "smoke", "--task", "mnist"], "mnist"),
         (["status", "everything"], "everything"),
         (["run", "imdb", "--optimizer", "updates-10", "--profile", "smoke"], "updates-10"),
@@ -515,6 +585,12 @@ def assert_same_results(ours, theirs, task):
 def test_two_sweeps_at_once_share_the_work(smoke, tmp_path):
     command = [*COMMAND, "sweep", "smoke", "--task", "imdb", "--jobs", "2", "--results", tmp_path]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    files: dict[Path, set[int]] = {}
+    while any(process.poll() is None for process in both):
+        for path in tmp_path.rglob("*.json"):
+            files.setdefault(path, set()).add(path.stat().st_ino)
+        time.sleep(0.02)
+    assert all(len(numbers) == 1 for numbers in files.values()), "a run that is made twice is written twice"
     for process in both:
         _, err = process.communicate()
         assert process.returncode == 0, err

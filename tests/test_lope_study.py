@@ -179,9 +179,27 @@ def test_noise_is_in_the_share_of_words_that_the_task_names():
     expected = [discrete_noise(reviews[0][0], 0.2, i) for i in range(5)]
     for i, noise in enumerate(expected):
         changed = (clean[i] != noisy[i]).nonzero().flatten().tolist()
-        assert set(changed) <= {*noise.shuffled, *noise.inserted, *noise.deleted}
+        assert changed == sorted([*noise.shuffled, *noise.inserted, *noise.deleted]), "the words are all different"
         assert len(noise.shuffled) + len(noise.inserted) + len(noise.deleted) == 8
         assert torch.equal(noisy[i, ends[i] - 2 :], clean[i, ends[i] - 2 :]), "the ending and the label stay"
+
+
+@pytest.mark.parametrize("task", NOISE)
+def test_every_task_trains_on_its_share_of_noise(task, tmp_path, monkeypatch):
+    asked, made = [], []
+    with_noise = lope_study.with_noise
+
+    def noted(reviews, share, seed):
+        asked.append(share)
+        made.append(with_noise(reviews, share, seed))
+        return made[-1]
+
+    monkeypatch.setattr(lope_study, "with_noise", noted)
+    monkeypatch.setattr(lope_study, "pretrained", lambda s, data, *_: SmallGPT(len(data.vocabulary), s))
+    run(RunKey(task, "lope", "clean", "smoke", 0), tmp_path, progress=False)
+    assert asked == [NOISE[task], SMOKE.share], "the text that is adapted to, and what stage I adds"
+    clean = texts(SMOKE, "synthetic").train
+    assert (made[0] == clean) == (NOISE[task] == 0)
 
 
 def test_the_model_does_not_look_ahead_and_padding_does_not_count():

@@ -180,7 +180,7 @@ def test_terms_that_the_objective_leaves_out_are_nan(batches, objective, present
 # ---------------------------------------------------------------- the gradient
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "gen_gap"])  # which moves no Φ
 @pytest.mark.parametrize("version", HEADS)
 @pytest.mark.parametrize("gating", [False, True])
 def test_first_order_equals_double_backward(batches, objective, version, gating):
@@ -197,8 +197,7 @@ def test_first_order_equals_double_backward(batches, objective, version, gating)
             results.append(meta_gradient(model, optimizer, batches, double_backward=double_backward))
     (first, losses1), (exact, losses2) = results
     assert losses1 == pytest.approx(losses2, rel=1e-10, nan_ok=True)
-    if objective != "gen_gap":
-        assert exact.norm() > 1e-6, "there must be something to agree on"
+    assert exact.norm() > 1e-6, "there must be something to agree on"
     assert (first - exact).norm() <= 1e-5 * exact.norm()
 
 
@@ -266,7 +265,8 @@ def test_the_generalisation_gap_cannot_move_phi(batches):
 
 
 def test_gates_are_trained(batches):
-    model, optimizer = trained(batches, use_feature_gating=True)
+    """By the meta-losses: the penalty, which alone would move them, too, is switched off."""
+    model, optimizer = trained(batches, use_feature_gating=True, feature_gating_sparsity=0.0)
     optimizer.update_attention(model, batches[3], batches[4], cross_entropy, batches[5])
     assert (optimizer.modulator.gates != 1).all()
 

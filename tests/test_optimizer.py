@@ -6,14 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, cross_entropy, tiny, train
+from conftest import assert_same, cross_entropy, largest_gap, tiny, train
 from torch import nn
 
 from metaadamw_lite import MetaAdamW
-
-
-def largest_gap(a: nn.Module, b: nn.Module) -> float:
-    return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kernel", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
@@ -25,7 +21,7 @@ def test_without_ranges_it_is_adamw(batches, kernel, lr, betas, eps, weight_deca
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **kernel}
     train(ours, MetaAdamW(ours.named_parameters(), alpha_range=0, beta_range=0, **settings), batches)
     train(theirs, torch.optim.AdamW(theirs.parameters(), **settings), batches)
-    assert largest_gap(ours, theirs) <= 1e-12
+    assert largest_gap(ours.parameters(), theirs.parameters()) <= 1e-12
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -44,7 +40,7 @@ def test_identity_with_parameter_groups_that_differ(batches, named):
 
     train(ours, MetaAdamW(groups(ours), alpha_range=0, beta_range=0), batches)
     train(theirs, torch.optim.AdamW(groups(theirs)), batches)
-    assert largest_gap(ours, theirs) <= 1e-12
+    assert largest_gap(ours.parameters(), theirs.parameters()) <= 1e-12
 
 
 def test_a_step_is_equation_4_with_the_reported_factors(batches):
@@ -78,20 +74,6 @@ def test_the_factors_are_those_of_the_features_before_the_step(batches):
     optimizer.step()
     torch.testing.assert_close(optimizer.alpha, expected.alpha.detach())
     torch.testing.assert_close(optimizer.beta, expected.beta.detach())
-
-
-def test_schedulers_own_the_learning_rate(batches):
-    ours, theirs = tiny(), tiny()
-    for model, optimizer in (
-        (ours, MetaAdamW(ours.named_parameters(), lr=0.1, alpha_range=0, beta_range=0)),
-        (theirs, torch.optim.AdamW(theirs.parameters(), lr=0.1)),
-    ):
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=12, cycle_momentum=True)
-        for batch in batches[:6]:
-            train(model, optimizer, [batch])
-            scheduler.step()
-        assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
-    assert largest_gap(ours, theirs) <= 1e-12
 
 
 def test_parameters_without_gradient_are_neither_moved_nor_decayed(batches):
@@ -188,7 +170,7 @@ OUT_OF_RANGE = [
     ({"alpha_range": -0.5}, "-0.5"),
     ({"alpha_range": 2.5}, "2.5"),
     ({"alpha_range": math.nan}, "nan"),
-    ({"beta_range": 3}, "3"),
+    ({"beta_range": 3}, "beta_range is 3"),
     ({"group_strategy": "coarse"}, "'coarse'.*fine_grained"),
     ({"feature_version": "basic+"}, r"'basic\+'.*basic_plus"),
     ({"feature_gating_sparsity": -1.0}, "-1.0"),
@@ -361,15 +343,5 @@ def test_integers_of_numpy_are_integers():
 
 
 def test_complex_parameters_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"spectrum is torch.complex64"):
+    with pytest.raises(ValueError, match=r"spectrum is torch.complex64; only real parameters"):
         MetaAdamW([("spectrum", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))])
-
-
-def test_sparse_gradients_are_refused_before_anything_changes():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(5, 2, sparse=True))
-    optimizer = MetaAdamW(model.named_parameters())
-    (model[0](torch.ones(2)).sum() + model[1](torch.tensor([1])).sum()).backward()
-    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    with pytest.raises(RuntimeError, match="sparse gradient"):
-        optimizer.step()
-    assert_same((model.state_dict(), optimizer.state_dict()), before)

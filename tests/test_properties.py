@@ -23,6 +23,7 @@ WIDTHS = {"basic": 6, "basic_plus": 11, "enhanced": 10, "norm_basic": 6, "norm_b
 
 def property_with(name):
     def decorate(test):
+        test.cases = CASES[name]
         return settings(
             max_examples=CASES[name], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
         )(test)

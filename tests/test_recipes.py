@@ -1,5 +1,6 @@
 """The recipes of the page "Using it" run as they stand, and do what the page says."""
 
+import copy
 import re
 from functools import partial
 from itertools import islice
@@ -9,6 +10,7 @@ from textwrap import dedent
 import pytest
 import torch
 from conftest import assert_same
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,6 +23,10 @@ RECIPES = {
     for title, text in SECTIONS
     if (found := re.search(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
 }
+
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+RECIPES["README"] = re.search(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)[1]
 
 
 SHARED = re.search(r"^  ```python\n(.*?)^  ```", PAGE, flags=re.MULTILINE | re.DOTALL)[1]
@@ -66,12 +72,19 @@ def test_the_recipe_runs_and_trains(title, names, recwarn, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     held_out = next(iter(names["val_loader"]))
     before = loss_fn(make_model(), held_out).item()
+    if title == "README":
+        names["epochs"] = 20  # 240 steps, with one meta-update
     exec(compile(RECIPES[title], f"using.md, {title}", "exec"), names)
     optimizer = names.get("optimizer")
     if title == "Lightning":
         optimizer = names["trainer"].optimizers[0]
     assert isinstance(optimizer, MetaAdamW)
-    if title not in ("Stop and go on", "Φ by itself"):
+    if title == "Stop and go on":
+        assert_same(optimizer.state_dict(), names["saved"]["optimizer"])
+    elif title == "Φ by itself":
+        phi = names["other"].modulator.state_dict()
+        assert_same(dict(sorted(phi.items())), dict(sorted(load_file(names["path"]).items())))
+    else:
         assert loss_fn(names["model"], held_out).item() < before
         assert (optimizer.alpha != 1).any()
         assert optimizer._t > 1
@@ -84,10 +97,14 @@ def test_every_recipe_has_its_code():
     assert {title for title, _ in SECTIONS} - set(RECIPES) == {"Several processes"}
 
 
-def test_a_scaler_skips_steps_that_do_not_count_and_unscales_before_the_statistics(names):
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("kernel", [{}, {"fused": True}], ids=str)
+def test_a_scaler_skips_steps_that_do_not_count_and_unscales_before_the_statistics(names, kernel, copied):
     model, (batch, *_) = names["model"], names["loader"]
     twin = make_model()
-    optimizer, plain = (MetaAdamW(m.named_parameters(), lr=1e-3) for m in (model, twin))
+    optimizer, plain = (MetaAdamW(m.named_parameters(), lr=1e-3, **kernel) for m in (model, twin))
+    if copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for k in range(4):
         scaler.scale(loss_fn(model, batch)).backward()
@@ -130,7 +147,8 @@ def test_a_compiled_training_step_is_the_plain_one(names, kernel):
 def test_phi_carries_over_to_another_model_but_embeddings_do_not(names):
     first = MetaAdamW(names["model"].named_parameters())
     other = MetaAdamW(names["other_model"].named_parameters(), seed=5)
-    other.modulator.load_state_dict(first.modulator.state_dict())
+    save_file(first.modulator.state_dict(), names["path"])
+    other.modulator.load_state_dict(load_file(names["path"]))
     assert len(first.groups) != len(other.groups)
     features = torch.randn(7, 6)
     for a, b in zip(first.modulator(features), other.modulator(features), strict=True):

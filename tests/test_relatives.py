@@ -56,7 +56,7 @@ def test_kinds_on_which_nothing_is_learned_are_named():
     assert "CIFAR" not in says
     nothing = pd.DataFrame([row | {"best": math.nan} for row in rows])
     assert "CIFAR-10, symmetric 40 %: nan %" in lilaw_report.chance_statement(nothing)
-    assert "more than five points above chance" in lilaw_report.chance_statement(pd.DataFrame(rows[4:]))
+    assert "more than 5 points above chance" in lilaw_report.chance_statement(pd.DataFrame(rows[4:]))
 
 
 def test_every_arm_has_a_label():
@@ -234,7 +234,7 @@ def test_accuracy_is_judged_after_a_correction_for_the_kinds_of_noise():
     row = both.loc["CIFAR-10, symmetric 50 %"]
     assert row["p_holm"] == pytest.approx(3 * alone["p_holm"])
     assert row["verdict"] == "not decided after the correction"
-    assert set(both["verdict"].drop("CIFAR-10, symmetric 50 %")) == {"not decided: within chance"}
+    assert set(both["verdict"].drop("CIFAR-10, symmetric 50 %")) == {"not decided: cannot be told from chance"}
     control = [r | {"wrong_labels": 0} for r in more]
     kept = lilaw_report.accuracy_table(lilaw_report.accuracies_frame(one + control), "best")
     assert kept.loc["CIFAR-10, symmetric 50 %", "verdict"] == "holds", "right labels are not part of the question"

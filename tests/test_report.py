@@ -1,5 +1,6 @@
 """From records to tables and verdicts."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from metaadamw_lite.experiments import TASKS, figures, paired, released, report
 from metaadamw_lite.experiments.chapter import Evidence
-from metaadamw_lite.experiments.claims import REMOVALS, _judged_parts, claims_table
+from metaadamw_lite.experiments.claims import REMOVALS, _judged, _judged_parts, claims_table
 from metaadamw_lite.experiments.paired import PairedDifference, improvement, verdict
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS
@@ -36,7 +37,7 @@ def test_equal_differences_are_a_decision_once_there_are_enough_of_them():
     assert d.p == pytest.approx(2 / 2**6), "of a sign test"
     assert verdict(d) == "holds"
     few = improvement(series([0.5, 1.0, 2.0]), series(baseline[:3]), lower_is_better=True)
-    assert verdict(few) == "not decided: within chance", "three equal small integers are no rarity"
+    assert verdict(few) == "not decided: cannot be told from chance", "three equal small integers are no rarity"
 
 
 def test_the_bootstrap_intervals_have_the_width_they_should():
@@ -70,8 +71,8 @@ def test_the_t_test_is_that_of_the_pairs():
     [
         (1.0, 3.0, 0.01, "holds"),
         (-3.0, -1.0, 0.01, "does not hold: it is worse"),
-        (-1.0, 3.0, 0.01, "not decided: within chance"),
-        (1.0, 3.0, 0.2, "not decided: within chance"),
+        (-1.0, 3.0, 0.01, "not decided: cannot be told from chance"),
+        (1.0, 3.0, 0.2, "not decided: cannot be told from chance"),
         (math.nan, math.nan, math.nan, "not yet tested"),
     ],
 )
@@ -143,21 +144,24 @@ def test_what_an_exchanged_phi_gains_is_set_beside_adamw_with_the_runs_own_seed(
     assert len(table) == 25
     assert table.loc[(3, 1), ["alpha", "gain"]].tolist() == pytest.approx([1.1, sign * 103])
     assert table.loc[(2, 2), ["alpha", "gain"]].tolist() == pytest.approx([1.2, sign * 202]), "metaadamw's own"
+    assert table.loc[(2, 2), "outcome"] == pytest.approx(10 * math.exp(2.02))
     monkeypatch.setattr(report, "recorded", lambda task: records[1:])
-    assert set(report.exchanged_phi(task, "lite")["seed"]) == {1, 2, 3, 4}, "seed 0 has no AdamW"
+    without = report.exchanged_phi(task, "lite").set_index("seed")["gain"].isna()
+    assert set(without[without].index) == {0}, "seed 0 has no AdamW"
     assert report.exchanged_phi(task, "paper").empty
 
 
 @pytest.mark.parametrize(
-    ("gain", "shares"),
+    ("log", "shares"),
     [
         (lambda seed, phi: phi, (1, 0, 0)),
         (lambda seed, phi: (seed + phi) % 5, (0, 0, 1)),
         (lambda seed, phi: phi + 2 * seed, (0.2, 0.8, 0)),
     ],
 )
-def test_what_a_seed_does_is_taken_apart(gain, shares):
-    table = pd.DataFrame([(s, p, float(gain(s, p))) for s in SEEDS for p in SEEDS], columns=["seed", "phi", "gain"])
+def test_what_a_seed_does_is_taken_apart(log, shares):
+    rows = [(s, p, math.exp(log(s, p))) for s in SEEDS for p in SEEDS]
+    table = pd.DataFrame(rows, columns=["seed", "phi", "outcome"])
     parts = report.what_a_seed_does(table)
     assert [parts[k] for k in ("phi", "seed", "rest")] == pytest.approx(shares, abs=1e-12)
     if shares[0] > 0:
@@ -207,7 +211,8 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     assert "MetaAdamW: seed 1 (0.3 %), seed 2 (2.2 %)." in Evidence(TASKS["wikitext2"]).cut_off()
     named = "{:.1f}, {:.1f} and {:.1f}".format
     assert f"with {named(*control)}, end within half a percent of MetaAdamW's {named(*ours)}" in says
-    assert (ours / control - 1).abs().max() < 0.005
+    apart = 100 * (ours / control - 1).abs()
+    assert f"a trained and an untrained Φ differ by {apart.min():.1f} to {apart.max():.1f} %" in says
     clean = report.outcomes(report.runs_frame(report.main_records("wikitext2", "clean", "paper")))
     blind = [x.sort_index().head(3) for x in report.by_seed(clean, "clean", *ARMS[:2])]
     ends = "Under `clean` AdamW ends at {:.1f}, {:.1f} and {:.1f}, MetaAdamW at {:.1f}, {:.1f} and {:.1f}."
@@ -219,10 +224,14 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     assert f"AdamW runs reach {adamw.min():.0f} to {adamw.max():.0f} %" in says
     reached = "MetaAdamW's reach {:.0f}, {:.0f} and {:.0f} %, seed by seed, the control's {:.0f}, {:.0f} and {:.0f} %"
     assert reached.format(*ours, *control) in says
-    for protocol in PROTOCOLS:
-        d = report.table_of_tasks(protocol=protocol).loc["imdb", "difference"]
-        assert d.t_high < report.paper_table(2).loc["imdb", "improvement_percent"]
-    assert "gain lies outside Student's interval under both protocols" in says
+    d = report.table_of_tasks().loc["imdb", "difference"]
+    assert d.t_high < report.paper_table(2).loc["imdb", "improvement_percent"]
+
+    def interval(text):
+        return text.strip("[]").replace(", ", " to ").replace("-", "−")
+
+    assert f"Student's interval under `paper` is {interval(d.t_interval)} %" in says
+    assert f"would fall between {interval(d.one_more).replace(' to ', ' and ')} %" in says
     clean = report.outcomes(report.runs_frame(report.main_records("imdb", "clean", "paper")))
     blind = [100 * x.sort_index() for x in report.by_seed(clean, "clean", *ARMS)]
     shares = ["{:.0f}, {:.0f} and {:.0f} %".format(*x) for x in blind]
@@ -230,7 +239,24 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     epochs = report.epochs_frame(records).query("variant == 'adamw' and epoch <= 6")
     assert "had reached {:.0f}, {:.0f} and {:.0f} %".format(*(100 * epochs.groupby("seed")["metric"].max())) in says
 
-    table = report.table_of_tasks()
+    spread = {}
+    for task, protocol in itertools.product(("wikitext2", "imdb"), PROTOCOLS):
+        runs = report.outcomes(report.runs_frame(report.main_records(task, protocol, "paper")))
+        std = [arm.std() for arm in report.by_seed(runs, protocol, *ARMS)]
+        spread[task, protocol] = std[1] / std[0]
+        assert not std[2] < 0.9 * std[1]
+    times = [f"{spread[key]:.0f} times" for key in (("wikitext2", "paper"), ("imdb", "paper"))]
+    blind_times = "{:.0f} and {:.0f} times".format(*(spread[task, "clean"] for task in ("wikitext2", "imdb")))
+    assert f"is {times[0]} AdamW's on WikiText-2 and {times[1]} on IMDB (under `clean` {blind_times})" in says
+
+    table, clean_table = report.table_of_tasks(), report.table_of_tasks(protocol="clean")
+    assert paired.better_and_worse(clean_table["difference"]) == (0, 0)
+    gains = [t.loc["etth1", "difference"].mean for t in (table, clean_table)]
+    assert (
+        "ETTh1 rests on all five seeds: −{:.1f} % under `paper`, −{:.0f} % under `clean`".format(*map(abs, gains))
+        in says
+    )
+    assert max(gains) < 0
     for task in ("etth1", "cifar10"):
         assert round(100 * table.loc[task, "baseline_std"] / table.loc[task, "baseline_mean"]) == 13
 
@@ -265,10 +291,10 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
             means = rows["difference"].map(lambda d: abs(d.mean))
             trained += [*means[of_training]]
             started += [*means[~of_training]]
-            ratios += [*rows["difference"].map(lambda d: abs(d.log_ratio))[~of_training]]
+            ratios += [*rows["difference"].map(lambda d: d.log_ratio)[~of_training]]
     assert max(trained) < 0.01
     assert f"changes it by {min(started):.0f} to {max(started):.0f} % in the mean of percentages" in says
-    assert f"by up to {max(ratios):.0f} % in the mean logarithm" in says
+    assert f"by a factor of up to {math.exp(max(ratios, key=abs) / 100):.1f}, and that one for the better" in says
 
     held = claims_table().query("verdict.str.startswith('holds')")
     assert held["verdict"].str.contains("lite runs").all()
@@ -285,6 +311,8 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     assert {name[:2] for name in worse.index} == {("wikitext2", "paper"), ("wikitext2", "clean"), ("imdb", "paper")}
     assert not (tuned["difference"].map(verdict) == "holds").any()
     assert len(tuned) == 10
+    assert (tuned["worse"] == 5).sum() == 4
+    assert "loses all five pairs in four of ten comparisons" in says
     assert not (tuned["p_holm"] < 0.05).any()
     assert "**one factor for the whole model has 39 to 88 % of" in released.statement(released.one_setting_apart())
     assert "one factor for the whole model has 39 to 88 % of" in says
@@ -299,10 +327,16 @@ def test_the_wilcoxon_test_is_that_of_the_pairs():
     assert math.isnan(improvement(arm, arm, lower_is_better=True).p_wilcoxon)
 
 
-def test_what_students_interval_contains():
-    d = paired.paired_difference(series([1.0, 2.0, 3.0]), "%")  # 2 ± 4.303 · 1/√3
-    assert [d.inside(x) for x in (-0.49, -0.47, 4.47, 4.49)] == [False, True, True, False]
-    assert paired.paired_difference(series([1.0, 2.0]), "%").inside(1.5) is None
+def test_where_one_more_pair_would_fall():
+    d = paired.paired_difference(series([1.0, 2.0, 3.0]), "%")  # 2 ± 4.303 · √(1 + 1/3)
+    assert d.one_more == "[-3.0, +7.0]"
+    assert paired.paired_difference(series([1.0, 2.0]), "%").one_more == "–"
+    pairs = np.random.default_rng(0).normal(5.0, 2.0, (2000, 6))
+    inside = 0
+    for *seen, further in pairs:
+        low, high = paired.paired_difference(series(seen), "%").one_more.strip("[]").split(", ")
+        inside += float(low) <= further <= float(high)
+    assert inside / len(pairs) == pytest.approx(0.95, abs=0.015)
 
 
 def test_a_small_p_is_not_printed_as_none():
@@ -330,7 +364,7 @@ def test_a_lost_pair_is_not_decided_after_a_correction_either():
 def test_differences_that_are_equal_but_for_rounding_have_no_spread():
     d = paired.paired_difference(series([50, 50.00000000000001, 50]), "%")
     assert (d.low, d.high, d.p) == (pytest.approx(50), pytest.approx(50), 0.25)
-    assert verdict(d) == "not decided: within chance", "three equal signs are no evidence"
+    assert verdict(d) == "not decided: cannot be told from chance", "three equal signs are no evidence"
 
 
 @pytest.mark.parametrize(
@@ -454,8 +488,12 @@ def test_whole_runs_that_are_too_few_to_judge_by_are_shown_all_the_same(monkeypa
 def test_whole_runs_that_were_still_getting_better_are_named(monkeypatch):
     falling, flat = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 2.0, 1.0], [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 2.0, 2.5]
     runs = [("adamw", 0, flat), ("adamw", 1, falling[:-1]), ("metaadamw", 0, flat), ("metaadamw", 1, falling)]
-    records = [made(arm, seed, metric) for arm, seed, metric in runs]
+    records = [
+        made(arm, seed, metric) | {"status": "finished" if len(metric) == 8 else "stopped early"}
+        for arm, seed, metric in runs
+    ]
     others = [made(arm, seed, falling, profile="lite") for arm, seed, _ in runs]
+    others.append(made("metaadamw", 2, falling))  # which stopped early in the last epoch: nothing cut it off
     monkeypatch.setattr(report, "recorded", lambda task: records * 3 + others)
     monkeypatch.setattr(report, "best_evidence", lambda runs, protocol: "paper")
     says = Evidence(TASKS["etth1"]).cut_off().split("\n")
@@ -605,10 +643,11 @@ def test_a_page_with_whole_runs_under_one_protocol_says_what_rests_on_shortened_
     assert "Everything recorded on this page comes from shortened runs" in Evidence(TASKS["imdb"]).label()
 
 
-def test_the_search_stays_out_of_the_comparison():
-    table = report.table_of_tasks()
-    for improvements in table["improvements"]:
-        assert not set(improvements.index) & set(SEARCH_SEEDS)
+@pytest.mark.parametrize("task", TASKS)
+def test_the_search_stays_out_of_what_is_shown(task):
+    assert {r["run"]["seed"] for r in report.recorded(task)} & set(SEARCH_SEEDS), "the case is there"
+    for runs in (report.main_runs(task), Evidence(TASKS[task]).runs):
+        assert set(runs["seed"]) <= set(SEEDS)
 
 
 def test_every_claim_has_a_verdict_and_lite_runs_say_so():
@@ -753,6 +792,12 @@ def test_every_number_of_table_3_is_a_claim_with_the_printed_change():
         assert claimed.to_dict() == pytest.approx(changes.to_dict(), abs=0.011)
 
 
+def test_a_claim_of_an_unknown_kind_is_refused_and_not_called_untested(monkeypatch):
+    claim = pd.Series({"kind": "improvment", "task": math.nan, "variant": math.nan})
+    with pytest.raises(ValueError, match="is 'improvment'; allowed are improvement, all"):
+        _judged(claim, pd.DataFrame(), {})
+
+
 def test_an_ablation_claim_has_the_sign_of_the_papers_table():
     claims = claims_table().set_index("claim")
     table = report.ablation_table("etth1", "lite")
@@ -855,6 +900,7 @@ def test_a_tuned_baseline_and_what_is_set_beside_it_have_the_right_signs(monkeyp
     row = report.tuned_table().iloc[0]
     assert row["difference"].mean == pytest.approx(10, abs=0.5)
     assert row["tuned"].mean == pytest.approx(50, abs=1)
+    assert row["worse"] == 0
     assert row["difference"].seeds == 5
 
 
@@ -878,7 +924,7 @@ def test_a_component_is_necessary_only_if_it_is_after_the_correction(monkeypatch
         removed = [v for v in REMOVALS if v in set(report.ablation_table("etth1", "lite")["variant"])]
         spread = [0.1, -0.2, 0.15, -0.1, 0.05]
         records = [made("metaadamw", k, [1.0], profile="lite") for k in range(5)]
-        for variant in removed[:-1]:  # within chance
+        for variant in removed[:-1]:  # cannot be told from chance
             records += [made(variant, k, [1.0 + x], profile="lite") for k, x in enumerate(spread)]
         records += [made(removed[-1], k, [1.0 + worse_by + x / 5], profile="lite") for k, x in enumerate(spread)]
         monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
@@ -887,7 +933,7 @@ def test_a_component_is_necessary_only_if_it_is_after_the_correction(monkeypatch
 
     p, says = verdict_with(0.04)
     assert 0.01 < p < 0.05, "one of six, uncorrected"
-    assert says == "after Holm's correction: not decided: within chance for 6 (lite runs)"
+    assert says == "after Holm's correction: not decided: cannot be told from chance for 6 (lite runs)"
     monkeypatch.undo()
     p, says = verdict_with(0.4)
     assert "holds for 1" in says
@@ -930,10 +976,13 @@ def test_what_training_phi_brings_is_taken_against_the_same_phi_untrained(monkey
         for variant, gain in gains.items()
         for seed in range(4)
     ]
+    refused = next(r for r in records if (r["run"]["variant"], r["run"]["seed"]) == ("updates-10", 2))
+    refused["meta_updates"][1]["error"] = "the loss is nan"
     monkeypatch.setattr(report, "recorded", lambda task: records)
     runs = report.movement_table("etth1", "lite").set_index(["variant", "seed"])
     assert runs.loc[("updates-10", 3), "alpha_moved"] == pytest.approx(1.6)
     assert runs.loc[("updates-10", 3), "meta_updates"] == 3
+    assert runs.loc[("updates-10", 2), "meta_updates"] == 2, "one was refused"
     assert len(runs) == 12, "the control does no meta-updates"
     table = report.more_meta_learning("etth1", "lite")
     assert table.index.tolist() == ["MetaAdamW", "Meta-update frequency: Approx. 10 times per epoch"]

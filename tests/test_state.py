@@ -202,7 +202,22 @@ def test_numbers_of_numpy_do_not_reach_a_checkpoint():
 
 @pytest.mark.parametrize("part", ["t", "alpha", "modulator", "huw", "meta_optimizer", "meta_optimizer_state"])
 def test_a_state_with_a_part_missing_is_refused_by_name(batches, part):
-    assert_refused(batches, lambda state: state["meta"].pop(part), part)
+    assert_refused(batches, lambda state: state["meta"].pop(part), f"lacks {part}$")
+
+
+def test_what_the_constructor_alone_decides_stays_as_it_was_given(batches):
+    """So that training can go on with another objective, or for longer."""
+    saved = MetaAdamW(tiny().named_parameters(), total_steps=10)
+    other = MetaAdamW(tiny().named_parameters(), total_steps=20, huw_priorities=(3.0, 5.0, 1.0))
+    other.load_state_dict(saved.state_dict())
+    assert other.huw.priorities == (3.0, 5.0, 1.0)
+    other.zero_grad()
+    model = tiny()
+    again = MetaAdamW(model.named_parameters(), total_steps=20)
+    again.load_state_dict(saved.state_dict())
+    train(model, again, batches[:5])
+    cross_entropy(model, batches[5]).backward()
+    assert again.features()[:, -1].tolist() == [5 / 20] * len(again.groups)
 
 
 def test_a_state_of_a_later_version_is_refused(batches):

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -421,11 +423,6 @@ def test_translation_is_greedy_and_does_not_depend_on_its_batch():
             assert together[i, :6].tolist() == so_far[0, 1:].tolist()
 
 
-def test_nothing_is_translated_under_the_paper_protocol():
-    model, data = model_of("multi30k", "paper")
-    assert TASKS["multi30k"].translate(model, data) == {}
-
-
 # ---------------------------------------------------------------- IMDB
 
 
@@ -741,6 +738,23 @@ def test_a_downloaded_table_lies_in_the_same_layout_and_is_read_back(folder):
     assert [p.relative_to(folder).as_posix() for p in folder.rglob("*.*")] == ["imdb/train.parquet"]
 
 
+def test_runs_that_begin_together_download_once_and_one_after_the_other(folder):
+    """Parts of a data set may come in one archive, which two processes must not unpack at once."""
+    under_way, seen = [], []
+
+    def download():
+        under_way.append(1)
+        time.sleep(0.2)
+        seen.append(len(under_way))
+        under_way.pop()
+        return frame_of(imdb.TRAIN, 5)
+
+    tables = [Table(f"imdb/{part}.parquet", 5, ("text", "label"), "somewhere", download) for part in ("a", "a", "b")]
+    with ThreadPoolExecutor(3) as pool:
+        assert [len(frame) for frame in pool.map(read_table, tables)] == [5, 5, 5]
+    assert seen == [1, 1]
+
+
 def test_a_wrong_download_is_not_kept(folder):
     table = Table("imdb/train.parquet", 6, ("text", "label"), "the source", lambda: frame_of(imdb.TRAIN, 5))
     with pytest.raises(DataError) as error:
@@ -803,6 +817,18 @@ def make_something(what):
 def make_something_else(what):
     CALLS.append(what)
     return what
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("no pyarrow"), OSError(28, "No space left on device")])
+def test_what_says_nothing_of_the_rows_is_not_taken_for_their_fault(folder, error):
+    table = replace(imdb.TRAIN, rows=3)
+    write(folder, table, frame_of(table, 3))
+
+    def fails():
+        raise error
+
+    with pytest.raises(type(error)):
+        prepared(fails, (table,))
 
 
 def test_what_is_prepared_is_made_once_and_again_when_something_changes(folder):

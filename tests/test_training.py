@@ -42,6 +42,16 @@ def test_patience_counts_epochs_in_a_row_since_the_best(losses, status):
     assert without_training(None, settings=settings, history={"epochs": epochs})._status() == status
 
 
+def test_a_model_that_gives_no_numbers_has_no_accuracy():
+    task = TASKS["imdb"]
+    settings = task.settings("smoke")
+    data = task.load("paper", settings, "synthetic")
+    model = task.build(settings, data)
+    assert 0 <= training.measure(task, model, data.val).metric <= 1
+    torch.nn.init.constant_(next(reversed(list(model.parameters()))), math.nan)
+    assert all(math.isnan(x) for x in training.measure(task, model, data.val))
+
+
 def test_which_data_are_used_for_what_under_clean(tmp_path, monkeypatch):
     task, update, measure = TASKS["imdb"], MetaAdamW.update_attention, training.measure
     updates, measured, weights = [], [], []

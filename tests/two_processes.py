@@ -12,11 +12,13 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from conftest import largest_gap
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -83,8 +85,8 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def gap(xs: object, ys: object) -> float:
-    return max(float((whole(x) - y).detach().abs().max()) for x, y in zip(xs, ys, strict=True))
+def gap(xs: Iterable[torch.Tensor], ys: Iterable[torch.Tensor]) -> float:
+    return largest_gap(map(whole, xs), ys)
 
 
 def resumed(model: nn.Module, optimizer: MetaAdamW, how: str, settings: dict, batches: list[torch.Tensor]) -> float:
@@ -126,18 +128,18 @@ def compare(how: str, version: str) -> dict[str, object]:
         "parameters": gap(model.parameters(), alone.parameters()),
         "phi": gap(optimizer.modulator.parameters(), reference.modulator.parameters()),
         "alpha": float((optimizer.alpha - reference.alpha).abs().max()),
-        "totals": max(abs(a - b) for a, b in zip(totals, expected, strict=True)),
+        "totals": largest_gap([torch.tensor(totals)], [torch.tensor(expected)]),
         "ranks": gap(others, others[::-1]),
         "trained": gap(model.parameters(), build(how).parameters()),
     }
-    before = [whole(p).clone() for p in model.parameters()]
+    before = [whole(p).clone() for p in (*model.parameters(), *optimizer.modulator.parameters())]
     bad = mine[0] * float("nan") if rank or how == "tp" else mine[0]
     try:
         optimizer.update_attention(model_to_train, bad, mine[1], loss_fn, mine[2])
         found["refused"] = ""
     except ValueError as error:
         found["refused"] = str(error)
-    found["moved by the refused"] = gap(model.parameters(), before)
+    found["moved by the refused"] = gap((*model.parameters(), *optimizer.modulator.parameters()), before)
     loss_fn(model_to_train, mine[0]).backward()
     with mock.patch.object(sharding.dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         optimizer.step()

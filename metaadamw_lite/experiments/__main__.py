@@ -7,7 +7,7 @@ from pathlib import Path
 from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.datasets import DataError
 from metaadamw_lite.experiments.lope_study import ARMS, NOISE
-from metaadamw_lite.experiments.records import RESULTS, RunKey
+from metaadamw_lite.experiments.records import RunKey, default_results, is_the_machines_fault
 from metaadamw_lite.experiments.studies import (
     STUDIES,
     STUDIES_OF_RELATIVES,
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="cpu", help="as torch names it (default: cpu)")
     for command in (one, many, state):
         command.add_argument(
-            "--results", type=Path, default=RESULTS, help="folder of the records (default: data/results)"
+            "--results", type=Path, default=default_results(), help="folder of the records (default: data/results)"
         )
     return top
 
@@ -95,8 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             tables = [status(args.results), status(args.results, STUDIES_OF_RELATIVES).T]
             print("\n\n".join(table.to_string() for table in tables))
-    except (ValueError, ImportError, OSError, DataError, RunInProgressError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        told = isinstance(error, (ValueError, DataError, RunInProgressError)) or is_the_machines_fault(error)
+        if not told:
+            raise
+        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

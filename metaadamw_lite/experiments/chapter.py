@@ -193,9 +193,10 @@ class Evidence:
             key = record["run"]
             if key["profile"] != "paper":
                 continue
+            limited = record["status"] == "finished"  # a run may stop early in the last epoch, too
             cut = arms.setdefault((key["protocol"], key["variant"]), [])
             metric = [sign * epoch["metric"] for epoch in record["epochs"] if epoch["metric"] is not None]
-            if len(metric) == limit and metric[-1] == min(metric):
+            if limited and metric[-1] == min(metric):
                 cut.append(f"seed {key['seed']} ({100 * abs(metric[-1] / metric[-2] - 1):.1f} %)")
         lines = [
             f"* `{protocol}`, {figures.LABELS[variant]}: {', '.join(cut) or 'none'}."

@@ -3,7 +3,7 @@
 ``METAADAMW_DATA`` names the folder; without it, it is ``data/cache`` of the checkout that the current directory is in,
 or of the current directory outside one. What is missing there is downloaded from its public source into the same
 layout. Every file is checked before it is used: ``DataFile`` by size and SHA-256, ``Table`` (whose file depends on who
-wrote it, but not its rows) by its columns and number of rows.
+wrote it, but not its rows) by its columns and number of rows, what comes from ``file_from`` by whoever reads it.
 """
 
 import hashlib
@@ -12,7 +12,8 @@ import os
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import joblib
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 from metaadamw_lite.experiments.records import checkout
 
@@ -90,9 +92,7 @@ def fetch(file: DataFile) -> Path:
             part.write_bytes(response.read())
         _check(file, part)
 
-    path = data_folder() / file.path
-    if not path.exists():
-        _download(path, file.path, file.url, download)
+    path = _had(file.path, file.url, download)
     _check(file, path)
     return path
 
@@ -103,10 +103,7 @@ def file_from(name: str, source: str, download: Callable[[Path], None]) -> Path:
     Raises:
         DataError: if it can be had neither way.
     """
-    path = data_folder() / name
-    if not path.exists():
-        _download(path, name, source, download)
-    return path
+    return _had(name, source, download)
 
 
 def read_table(table: Table) -> pd.DataFrame:
@@ -140,7 +137,7 @@ def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -
 
     Raises:
         DataError: as ``fetch`` does, and if ``make`` cannot read what the rows hold.
-        OSError: for a disk that is full, for example.
+        OSError, MemoryError, ImportError: for a disk that is full, and what else says nothing of the rows.
     """
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in map(_locate, tables)]
     memory = joblib.Memory(cache() / "prepared", verbose=0)
@@ -149,7 +146,8 @@ def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -
     except DataError:
         raise
     except Exception as error:  # whatever a library makes of a text that is none, or of an image that is broken
-        if isinstance(error, OSError) and error.errno is not None:  # a full disk, for example
+        full_disk = isinstance(error, OSError) and error.errno is not None  # and not an image that cannot be read
+        if full_disk or isinstance(error, MemoryError | ImportError):
             raise
         paths = ", ".join(path for path, *_ in files)
         raise DataError(f"{paths}: not all rows hold what they should ({error!r})") from error
@@ -182,10 +180,7 @@ def _locate(table: Table) -> Path:
         table.download().to_parquet(part)
         _read(table, part)
 
-    path = data_folder() / table.path
-    if not path.exists():
-        _download(path, table.path, table.source, download)
-    return path
+    return _had(table.path, table.source, download)
 
 
 def _check(file: DataFile, path: Path) -> None:
@@ -215,21 +210,39 @@ def _read(table: Table, path: Path) -> pd.DataFrame:
     return frame
 
 
-def _download(path: Path, name: str, source: str, download: Callable[[Path], None]) -> None:
-    """Download to a temporary file beside ``path`` and move it there once it is whole and checked."""
+def _had(name: str, source: str, download: Callable[[Path], None]) -> Path:
+    """The path of a file in the data folder; ``download`` makes it, beside it first, until it is whole and checked.
+
+    One process at a time downloads to a folder: the parts of a data set may come in one archive.
+    """
+    path = data_folder() / name
+    if path.exists():
+        return path
     part = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part = Path(folder) / path.name
-            download(part)
-            part.replace(path)
+        with _one_at_a_time(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            if not path.exists():  # another process may have had it come while we waited
+                part = Path(folder) / path.name
+                download(part)
+                part.replace(path)
     except Exception as error:  # whatever a library makes of what came
         why = str(error).replace(str(part), "the download") if isinstance(error, DataError) else repr(error)
         raise DataError(
             f"{path} is missing and could not be downloaded ({why}). Either set METAADAMW_DATA to a folder that has "
             f"{name}, or {_by_hand(name, source, path)}. Synthetic data of the same shape: --data synthetic"
         ) from error
+    return path
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    lock = folder / ".download.lock"
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # as in ``training``
 
 
 def _by_hand(name: str, source: str, path: Path) -> str:

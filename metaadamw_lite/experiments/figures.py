@@ -1,4 +1,4 @@
-"""The book's figures: one style, one colour for each arm, intervals instead of bare means."""
+"""The book's figures: one style, one colour for each arm, and beside each mean the runs, their range or an interval."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from metaadamw_lite.experiments.paired import ENOUGH_SEEDS
+from metaadamw_lite.experiments.paired import ENOUGH_SEEDS, paired_difference
 from metaadamw_lite.experiments.task import Task
 
-_ARMS = ("adamw", "metaadamw", "metaadamw-frozen", "adamw-lilaw", "metaadamw-lilaw")
-COLOURS = dict(zip(_ARMS, sns.color_palette("colorblind", len(_ARMS)), strict=True))
+LABELS = {
+    "adamw": "AdamW",
+    "metaadamw": "MetaAdamW",
+    "metaadamw-frozen": "MetaAdamW, Φ untrained",
+    "adamw-lilaw": "AdamW + LiLAW",
+    "metaadamw-lilaw": "MetaAdamW + LiLAW",
+}
+COLOURS = dict(zip(LABELS, sns.color_palette("colorblind", len(LABELS)), strict=True))
 """Colour-blind-safe, and told apart by their dashes in print."""
 DASHES = {
     "adamw": "",
@@ -25,13 +31,6 @@ DASHES = {
 }
 LINEAR_TO = 10
 """Percent up to which improvements are drawn on a linear scale."""
-LABELS = {
-    "adamw": "AdamW",
-    "metaadamw": "MetaAdamW",
-    "metaadamw-frozen": "MetaAdamW, Φ untrained",
-    "adamw-lilaw": "AdamW + LiLAW",
-    "metaadamw-lilaw": "MetaAdamW + LiLAW",
-}
 
 
 def use_style() -> None:
@@ -46,6 +45,12 @@ def use_style() -> None:
             "svg.hashsalt": "metaadamw_lite",
         }
     )
+
+
+def student_interval(values: "pd.Series[float]") -> tuple[float, float]:
+    """Student's 95 % interval for the mean of some values, as an ``errorbar`` of seaborn's; NaN from too few."""
+    d = paired_difference(values, "")
+    return d.t_low, d.t_high
 
 
 def plot_curves(
@@ -191,7 +196,9 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
         improvements: from ``report.improvements_frame``.
     """
     figure, ax = plt.subplots(figsize=(7.6, 0.7 * improvements["task"].nunique() + 1.4))
-    sns.stripplot(improvements, x="improvement", y="task", color=COLOURS["adamw"], size=7, jitter=0.08, ax=ax)
+    sns.stripplot(
+        improvements, x="improvement", y="task", color=COLOURS["adamw"], size=7, jitter=False, alpha=0.6, ax=ax
+    )
     sns.pointplot(
         improvements,
         x="improvement",
@@ -252,7 +259,7 @@ def plot_exchanged_phi(table: pd.DataFrame) -> Figure:
     place = {phi: f"Φ of seed {phi}\nα = {a:.2f}" for phi, a in alpha.items()}
     shown = table.assign(phi=table["phi"].map(place), seed=table["seed"].map("{:.0f}".format))
     figure, ax = plt.subplots(figsize=(6.4, 3.4))
-    sns.stripplot(shown, x="phi", y="gain", order=place.values(), hue="seed", palette="colorblind", s=8, jitter=0.12)
+    sns.stripplot(shown, x="phi", y="gain", order=place.values(), hue="seed", palette="colorblind", dodge=True, ax=ax)
     ax.axhline(0, color="black", linewidth=0.7)
     ax.set(xlabel="random start of Φ, and the α of the output layer that it gives", ylabel="gain (log ratio × 100)")
     sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title="seed of all else", fontsize="small")
@@ -260,7 +267,7 @@ def plot_exchanged_phi(table: pd.DataFrame) -> Figure:
 
 
 def plot_ablations(table: pd.DataFrame) -> Figure:
-    """The change that each ablation makes against MetaAdamW, with its 95 % interval; a row for each variant.
+    """The change that each ablation makes against MetaAdamW, with Student's 95 % interval; a row for each variant.
 
     Args:
         table: from ``report.ablation_table``; rows without a variant or without an interval are left out.
@@ -268,13 +275,13 @@ def plot_ablations(table: pd.DataFrame) -> Figure:
     rows = table[table["variant"].notna() & (table["variant"] != "metaadamw")]
     rows = rows[[d.seeds >= ENOUGH_SEEDS for d in rows["difference"]]]
     labels = [f"{value}" if factor == "MetaAdamW" else f"{factor}: {value}" for factor, value in rows.index]
-    mean, low, high = (np.array([getattr(d, name) for d in rows["difference"]]) for name in ("mean", "low", "high"))
+    mean, low, high = (np.array([getattr(d, name) for d in rows["difference"]]) for name in ("mean", "t_low", "t_high"))
     figure, ax = plt.subplots(figsize=(7.6, 0.3 * len(rows) + 1.2))
     ax.errorbar(mean, labels, xerr=[mean - low, high - mean], fmt="o", color=COLOURS["metaadamw"], capsize=3)
     ax.axvline(0, color="black", linewidth=0.7)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
-    ax.set(xlabel="change against MetaAdamW (%), mean and 95 % interval; negative is worse")
+    ax.set(xlabel="change against MetaAdamW (%), mean and Student's 95 % interval; negative is worse")
     return figure
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaadamw_lite import LiLAW
 from metaadamw_lite.experiments import NOISY, paired, relatives, report
-from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS, legend_below
+from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS, legend_below, student_interval
 from metaadamw_lite.experiments.paired import PairedDifference, paired_difference
 from metaadamw_lite.experiments.relatives import Records
 from metaadamw_lite.lilaw import weights_of
@@ -89,13 +89,13 @@ def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def chance_statement(runs: pd.DataFrame) -> str:
-    """On which kinds of noise AdamW is not five points above chance, so that accuracies say little (Markdown)."""
+    """On which kinds of noise AdamW is hardly above chance, so that accuracies say little (Markdown)."""
     adamw = runs[runs["variant"] == "adamw"]
     chance = adamw["task"].map(lambda name: 100 / (NOISY[name].classes or math.nan))
     mean = adamw.assign(chance=chance).groupby("noise", sort=False)[["best", "chance"]].mean()
-    blind = mean[~(mean["best"] >= mean["chance"] + 5)]  # NaN included
+    blind = mean[~(mean["best"] >= mean["chance"] + report.ABOVE_CHANCE)]  # NaN included
     if blind.empty:
-        return "AdamW is more than five points above chance on every kind of noise."
+        return f"AdamW is more than {report.ABOVE_CHANCE:g} points above chance on every kind of noise."
     named = "; ".join(f"{noise}: {row['best']:.1f} %, chance {row['chance']:.0f} %" for noise, row in blind.iterrows())
     return f"**Hardly above chance** is AdamW on some kinds; their rows say little about accuracy. {named}."
 
@@ -332,7 +332,10 @@ def plot_weights(lilaw: LiLAW) -> Figure:
 
 
 def plot_arms(runs: pd.DataFrame, arms: Sequence[str]) -> Figure:
-    """Test accuracy of several arms in the best and the last epoch, and what they learned by heart; a line a seed."""
+    """Test accuracy of several arms in the best and the last epoch, and what they learned by heart.
+
+    A line is a seed; a dot is the mean, with Student's 95 % interval.
+    """
     panels = {
         "best": "test accuracy, best epoch (%)",
         "last": "test accuracy, last epoch (%)",
@@ -351,7 +354,17 @@ def plot_arms(runs: pd.DataFrame, arms: Sequence[str]) -> Figure:
             linewidth=0.8,
             ax=ax,
         )
-        sns.pointplot(part, x="variant", y=column, order=arms, hue="variant", palette=COLOURS, linestyle="none", ax=ax)
+        sns.pointplot(
+            part,
+            x="variant",
+            y=column,
+            order=arms,
+            hue="variant",
+            palette=COLOURS,
+            errorbar=student_interval,
+            linestyle="none",
+            ax=ax,
+        )
         ax.set(xlabel="", ylabel=label)
         ax.set_xticks(
             range(len(arms)), [LABELS[arm].replace(" + ", "\n+ ") for arm in arms], fontsize="small", rotation=25

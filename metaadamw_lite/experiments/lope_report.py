@@ -7,8 +7,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from metaadamw_lite.experiments import paired, relatives
-from metaadamw_lite.experiments.figures import legend_below
+from metaadamw_lite.experiments import paired, relatives, report
+from metaadamw_lite.experiments.figures import legend_below, student_interval
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.paired import PairedDifference
 from metaadamw_lite.experiments.relatives import Records
@@ -81,7 +81,7 @@ def accuracy_statement(runs: pd.DataFrame) -> str:
         f"Before any adaptation: perplexity {before['perplexity']:.0f}, accuracy {before['accuracy']:.1f} %. "
         f"About half of the reviews are good ones, and the accuracy of all runs lies between {low:.1f} and {high:.1f} %"
     )
-    if high < 55:
+    if high < 50 + report.ABOVE_CHANCE:
         says += ": **no arm reads the sentiment** at this size. What can be compared is perplexity"
     models = sorted(start["perplexity"].unique())
     if len(models) > 1:
@@ -135,7 +135,7 @@ def noise_cost_table(runs: pd.DataFrame) -> pd.DataFrame:
             rows[label] = {"noise costs (%)": text, "difference": difference}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["noise costs (%)", "difference"])
     table = relatives.corrected_table(table.rename_axis("LoPE against"))
-    table.loc[table.index == LOPE_LABELS["lope"], "verdict"] = "–"
+    table.loc[table.index == LOPE_LABELS["lope"], "verdict"] = "–"  # it is not compared with itself
     return table
 
 
@@ -169,7 +169,7 @@ def lope_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_lope_against(runs: pd.DataFrame) -> Figure:
-    """How much lower LoPE's perplexity is than each other arm's: a panel for each noise, a dot for each seed."""
+    """How much lower LoPE's perplexity is than each other arm's, with Student's 95 % interval; a dot for each seed."""
     final = runs[runs["final"]]
     noises = list(dict.fromkeys(final[final["variant"] == "lope"]["noise"]))
     figure, axes = plt.subplots(
@@ -178,11 +178,13 @@ def plot_lope_against(runs: pd.DataFrame) -> Figure:
     order = [label for arm, label in LOPE_LABELS.items() if arm != "lope"]
     for ax, noise in zip(axes.flat, noises, strict=True):
         wide = final[final["noise"] == noise].pivot(index="seed", columns="variant", values="perplexity").astype(float)
-        lower = 100 * (1 - wide.drop(columns="lope").rdiv(wide["lope"], axis=0))  # as ``lope_against``, pair by pair
+        lower = wide.drop(columns="lope").apply(
+            lambda other, lope=wide["lope"]: paired.improvements_by_seed(lope, other, lower_is_better=True)
+        )
         long = lower.rename(columns=LOPE_LABELS).melt(var_name="arm", value_name="lower")
         sns.stripplot(long, x="lower", y="arm", order=order, color="grey", size=4, jitter=False, ax=ax)
         sns.pointplot(
-            long, x="lower", y="arm", order=order, errorbar=("ci", 95), seed=0, linestyle="none", markersize=4, ax=ax
+            long, x="lower", y="arm", order=order, errorbar=student_interval, linestyle="none", markersize=4, ax=ax
         )
         ax.axvline(0, color="black", linewidth=0.7)
         ax.set(title=f"{noise} noise", xlabel="LoPE's perplexity\nis lower by (%)", ylabel="")
@@ -190,7 +192,7 @@ def plot_lope_against(runs: pd.DataFrame) -> Figure:
 
 
 def plot_stages(runs: pd.DataFrame) -> Figure:
-    """Perplexity of clean reviews after each stage and after masking, with 95 % intervals; a panel for each noise."""
+    """Perplexity of clean reviews after each stage and after masking, mean and range over seeds; a panel a noise."""
     noises = list(dict.fromkeys(runs["noise"]))
     stages = {"1": "after stage I", "2": "after stage II", "masked": "expert masked"}
     shown = runs[runs["at"].isin(stages)]
@@ -209,8 +211,7 @@ def plot_stages(runs: pd.DataFrame) -> Figure:
             markers=["o", "D", "s"],
             markersize=4,
             dodge=0.4,
-            errorbar=("ci", 95),
-            seed=0,
+            errorbar=("pi", 100),
             linestyle="none",
             ax=ax,
             legend=ax is axes.flat[0],
@@ -223,7 +224,7 @@ def plot_stages(runs: pd.DataFrame) -> Figure:
 def plot_expert_use(records: Records) -> Figure:
     """The router's weight of the poisoning expert for clean words and for kinds of noise; a panel for each training.
 
-    Mean and 95 % interval over seeds, for the arms that have such an expert.
+    Mean and range over seeds, for the arms that have such an expert.
     """
     rows = [
         {"noise": noise_share(r["run"]["task"]), "arm": LOPE_LABELS[r["run"]["variant"]], "words": kind}
@@ -247,8 +248,7 @@ def plot_expert_use(records: Records) -> Figure:
             markersize=4,
             dodge=0.5,
             linestyle="none",
-            errorbar=("ci", 95),
-            seed=0,
+            errorbar=("pi", 100),
             ax=ax,
             legend=ax is axes.flat[0],
         )

@@ -1,7 +1,7 @@
 """Labels made wrong on purpose: how many, which ones, and what they become, all set by a seed.
 
-Every injector takes true labels and returns ``Corrupted``: the labels as they will be observed, and the numbers of the
-samples that are wrong. The share is exact: of N samples, the nearest whole number to rate · N changes its label.
+Every injector takes true labels, (N,), and returns them as they will be observed. The share is exact: of N samples, the
+nearest whole number to rate · N changes its label.
 """
 
 import io
@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,19 +32,7 @@ HUMAN_FILE = "cifar10n/cifar10n_labels.npz"
 HUMAN_SOURCE = "https://github.com/UCSC-REAL/cifar-10-100-n/raw/main/data/CIFAR-10_human.pt"
 
 
-class Corrupted(NamedTuple):
-    """Labels that are partly wrong.
-
-    Attributes:
-        labels: as observed, (N,).
-        wrong: the numbers of the samples whose label is not the true one, in increasing order.
-    """
-
-    labels: Array
-    wrong: Array
-
-
-def symmetric(labels: Array, classes: int, rate: float, seed: int) -> Corrupted:
+def symmetric(labels: Array, classes: int, rate: float, seed: int) -> Array:
     """A share ``rate`` of all samples gets another class, each of the others equally likely.
 
     Raises:
@@ -56,7 +44,7 @@ def symmetric(labels: Array, classes: int, rate: float, seed: int) -> Corrupted:
     return _with(labels, chosen, (labels[chosen] + shift) % classes)
 
 
-def asymmetric(labels: Array, pairs: Mapping[int, int], classes: int, rate: float, seed: int) -> Corrupted:
+def asymmetric(labels: Array, pairs: Mapping[int, int], classes: int, rate: float, seed: int) -> Array:
     """A share ``rate`` of the samples of each class that has a partner gets the partner's label.
 
     So the share of wrong labels in all is smaller: with five of ten classes that have a partner, rate/2.
@@ -75,9 +63,7 @@ def asymmetric(labels: Array, pairs: Mapping[int, int], classes: int, rate: floa
     return _with(labels, numbers, partner[labels[numbers]])
 
 
-def instance_dependent(
-    labels: Array, inputs: Array, classes: int, rate: float, seed: int, maps_seed: int | None = None
-) -> Corrupted:
+def instance_dependent(labels: Array, inputs: Array, classes: int, rate: float, seed: int, maps_seed: int) -> Array:
     """A share ``rate`` of all samples gets a wrong class that depends on what the sample looks like.
 
     After Xia et al. (2020, "Part-dependent label noise"): each class has a random linear map from inputs to scores for
@@ -90,14 +76,13 @@ def instance_dependent(
         inputs: (N, ...), numbers of any scale: they are standardised.
         classes: how many classes there are.
         rate: share of wrong labels.
-        seed: of everything random.
-        maps_seed: of the maps, if not ``seed``: parts of one data set are wrong alike only if they share the maps.
+        seed: of everything random but the maps.
+        maps_seed: of the maps: parts of one data set are wrong alike only if they share these.
 
     Raises:
         ValueError: as ``symmetric`` does, and if there is not one input for each label.
     """
     rng = _checked(labels, classes, rate, seed)
-    maps_seed = seed if maps_seed is None else maps_seed
     check_seed(maps_seed)
     if len(inputs) != len(labels):
         raise ValueError(f"{len(inputs)} inputs for {len(labels)} labels; one for each is needed")
@@ -213,10 +198,10 @@ def imbalanced(data: Data, ratio: float, classes: int) -> Data:
 def _injected(part: Batch, noise: Mapping[str, Any], classes: int, seed: int, maps_seed: int) -> Array:
     labels, rate = part[1].numpy(), noise["rate"]
     if noise["kind"] == "symmetric":
-        return symmetric(labels, classes, rate, seed).labels
+        return symmetric(labels, classes, rate, seed)
     if noise["kind"] == "asymmetric":
-        return asymmetric(labels, dict(noise["pairs"]), classes, rate, seed).labels
-    return instance_dependent(labels, part[0].numpy(), classes, rate, seed, maps_seed).labels
+        return asymmetric(labels, dict(noise["pairs"]), classes, rate, seed)
+    return instance_dependent(labels, part[0].numpy(), classes, rate, seed, maps_seed)
 
 
 def _with_labels(part: Batch, labels: Array) -> tuple[Tensor, ...]:
@@ -241,7 +226,7 @@ def _choose(numbers: Array, rate: float, rng: np.random.Generator) -> Array:
     return chosen
 
 
-def _with(labels: Array, chosen: Array, becomes: Array) -> Corrupted:
+def _with(labels: Array, chosen: Array, becomes: Array) -> Array:
     observed = labels.copy()
     observed[chosen] = becomes
-    return Corrupted(observed, np.sort(chosen))
+    return observed

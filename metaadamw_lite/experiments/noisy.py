@@ -66,7 +66,7 @@ def noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task
 
     Args:
         task: CIFAR-10 or IMDB.
-        name: what the kind is called in the task's name, ``TASK-NAME PERCENT``.
+        name: what the kind is called in the task's name, ``TASK-NAMEPERCENT``.
         noise: as ``noise.corrupted`` takes it, without the rate.
         percent: the rate, in percent.
 
@@ -85,7 +85,7 @@ def noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task
             return changed
         sizes = {"widths": (16, 32, 64)} if profile == "lite" else {"widths": (4, 4)}
         if profile == "lite":
-            count = 4_000 if "imbalance" in noise else 2_000  # of which about half are left
+            count = 4_000 if "imbalance" in noise else 2_000  # of which about two fifths are left
             data |= {"train": count, "val": count // 4, "test": 2_000}
             changed = replace(changed, batch_size=64, meta_every=16, lr=LITE_LEARNING_RATE)
         return replace(changed, model=sizes, data=data)

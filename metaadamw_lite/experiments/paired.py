@@ -75,10 +75,6 @@ class PairedDifference:
         low, high = -self.high, -self.low
         return replace(self, mean=-self.mean, low=low, high=high, t_low=t_low, t_high=t_high, log_ratio=log_ratio)
 
-    def inside(self, value: float) -> bool | None:
-        """Whether Student's interval contains a value in the unit; None where there are too few seeds for one."""
-        return None if np.isnan(self.t_low) else self.t_low <= value <= self.t_high
-
     @property
     def pairs(self) -> int:
         """How many pairs were run, those that are lost included."""
@@ -98,6 +94,16 @@ class PairedDifference:
     def interval(self) -> str:
         """The bootstrap interval in the unit, or that there are too few seeds for one."""
         return "[no interval]" if np.isnan(self.low) else f"[{signed(self.low)}, {signed(self.high)}]"
+
+    @property
+    def one_more(self) -> str:
+        """Where a single further pair would fall, with 95 % confidence, or a dash: Student's prediction interval.
+
+        A result from one pair, as the paper's, is to be compared with this and not with an interval for a mean. (For
+        differences that are normal; from so few pairs nobody can see whether they are.)
+        """
+        half = (self.t_high - self.t_low) / 2 * math.sqrt(self.seeds + 1)
+        return "–" if np.isnan(half) else f"[{signed(self.mean - half)}, {signed(self.mean + half)}]"
 
     @property
     def t_interval(self) -> str:
@@ -172,7 +178,7 @@ def verdict(difference: PairedDifference) -> str:
     if not (difference.low or difference.high):
         return "not decided: identical results"
     if difference.p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:
-        return "not decided: within chance"
+        return "not decided: cannot be told from chance"
     return "holds" if difference.low > 0 else "does not hold: it is worse"
 
 

@@ -20,7 +20,6 @@ import torch
 from metaadamw_lite.checks import check_choice, check_seed
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
 
-RESULTS = Path("data/results")
 FORMAT = 2
 _MACHINE_ERRORS = (
     OSError,
@@ -37,6 +36,12 @@ def checkout() -> Path | None:
     """The checkout that the current directory is in, the first folder up with ``data/paper``; None outside one."""
     here = Path.cwd().resolve()
     return next((folder for folder in (here, *here.parents) if (folder / "data" / "paper").is_dir()), None)
+
+
+def default_results() -> Path:
+    """Where records are unless told otherwise: ``data/results`` of the ``checkout``, or of the current directory."""
+    folder = checkout() or Path()
+    return (Path() if folder == Path.cwd().resolve() else folder) / "data" / "results"  # short, for messages
 
 
 class RecordError(ValueError):

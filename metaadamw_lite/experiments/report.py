@@ -96,7 +96,8 @@ def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", bas
 
 
 def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each run: key, status, epochs, best and last metric, test metric, and how far Φ moved.
+    """One row for each run: key, status, data, epochs, best and last metric, those of the test part, meta-updates, how
+    far Φ moved, and the revision of the code.
 
     A meta-update that was refused, since a loss or a gradient was not finite, is not counted.
     """
@@ -183,54 +184,61 @@ def alphas_and_gains(task: str, protocol: str) -> pd.DataFrame:
     return table.assign(share=table["group"].map(shares))
 
 
-def exchanged_phi(task: str, profile: str, group: str = "other/deep/weight") -> pd.DataFrame:
-    """What MetaAdamW gains with the Φ of each seed in the runs of each seed, under the paper's protocol.
+OUTPUT_LAYER = "other/deep/weight"
+"""The modulation group that the output layer's weight is in, in all five models."""
 
-    Args:
-        task: which.
-        profile: "lite" or "paper".
-        group: whose α is shown; by default the output layer's.
+
+def exchanged_phi(task: str, profile: str) -> pd.DataFrame:
+    """What MetaAdamW does with the Φ of each seed in the runs of each seed, under the paper's protocol.
 
     Returns:
         One row for each run that ended with a finite result: "seed" (of weights, batches and dropout), "phi" (the seed
-        that Φ's random start is of), "alpha" (the group's mean over the run) and "gain", the logarithm of the ratio to
-        AdamW's outcome with the run's seed, times 100 (positive is better).
+        that Φ's random start is of), "alpha" (the output layer's mean over the run), "outcome" (what the run reports)
+        and "gain": the logarithm of its ratio to AdamW's with the run's seed, times 100 (positive is better; NaN
+        without AdamW's run).
 
     Raises:
         ValueError: for an unknown task, or a profile other than "lite" and "paper".
     """
     check_choice("profile", profile, OF_REAL_DATA)
     of_profile = [r for r in recorded(task) if (r["run"]["protocol"], r["run"]["profile"]) == ("paper", profile)]
+    columns = ["seed", "phi", "alpha", "outcome", "gain"]
     if not of_profile:
-        return pd.DataFrame(columns=["seed", "phi", "alpha", "gain"])
-    runs = outcomes(runs_frame(of_profile)).set_index(["variant", "seed"])["outcome"].astype(float)
+        return pd.DataFrame(columns=columns)
+    outcome = outcomes(runs_frame(of_profile)).set_index(["variant", "seed"])["outcome"].astype(float)
     factors = factors_frame(r for r in of_profile if r["run"]["variant"] in ("metaadamw", *EXCHANGED))
-    alpha = factors[factors["group"] == group].groupby(["variant", "seed"])["alpha"].mean()
+    alpha = factors[factors["group"] == OUTPUT_LAYER].groupby(["variant", "seed"])["alpha"].mean()
     sign = -1 if TASKS[task].lower_is_better else 1
     rows = []
     for seed, phi in itertools.product(SEEDS, SEEDS):
         run = ("metaadamw" if phi == seed else phi_of(phi), seed)
-        ratio = runs.get(run, np.nan) / runs.get(("adamw", seed), np.nan)
-        rows.append((seed, phi, alpha.get(run, np.nan), 100 * sign * np.log(ratio)))
-    return pd.DataFrame(rows, columns=["seed", "phi", "alpha", "gain"]).dropna(subset="gain")
+        result = outcome.get(run, np.nan)
+        gain = 100 * sign * np.log(result / outcome.get(("adamw", seed), np.nan))
+        rows.append((seed, phi, alpha.get(run, np.nan), result, gain))
+    return pd.DataFrame(rows, columns=columns).dropna(subset="outcome")
 
 
 def what_a_seed_does(table: pd.DataFrame) -> dict[str, float]:
-    """How much of the gains of an ``exchanged_phi`` goes with Φ, and how much with all else that a seed draws.
+    """How much of MetaAdamW's results goes with Φ's random start, and how much with all else that a seed draws.
+
+    Args:
+        table: from ``exchanged_phi``.
 
     Returns:
-        The shares of the sum of squares (they add up to one) that the means of the five Φ's explain ("phi"), those of
-        the seeds of everything else ("seed"), and neither ("rest"); and "p" of Friedman's test that the Φ's do not
-        differ, with the seeds as blocks.
+        Of the logarithms of the results, the shares of the sum of squares (they add up to one) that the means of the
+        Φ's explain ("phi"), the means of the seeds of everything else ("seed"), and neither ("rest"); where nothing
+        matters, the first two are (k − 1)/(k² − 1) each on average, 1/6 for k = 5. And "p" of Friedman's test that
+        the Φ's do not differ, with the seeds as blocks.
 
     Raises:
         ValueError: where a run is missing, or did not end with a finite result.
     """
-    gains = table.pivot(index="seed", columns="phi", values="gain").reindex(index=[*SEEDS], columns=[*SEEDS])
-    if gains.isna().any(axis=None):
-        missing = [(int(seed), int(phi)) for seed, phi in np.argwhere(gains.isna())]
+    results = table.pivot(index="seed", columns="phi", values="outcome").reindex(index=[*SEEDS], columns=[*SEEDS])
+    if results.isna().any(axis=None):
+        missing = [(int(seed), int(phi)) for seed, phi in np.argwhere(results.isna())]
         raise ValueError(f"no result for (seed, Φ) {missing}; each seed is needed with each Φ")
-    apart = gains.to_numpy() - gains.to_numpy().mean()
+    logs = np.log(results.to_numpy())
+    apart = logs - logs.mean()
     phi, seed = (float(len(SEEDS) * (apart.mean(axis=axis) ** 2).sum() / (apart**2).sum()) for axis in (0, 1))
     p = stats.friedmanchisquare(*apart.T).pvalue
     return {"phi": phi, "seed": seed, "rest": 1 - phi - seed, "p": float(p)}
@@ -257,6 +265,10 @@ PAIRS = (("metaadamw", "adamw"), ("metaadamw-frozen", "adamw"), ("metaadamw", "m
 """The comparisons that every chapter makes: an arm and its baseline."""
 
 
+ABOVE_CHANCE = 5.0
+"""Percentage points above guessing that accuracies need to say anything."""
+
+
 def near_chance(task: str, outcome: pd.DataFrame) -> bool:
     """Whether the task has classes, and MetaAdamW's runs under ``paper`` are not five points better than guessing.
 
@@ -268,13 +280,13 @@ def near_chance(task: str, outcome: pd.DataFrame) -> bool:
     if classes is None:
         return False
     (accuracy,) = by_seed(outcome, "paper", "metaadamw")
-    return bool(accuracy.mean() < 1 / classes + 0.05)
+    return bool(100 * accuracy.mean() < 100 / classes + ABOVE_CHANCE)
 
 
 def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[str, str]) -> pd.DataFrame:
     """The paired comparisons of the three arms under both protocols, one row each with its 95 % interval, as text."""
     rows = []
-    for protocol in ("paper", "clean"):
+    for protocol in PROTOCOLS:
         for arm, baseline in PAIRS:
             d = compare(outcome, protocol, arm, baseline, lower_is_better)
             rows.append(
@@ -408,12 +420,13 @@ def searched(task: str, protocol: str, profile: str) -> pd.DataFrame:
 
 
 def tuned_table() -> pd.DataFrame:
-    """MetaAdamW as published against AdamW with a searched learning rate: a row for each search that is done.
+    """MetaAdamW at the paper's settings against AdamW with a searched learning rate; a row for each search done.
 
     Returns:
         Indexed by task, protocol and profile: learning_rate (the best), edge (it is the largest or smallest one tried),
         tuned (AdamW at that rate against AdamW at the paper's, None where they are the same), difference (MetaAdamW
-        against the former), both a ``PairedDifference``, and p_holm, corrected over the rows.
+        against the former), both a ``PairedDifference``, worse (in how many pairs it is worse), and p_holm, corrected
+        over the rows.
 
     Raises:
         ValueError: if no search is complete.
@@ -429,13 +442,15 @@ def tuned_table() -> pd.DataFrame:
                 fresh = runs["seed"].isin(SEEDS)  # not those that the rate was chosen with
                 outcome = outcomes(runs[fresh & (runs["profile"] == profile)])
                 rate = learning_rate(best)
+                arm, tuned = by_seed(outcome, protocol, "metaadamw", best)
                 rows[name, protocol, profile] = {
                     "learning_rate": rate,
                     "edge": rate in (min(LEARNING_RATES), max(LEARNING_RATES)),
                     "tuned": None
                     if best == "adamw"
                     else compare(outcome, protocol, best, "adamw", task.lower_is_better),
-                    "difference": compare(outcome, protocol, "metaadamw", best, task.lower_is_better),
+                    "difference": improvement(arm, tuned, task.lower_is_better),
+                    "worse": int((improvements_by_seed(arm, tuned, task.lower_is_better) < 0).sum()),
                 }
     if not rows:
         raise ValueError("no search is complete yet: `sweep baseline/lite` makes it")
@@ -460,7 +475,7 @@ def tuned_statement(table: pd.DataFrame) -> str:
         f"* It is **worse**: {where(table[verdicts.str.startswith('does not')])}.",
         f"* That is {decided} of {tested.sum()} comparisons; after Holm's correction for their number {left} of "
         "them are left. The others are **not decided**.",
-        f"* The search gained AdamW something: {where(table[searches == 'holds'])}; it cost something: "
+        f"* The search gained AdamW something (not corrected): {where(table[searches == 'holds'])}; it cost something: "
         f"{where(table[searches.str.startswith('does not')])}.",
     ]
     if not tested.all():
@@ -541,8 +556,8 @@ def movement_table(task: str, profile: str) -> pd.DataFrame:
         return pd.DataFrame(columns=["change", "variant", "seed", "meta_updates", "alpha_moved", "same_phi"])
     names = {name: f"{row.factor}: {row.value}" for name, row in ABLATIONS.items()}
     same = {"metaadamw"} | {name for name, row in ABLATIONS.items() if row.factor in KEEP_PHI}
-    runs = moved.groupby(["variant", "seed"]).agg(meta_updates=("update", "max"), alpha_moved=("alpha_moved", "max"))
-    runs = runs.reset_index()
+    counts = runs_frame(records).set_index(["variant", "seed"])["meta_updates"]
+    runs = moved.groupby(["variant", "seed"])[["alpha_moved"]].max().join(counts).reset_index()
     change = runs["variant"].map({"metaadamw": "MetaAdamW"} | names)
     return runs.assign(change=change, same_phi=runs["variant"].isin(same))
 
@@ -616,7 +631,7 @@ def bench_record(device: str = "cpu") -> dict[str, Any] | None:
     return record
 
 
-def noted(text: str, profile: str, seeds: int = len(SEEDS)) -> str:
+def noted(text: str, profile: str, pairs: int = len(SEEDS)) -> str:
     """A statement, with a note where it rests on shortened runs, or on fewer seeds of the main study than planned.
 
     A verdict that is given before all are there may be another one with the next seed.
@@ -624,6 +639,6 @@ def noted(text: str, profile: str, seeds: int = len(SEEDS)) -> str:
     if text.startswith(NEVER):
         return text
     notes = ["lite runs"] if profile == "lite" else []
-    if seeds < len(SEEDS):
-        notes.append(f"interim: {seeds} of {len(SEEDS)} planned seeds")
+    if pairs < len(SEEDS):
+        notes.append(f"interim: {pairs} of {len(SEEDS)} planned seeds")
     return f"{text} ({'; '.join(notes)})" if notes else text

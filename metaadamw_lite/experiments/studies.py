@@ -272,7 +272,7 @@ def sweep(
                         errors[key] = outcome
                         tqdm.write(f"{key}: {outcome}")
             except TerminatedWorkerError as error:  # all workers end with one that is killed
-                killed = [key for key in todo if key not in errors and abandoned(key, results, patience=2)]
+                killed = [key for key in todo if key not in errors and abandoned(key, results)]
                 if not killed and unexplained:
                     raise ChildProcessError("a worker was killed before it began a run (out of memory?)") from error
                 unexplained = not killed  # or another sweep has taken its run in the meantime

@@ -111,7 +111,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One of the paper's tasks.
+    """A task: one of the paper's, or one with wrong labels.
 
     Attributes:
         name: as on the command line.

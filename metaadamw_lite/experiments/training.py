@@ -1,10 +1,11 @@
 """One run, from the seed to the record.
 
 All arms of a comparison are paired by seed: with the same seed they start from the same weights, see the same batches
-in the same order and draw the same dropout masks. That holds because every source of randomness is seeded from (seed,
-epoch, purpose) alone, because a meta-update leaves the random number generators as it found them, and because a run
-computes on one CPU thread: how many there are decides in which order sums are added up. It also makes a run that was
-killed go on to the same result from the checkpoint of its last whole epoch.
+in the same order and draw the same dropout masks. That holds because every source of randomness is seeded from the
+run's seed alone (with epoch and purpose, where it is drawn from again and again), because a meta-update leaves the
+random number generators as it found them, and because a run computes on one CPU thread: how many there are decides in
+which order sums are added up. It also makes a run that was killed go on to the same result from the checkpoint of its
+last whole epoch.
 """
 
 import contextlib
@@ -34,8 +35,8 @@ from metaadamw_lite.experiments.lope_study import LoPESettings
 from metaadamw_lite.experiments.mislabels import SampleHistory, detection
 from metaadamw_lite.experiments.noise import corrupted
 from metaadamw_lite.experiments.records import (
-    RESULTS,
     RunKey,
+    default_results,
     environment,
     is_the_machines_fault,
     peak_memory_mib,
@@ -60,7 +61,7 @@ class RunInProgressError(RuntimeError):
 
 def run(
     key: RunKey,
-    results: Path = RESULTS,
+    results: Path | None = None,
     device: str = "cpu",
     progress: bool = True,
     settings: Settings | LoPESettings | None = None,
@@ -70,7 +71,7 @@ def run(
 
     Args:
         key: which run.
-        results: folder of the records.
+        results: folder of the records; None for ``default_results()``.
         device: as torch names it.
         progress: show a progress bar.
         settings: the task's, instead of those of the key's profile; for trying things out, with another ``results``.
@@ -91,13 +92,14 @@ def run(
         OSError: if a file cannot be read or written. This and what else is the machine's fault leaves no record.
     """
     mine = run_settings(key, settings)
+    folder = default_results() if results is None else results
 
     def make() -> dict[str, Any]:
         if isinstance(mine, LoPESettings):  # adaptations have training of their own
             return lope_study.make(key, mine, torch.device(device), progress)
-        return _Run(_task(key), key, mine, results, torch.device(device)).make(progress)
+        return _Run(_task(key), key, mine, folder, torch.device(device)).make(progress)
 
-    return made_with(mine, _recorded(key, results, device, wait, make), key.path(results))
+    return made_with(mine, _recorded(key, folder, device, wait, make), key.path(folder))
 
 
 def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -> Settings | LoPESettings:
@@ -181,7 +183,9 @@ def _recorded(
                     write_record(record, key, results)
                     key.path(results, ".ckpt").unlink(missing_ok=True)
             finally:
-                key.path(results, ".lock").unlink(missing_ok=True)  # it stays where a process is killed: ``abandoned``
+                # It stays where a process is killed: ``abandoned``. Whoever waits for it is not fooled by a new file of
+                # that name, since filelock looks whether the one that it has locked is still there.
+                key.path(results, ".lock").unlink(missing_ok=True)
     except Timeout:
         raise RunInProgressError(f"{key} is being made by another process (lock {lock.lock_file})") from None
     return read_record(path)
@@ -197,19 +201,17 @@ def _one_cpu_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def abandoned(key: RunKey, results: Path, patience: float = 0) -> bool:
-    """Whether a process began this run and is gone: it has no record, and a lock that nobody holds.
+ENDING_SECONDS = 2
+"""For so long a process that was killed may still be about to end."""
 
-    Args:
-        key: which run.
-        results: folder of the records.
-        patience: for so many seconds the process may still be about to end.
-    """
+
+def abandoned(key: RunKey, results: Path) -> bool:
+    """Whether a process began this run and is gone: it has no record, and a lock that nobody holds."""
     path = key.path(results, ".lock")
     if not path.exists():
         return False
     try:
-        with FileLock(path).acquire(timeout=patience):
+        with FileLock(path).acquire(timeout=ENDING_SECONDS):
             return not key.path(results).exists()
     except Timeout:
         return False
@@ -269,7 +271,8 @@ def measure(task: Task, model: nn.Module, samples: Batch) -> Measured:
         terms += score.terms
         correct += 0 if score.correct is None else score.correct
     mean = float(loss / terms)
-    return Measured(mean, task.metric_of(mean, float(correct / terms)))
+    metric = task.metric_of(mean, float(correct / terms)) if math.isfinite(mean) else math.nan
+    return Measured(mean, metric)  # a model that gives no numbers has no accuracy either
 
 
 class _Stopwatch:
@@ -377,9 +380,6 @@ class _Run:
         look_every = max(1, self.steps_per_epoch // LOOKS_PER_EPOCH)
         for t, batch in enumerate(batches, start=(epoch - 1) * self.steps_per_epoch + 1):
             score = self._training_score(self.model, batch)
-            if self.lilaw is not None and not torch.isfinite(score.loss):
-                summed += math.nan
-                break
             self.optimizer.zero_grad()
             score.loss.backward()  # type: ignore[no-untyped-call]
             with in_step.running():
@@ -393,7 +393,6 @@ class _Run:
             # A look at the loss makes a GPU wait for Python, so there are only a few in an epoch.
             looking = t % look_every == 0
             if looking and not math.isfinite(value := score.loss.item()):
-                summed += math.nan
                 break
             if isinstance(self.optimizer, MetaAdamW):
                 if looking:

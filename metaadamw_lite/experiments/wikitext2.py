@@ -39,7 +39,7 @@ VOCABULARY = 10_000
 
 
 def synthetic_lines(lines: int, seed: int) -> pd.DataFrame:
-    """A stand-in with the column of WikiText-2: made-up sentences, some too short to hold a block."""
+    """A stand-in with the column of WikiText-2: made-up sentences, each long enough for one block or two."""
     rng = np.random.default_rng(seed)
     return pd.DataFrame({"text": [" ".join(words) for words in made_up_sentences(lines, 3 * BLOCK, rng)]})
 
