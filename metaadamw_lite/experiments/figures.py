@@ -281,7 +281,7 @@ def plot_ablations(table: pd.DataFrame) -> Figure:
     ax.axvline(0, color="black", linewidth=0.7)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
-    ax.set(xlabel="change against MetaAdamW (%), mean and Student's 95 % interval; negative is worse")
+    ax.set(xlabel="change against MetaAdamW (%; negative is worse)\nmean and Student's 95 % interval")
     return figure
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -233,13 +234,8 @@ def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "
     epochs = report.epochs_frame(r for r in records if r["run"]["variant"] in arms).dropna(subset=column)
     epochs = epochs.assign(value=epochs[column].astype(float) * (1 if column == "val_loss" else 100))
     tasks = list(dict.fromkeys(epochs["task"]))
-    columns = min(4, len(tasks))
-    rows = -(-len(tasks) // columns)
-    size = (2.5 * columns, 2.5 * rows + 0.4) if columns > 1 else (7.2, 3.8)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
-    for ax in axes.flat[len(tasks) :]:
-        ax.set_axis_off()
-    for ax, task in zip(axes.flat, tasks, strict=False):
+    figure, axes = _panels(len(tasks), (2.5, 2.5) if len(tasks) > 1 else (7.2, 3.8))
+    for ax, task in zip(axes, tasks, strict=True):
         sns.lineplot(
             epochs[epochs["task"] == task],
             x="epoch",
@@ -252,12 +248,24 @@ def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "
             dashes=DASHES,
             errorbar=("pi", 100),
             ax=ax,
-            legend=ax is axes.flat[0],
+            legend=ax is axes[0],
         )
         ax.set(title=noise_name(task).replace(", ", ",\n"), xlabel="epoch", ylabel=EPOCH_LABELS[column])
-    axes.flat[0].set_ylim(bottom=0)
-    legend_below(figure, axes.flat[0], columns=len(arms))
+    axes[0].set_ylim(bottom=0)
+    legend_below(figure, axes[0], columns=len(arms))
     return figure
+
+
+def _panels(count: int, size: tuple[float, float], sharex: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with panels of a size (inches) and one height axis, four in a row; places left over stay empty."""
+    columns = min(4, count)
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size[0] * columns, size[1] * rows), sharex=sharex, sharey=True, squeeze=False
+    )
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, list(axes.flat[:count])
 
 
 def plot_scalars(records: Records) -> Figure:
@@ -295,14 +303,8 @@ def plot_detection(found: pd.DataFrame, order: Sequence[str]) -> Figure:
         order: the methods, from top to bottom.
     """
     noises = list(dict.fromkeys(found["noise"]))
-    columns = min(4, len(noises))
-    rows = -(-len(noises) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.1 * columns + 1.8, 2.8 * rows), sharex=True, sharey=True, squeeze=False
-    )
-    for ax in axes.flat[len(noises) :]:
-        ax.set_axis_off()
-    for ax, noise in zip(axes.flat, noises, strict=False):
+    figure, axes = _panels(len(noises), (2.6, 2.8), sharex=True)
+    for ax, noise in zip(axes, noises, strict=True):
         part = found[found["noise"] == noise]
         sns.stripplot(part, x="auroc", y="method", order=order, color="grey", size=4, jitter=False, ax=ax)
         sns.pointplot(

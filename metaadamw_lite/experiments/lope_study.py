@@ -10,8 +10,9 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -321,31 +322,21 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
         model, lope = _adapted(start, arm, s, key.seed)
         trainable = sum(p.numel() for p in _parameters(model, lope))
         optimizer = torch.optim.AdamW(_parameters(model, lope), lr=s.lr, weight_decay=0.0)
-        order = torch.Generator().manual_seed(int(seeds[2]))
-        hiss = torch.Generator().manual_seed(int(seeds[3]))
-
-        def continuous(embeddings: Tensor, valid: Tensor) -> Tensor:
-            return continuous_noise(embeddings, valid, s.embedding_noise / math.sqrt(s.length * s.width), hiss)
-
+        order, hiss = (torch.Generator().manual_seed(int(seed)) for seed in seeds[2:])
+        scale = s.embedding_noise / math.sqrt(s.length * s.width)
+        continuous = partial(continuous_noise, scale=scale, generator=hiss)
         first = max(1, round(arm.first * 2 * s.steps))
         for stage, steps in ((1, first), (2, 2 * s.steps - first)):
             if arm.poisoning and lope is not None:
                 lope.stage(stage)
             rows = (poison if stage == 1 else train).to(device)
             noise = continuous if arm.continuous and stage == 1 else None
-            started, losses = time.perf_counter(), []
-            model.train()
-            for _ in tqdm(range(steps), desc=f"{key} stage {stage}", disable=not progress):
-                drawn = torch.randint(0, len(rows), (s.batch_size,), generator=order).to(device)
-                loss = loss_of(model, rows[drawn], noise)
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
-                losses.append(loss.detach())
-            seconds = round(time.perf_counter() - started, 3)
-            mean = float(torch.stack(losses).mean())
-            tested = _tested(model, before, ends, data)
-            entries.append({"epoch": stage, "stage": str(stage), "train_loss": mean, "seconds": seconds, **tested})
+            batches = (
+                rows[torch.randint(0, len(rows), (s.batch_size,), generator=order).to(device)]
+                for _ in tqdm(range(steps), desc=f"{key} stage {stage}", disable=not progress)
+            )
+            trained = _trained(model, optimizer, batches, noise)
+            entries.append({"epoch": stage, "stage": str(stage)} | trained | _tested(model, before, ends, data))
         use = None
         if lope is not None:
             use = _router_use(model, lope, data, s, device)
@@ -378,6 +369,25 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
         "peak_memory_mib": peak_memory_mib(device),
         "environment": where,
     }
+
+
+def _trained(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Tensor],
+    noise: Callable[[Tensor, Tensor], Tensor] | None,
+) -> dict[str, float]:
+    """Train on some batches: the mean loss, and how long it took."""
+    started, losses = time.perf_counter(), []
+    model.train()
+    for batch in batches:
+        loss = loss_of(model, batch, noise)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.detach())
+    mean = float(torch.stack(losses).mean())
+    return {"train_loss": mean, "seconds": round(time.perf_counter() - started, 3)}
 
 
 def circumstances(key: RunKey) -> dict[str, Any]:
