@@ -249,6 +249,14 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     blind_times = "{:.0f} and {:.0f} times".format(*(spread[task, "clean"] for task in ("wikitext2", "imdb")))
     assert f"is {times[0]} AdamW's on WikiText-2 and {times[1]} on IMDB (under `clean` {blind_times})" in says
 
+    exchanged = {task: report.exchanged_phi(task, "lite") for task in ("wikitext2", "multi30k", "etth1")}
+    shares = [100 * report.what_a_seed_does(table)["phi"] for table in exchanged.values()]
+    assert "{:.1f} and {:.1f} % go with Φ on these two tasks".format(*shares[:2]) in says
+    assert f"On ETTh1 it is {shares[2]:.0f} %" in says
+    new = pd.concat(exchanged[task].query("phi != seed") for task in ("wikitext2", "multi30k"))
+    assert ((new["alpha"] > 1) == (new["gain"] > 0)).all()
+    assert f"all {len(new)} new runs gain or lose as" in says
+
     table, clean_table = report.table_of_tasks(), report.table_of_tasks(protocol="clean")
     gains = [t.loc["etth1", "difference"].mean for t in (table, clean_table)]
     assert (

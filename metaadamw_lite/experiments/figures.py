@@ -256,12 +256,12 @@ def plot_exchanged_phi(table: pd.DataFrame) -> Figure:
         table: from ``report.exchanged_phi``.
     """
     alpha = table.groupby("phi")["alpha"].mean().sort_values()
-    place = {phi: f"Φ of seed {phi}\nα = {a:.2f}" for phi, a in alpha.items()}
+    place = {phi: f"{phi}\nα = {a:.2f}" for phi, a in alpha.items()}
     shown = table.assign(phi=table["phi"].map(place), seed=table["seed"].map("{:.0f}".format))
     figure, ax = plt.subplots(figsize=(6.4, 3.4))
     sns.stripplot(shown, x="phi", y="gain", order=place.values(), hue="seed", palette="colorblind", dodge=True, ax=ax)
     ax.axhline(0, color="black", linewidth=0.7)
-    ax.set(xlabel="random start of Φ, and the α of the output layer that it gives", ylabel="gain (log ratio × 100)")
+    ax.set(xlabel="seed of Φ's random start, and the α that it gives the output layer", ylabel="gain (log ratio × 100)")
     sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title="seed of all else", fontsize="small")
     return figure
 
