@@ -582,18 +582,20 @@ def assert_same_results(ours, theirs, task):
 
 
 @pytest.mark.slow
-def test_two_sweeps_at_once_share_the_work(smoke, tmp_path):
+def test_two_sweeps_at_once_share_the_work(smoke, tmp_path, tmp_path_factory):
     command = [*COMMAND, "sweep", "smoke", "--task", "imdb", "--jobs", "2", "--results", tmp_path]
-    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [tmp_path_factory.mktemp("errors") / "stderr" for _ in range(2)]
+    both = []
+    for path in errors:
+        with path.open("w") as file:
+            both.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file))
     files: dict[Path, set[int]] = {}
     while any(process.poll() is None for process in both):
         for path in tmp_path.rglob("*.json"):
             files.setdefault(path, set()).add(path.stat().st_ino)
         time.sleep(0.02)
     assert all(len(numbers) == 1 for numbers in files.values()), "a run that is made twice is written twice"
-    for process in both:
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    assert [process.returncode for process in both] == [0, 0], [path.read_text() for path in errors]
     assert_same_results(tmp_path, smoke, "imdb")
 
 

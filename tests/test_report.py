@@ -253,9 +253,16 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     shares = [100 * report.what_a_seed_does(table)["phi"] for table in exchanged.values()]
     assert "{:.1f} and {:.1f} % go with Φ on these two tasks".format(*shares[:2]) in says
     assert f"On ETTh1 it is {shares[2]:.0f} %" in says
+    text = (report.repository() / "notebooks" / "12_results.ipynb").read_text(encoding="utf-8")
+    gains = {task: exchanged[task].pivot(index="seed", columns="phi", values="gain") for task in exchanged}
+    within = [(g.max() - g.min()).max() for g in gains.values()]
+    between = [g.mean().max() - g.mean().min() for g in gains.values()]
+    assert f"to within {math.ceil(within[0])} (log ratio × 100) on WikiText-2 and {within[1]:.0f} on Multi30k" in text
+    assert f"lie up to {(gains['wikitext2'].max().max() - gains['wikitext2'].min().min()):.0f} and" in text
+    assert min(between[:2]) > 5 * max(within[:2])
     new = pd.concat(exchanged[task].query("phi != seed") for task in ("wikitext2", "multi30k"))
     assert ((new["alpha"] > 1) == (new["gain"] > 0)).all()
-    assert f"all {len(new)} new runs gain or lose as" in says
+    assert f"all {len(new)} new runs gain where the output layer's α is above one" in says
 
     table, clean_table = report.table_of_tasks(), report.table_of_tasks(protocol="clean")
     gains = [t.loc["etth1", "difference"].mean for t in (table, clean_table)]
@@ -1036,9 +1043,12 @@ def test_pictures_show_the_numbers_of_their_tables():
 
     epochs = report.epochs_frame(made("adamw", k, [3.0 + k, 2.0 - k / 10]) for k in range(3))
     crossed = report.exchanged_phi("wikitext2", "lite")
-    columns = figures.plot_exchanged_phi(crossed).axes[0].collections
-    heights = sorted(y for collection in columns for y in collection.get_offsets()[:, 1])
-    assert heights == pytest.approx(sorted(crossed["gain"]))
+    dots_of = [c.get_offsets() for c in figures.plot_exchanged_phi(crossed).axes[0].collections]
+    places = pd.DataFrame(np.concatenate([np.asarray(of) for of in dots_of if len(of)]), columns=["x", "gain"])
+    order = crossed.groupby("phi")["alpha"].mean().sort_values().index
+    for place, phi in enumerate(order):
+        shown = places[places["x"].round() == place]["gain"]
+        assert sorted(shown) == pytest.approx(sorted(crossed[crossed["phi"] == phi]["gain"]))
 
     band = figures.plot_curves(epochs, ["paper"], TASKS["etth1"]).axes[0].collections[0].get_paths()[0].vertices
     assert {(1.0, 3.0), (1.0, 5.0), (2.0, 1.8), (2.0, 2.0)} <= {(x, round(y, 9)) for x, y in band}, "lowest to highest"

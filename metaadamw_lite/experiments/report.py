@@ -203,10 +203,10 @@ def exchanged_phi(task: str, profile: str) -> pd.DataFrame:
     check_choice("profile", profile, OF_REAL_DATA)
     of_profile = [r for r in recorded(task) if (r["run"]["protocol"], r["run"]["profile"]) == ("paper", profile)]
     columns = ["seed", "phi", "alpha", "outcome", "gain"]
-    if not of_profile:
+    factors = factors_frame(r for r in of_profile if r["run"]["variant"] in ("metaadamw", *EXCHANGED))
+    if factors.empty:
         return pd.DataFrame(columns=columns)
     outcome = outcomes(runs_frame(of_profile)).set_index(["variant", "seed"])["outcome"].astype(float)
-    factors = factors_frame(r for r in of_profile if r["run"]["variant"] in ("metaadamw", *EXCHANGED))
     alpha = factors[factors["group"] == OUTPUT_LAYER].groupby(["variant", "seed"])["alpha"].mean()
     sign = -1 if TASKS[task].lower_is_better else 1
     rows = []

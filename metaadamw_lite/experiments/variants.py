@@ -170,7 +170,7 @@ def changed(settings: Settings, variant: str) -> Settings:
         return settings
     new = replace(settings, lr=_TUNED[variant]) if variant in _TUNED else _CHANGES[variant](settings)
     if new == settings:
-        plain = "metaadamw" if variant in ABLATIONS else "adamw"
+        plain = "metaadamw" if variant in ABLATIONS or variant in EXCHANGED else "adamw"
         raise ValueError(f"optimizer is {variant!r}, which is what {plain!r} is on this task; use that")
     return new
 
