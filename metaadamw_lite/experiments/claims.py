@@ -21,6 +21,7 @@ from metaadamw_lite.experiments.paired import (
 from metaadamw_lite.experiments.relatives import Records
 from metaadamw_lite.experiments.studies import study_runs
 from metaadamw_lite.experiments.task import PROTOCOLS
+from metaadamw_lite.experiments.variants import ABLATIONS
 
 
 def claims_table() -> pd.DataFrame:
@@ -76,7 +77,7 @@ def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.D
     if kind == "improvement":
         d, profile = main.loc[task, ["difference", "profile"]]
         ours = report.noted(str(d), profile)
-        if profile == "paper" and d.one_more != "–":
+        if profile == "paper" and d.seeds >= ENOUGH_SEEDS:
             gain = float(report.paper_table(2).loc[task, "improvement_percent"])
             ours += f"; one more pair, as the paper's with {gain:+.2f} %: {d.one_more}"
         return ours, report.noted(verdict(d), profile, d.pairs)
@@ -221,8 +222,8 @@ def _measured_cost(kind: str, record: dict[str, Any]) -> "tuple[dict[str, pd.Ser
     if kind == "updates":
         return {f"{who}, every 100 steps": ratios for who, ratios in of_a_step.groupby("who")["ratio"]}, "{:+.1f}"
     if kind == "frequent":
-        settings = {task: task.settings("paper") for task in TASKS.values()}
-        every = {task.title: s.meta_every * s.meta_per_epoch // 10 for task, s in settings.items()}
+        often = ABLATIONS["updates-10"].change
+        every = {task.title: often(task.settings("paper")).meta_every for task in TASKS.values()}
         ratios = of_a_step["ratio"].rename(lambda measure: measure.split(", ")[1])
         added = {title: 100 * ratios[title] / steps for title, steps in every.items()}
         return {"ours, ten times an epoch, five tasks": pd.Series(added)}, "{:+.0f}"
