@@ -21,6 +21,10 @@ from metaadamw_lite.groups import ModulationGroup
 FEATURE_VERSIONS = ("basic", "basic_plus", "enhanced", "norm_basic", "norm_basic_plus")
 
 
+Products = tuple[float, float, float, float, float]
+"""⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩."""
+
+
 class TensorState(NamedTuple):
     """A parameter tensor θ at one moment of training: its gradient g and its moments m and v, all of one shape."""
 
@@ -95,7 +99,7 @@ def time_feature(step: int, total_steps: int | None) -> float:
     return math.tanh(step / 2000)  # 2σ(x) − 1 = tanh(x/2)
 
 
-def inner_products(state: TensorState) -> tuple[float, float, float, float, float]:
+def inner_products(state: TensorState) -> Products:
     """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of one tensor, in float64.
 
     The readable version: ``fast`` takes them of many tensors together, and calls this one for those it cannot take so.

@@ -103,10 +103,10 @@ def test_a_state_of_other_features_is_refused(batches):
         MetaAdamW(tiny().named_parameters(), include_time_step=False, attn_heads=5).load_state_dict(other.state_dict())
 
 
-def assert_refused(batches, change, message):
+def assert_refused(batches, change, message, **settings):
     """A state that ``change`` has changed is refused before anything of the optimizer is."""
     model = tiny()
-    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS, **settings)
     train(model, optimizer, batches[:2])
     state = copy.deepcopy(optimizer.state_dict())
     change(state)
@@ -124,14 +124,16 @@ def test_a_state_whose_meta_optimizer_lacks_a_group_is_refused_before_anything_i
 
 
 def test_a_state_whose_meta_optimizer_has_no_state_is_refused_before_anything_is_changed(batches):
+    """SGD's is empty and may be missing; Adam's moments may not."""
+
     def change(state):
         del state["meta"]["meta_optimizer_state"]["state"]
 
-    assert_refused(batches, change, "meta_optimizer_state lacks 'state'")
+    assert_refused(batches, change, "meta_optimizer_state lacks 'state'", meta_optimizer="adam")
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("amsgrad", True), ("maximize", True), ("betas", (2.0, 0.9)), ("lr", -1.0)]
+    ("setting", "value"), [("amsgrad", "yes"), ("capturable", True), ("betas", (2.0, 0.9)), ("lr", -1.0)]
 )
 def test_a_state_with_settings_that_the_constructor_refuses_is_refused(batches, setting, value):
     assert_refused(batches, lambda state: state["param_groups"][0].update({setting: value}), setting)
