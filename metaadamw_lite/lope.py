@@ -21,7 +21,7 @@ import random
 import string
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,8 +104,8 @@ class LoPELinear(KeepsFloat32):
         self.scale, self.mask, self.training = scale, None, base.training
         self.base = base.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) to (..., d_out), in the type of the base layer's output."""
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        """(..., d_in) to (..., d_out), in the type of the base layer's output; other arguments go to that alone."""
         wide = x.to(self.A.dtype)
         h = F.linear(wide, self.A)
         scores = F.linear(wide, self.router)
@@ -120,7 +120,13 @@ class LoPELinear(KeepsFloat32):
             mixed = torch.einsum("...n,...no->...o", clean, outputs)
             if self.mask is None:
                 mixed = mixed + weights[..., -1:] * poisoned
-        result: Tensor = self.base(x)
+        result: Tensor = self.base(x, *others, **named)
+        if not isinstance(result, Tensor) or result.shape != mixed.shape:
+            returned = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            raise ValueError(
+                f"a {type(self.base).__name__} returned {returned}; an adapter can be added to shape "
+                f"{tuple(mixed.shape)} only"
+            )
         if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
             warnings.warn(
                 f"a {type(self.base).__name__} passes no gradient on to its input; adapters in front of it learn only "

@@ -424,6 +424,29 @@ def test_a_bias_may_be_computed_where_the_weight_is_plain():
     torch.testing.assert_close(model(x), expected)
 
 
+class Gated(nn.Linear):
+    def forward(self, x, gate, *, shift=0.0):
+        return gate * super().forward(x) + shift
+
+
+def test_other_arguments_go_to_the_layer():
+    model, x = nn.ModuleDict({"gated": Gated(32, 32)}), inputs()
+    expected = model["gated"](x, 2.0, shift=1.0)
+    lope = LoPE.wrap(model, ["gated"])
+    assert_same(model["gated"](x, 2.0, shift=1.0), expected)
+    assert list(lope.layers) == ["gated"]
+
+
+@pytest.mark.parametrize("output", [lambda y: (y, None), lambda y: y.sum(dim=-1, keepdim=True), lambda y: y[None]])
+def test_an_output_that_an_adapter_cannot_be_added_to_is_refused(output):
+    model = Chain(linear())
+    forward = model.middle.forward
+    model.middle.forward = lambda x: output(forward(x))
+    LoPE.wrap(model, ["middle"])
+    with pytest.raises(ValueError, match="an adapter can be added to shape"):
+        model(inputs())
+
+
 def test_a_layer_that_passes_no_gradient_on_is_warned_of():
     model = Chain(torchao("Int8DynamicActivationInt8WeightConfig"))
     lope = adapters(model)
