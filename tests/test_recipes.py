@@ -93,8 +93,8 @@ def test_the_recipe_runs_and_trains(title, names, recwarn, monkeypatch):
 
 
 def test_every_recipe_has_its_code():
-    """All but the one that needs several processes, which ``test_distributed`` runs."""
-    assert {title for title, _ in SECTIONS} - set(RECIPES) == {"Several processes"}
+    """All but the one that needs several processes, which ``test_distributed`` runs, and that of other methods."""
+    assert {title for title, _ in SECTIONS} - set(RECIPES) == {"Several processes", "LiLAW and LoPE"}
 
 
 @pytest.mark.parametrize("copied", [False, True])
