@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from metaadamw_lite.checks import check_choice, check_count, check_not_negative, check_seed, check_share
 from metaadamw_lite.precision import KeepsFloat32
-from metaadamw_lite.sharding import is_sharded
+from metaadamw_lite.sharding import is_sharded, refuse_flat_parameters
 
 
 class LoPELinear(KeepsFloat32):
@@ -271,7 +271,12 @@ class LoPE:
         if isinstance(target_modules, str):
             raise ValueError(f"target_modules is {target_modules!r}; a sequence of names is needed")
         check_seed(seed)
-        named = dict(model.named_modules(remove_duplicate=False))
+        refuse_flat_parameters(model.parameters(), model)
+        named = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if "parametrizations" not in name.split(".")  # what computes a layer's weight is no layer
+        }
         found: dict[str, nn.Module] = {}
         for target in target_modules:
             matches = {n: m for n, m in named.items() if n == target or n.endswith(f".{target}")}
