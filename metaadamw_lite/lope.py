@@ -145,7 +145,7 @@ class LoPELinear(KeepsFloat32):
         return f"rank={len(self.A)}, {count} clean expert{'s' if count > 1 else ''}{poison}, mask={self.mask}"
 
 
-_WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TYPES_OF_PLAIN_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _plain_weight(base: nn.Module) -> nn.Parameter | None:
@@ -154,7 +154,7 @@ def _plain_weight(base: nn.Module) -> nn.Parameter | None:
     The attribute ``weight`` is not read, since spectral norm computes it anew and moves its buffers then.
     """
     weight = base._parameters.get("weight")
-    return weight if type(weight) is nn.Parameter and weight.dtype in _WIDE else None
+    return weight if type(weight) is nn.Parameter and weight.dtype in _TYPES_OF_PLAIN_WEIGHTS else None
 
 
 def _sizes(base: nn.Module) -> tuple[int, int]:
