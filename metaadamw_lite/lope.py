@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from metaadamw_lite.checks import check_choice, check_count, check_not_negative, check_seed, check_share
 from metaadamw_lite.precision import KeepsFloat32
-from metaadamw_lite.sharding import is_sharded
+from metaadamw_lite.sharding import is_sharded, refuse_flat_parameters
 
 
 class LoPELinear(KeepsFloat32):
@@ -145,7 +145,7 @@ class LoPELinear(KeepsFloat32):
         return f"rank={len(self.A)}, {count} clean expert{'s' if count > 1 else ''}{poison}, mask={self.mask}"
 
 
-_WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TYPES_OF_PLAIN_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _plain_weight(base: nn.Module) -> nn.Parameter | None:
@@ -154,7 +154,7 @@ def _plain_weight(base: nn.Module) -> nn.Parameter | None:
     The attribute ``weight`` is not read, since spectral norm computes it anew and moves its buffers then.
     """
     weight = base._parameters.get("weight")
-    return weight if type(weight) is nn.Parameter and weight.dtype in _WIDE else None
+    return weight if type(weight) is nn.Parameter and weight.dtype in _TYPES_OF_PLAIN_WEIGHTS else None
 
 
 def _sizes(base: nn.Module) -> tuple[int, int]:
@@ -271,7 +271,12 @@ class LoPE:
         if isinstance(target_modules, str):
             raise ValueError(f"target_modules is {target_modules!r}; a sequence of names is needed")
         check_seed(seed)
-        named = dict(model.named_modules(remove_duplicate=False))
+        refuse_flat_parameters(model.parameters(), model)
+        named = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if "parametrizations" not in name.split(".")  # what computes a layer's weight is no layer
+        }
         found: dict[str, nn.Module] = {}
         for target in target_modules:
             matches = {n: m for n, m in named.items() if n == target or n.endswith(f".{target}")}

@@ -167,6 +167,16 @@ def sharded(model):
     return fully_shard(model, mesh=mesh)
 
 
+def test_layers_of_the_first_fsdp_are_refused(one_process):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(Chain(linear()), use_orig_params=True, device_id=torch.device("cpu"))
+    before = everything(model)
+    with pytest.raises(ValueError, match="fully_shard"):
+        LoPE.wrap(model, TARGETS)
+    assert everything(model) == before
+
+
 @pytest.mark.parametrize("wrap", [sharded, nn.parallel.DistributedDataParallel])
 def test_layers_that_are_spread_over_processes_are_adapted_before_or_refused(one_process, wrap):
     model = wrap(Chain(linear()))
@@ -316,6 +326,11 @@ def test_a_layer_with_a_forward_of_its_own_is_adapted_and_its_merge_refused(kind
     assert str(error.value).count("cannot be merged") == 1
     assert everything(model) == modules
     assert_same(model(x), trained)
+
+
+def test_what_computes_a_weight_is_not_taken_for_a_layer_of_that_name():
+    model = nn.Sequential(parametrizations.weight_norm(linear()), linear())
+    assert list(LoPE.wrap(model, ["0", "1"]).layers) == ["0", "1"]
 
 
 def test_looking_at_a_layer_does_not_move_its_buffers():
