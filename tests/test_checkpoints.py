@@ -397,7 +397,7 @@ ROUTES = ("gathered", "full", "sent from the first", "folder", "folder, full", "
 def found():
     """What two processes found: ``checkpoints_of_two.py`` says what that is."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(HERE / "checkpoints_of_two.py")], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*command, str(HERE / "checkpoints_of_two.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
