@@ -14,7 +14,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import largest_gap
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -72,7 +77,9 @@ def make(way: str, seed: int, **settings) -> tuple[nn.Module, MetaAdamW]:
 
 
 def put(state: tuple[dict, dict], twin: tuple, options: StateDictOptions | None = None) -> None:
-    set_state_dict(*twin, model_state_dict=state[0], optim_state_dict=state[1], options=options)
+    # One by one: torch's ``set_state_dict`` takes an empty state, which all but the first process have, for none.
+    set_model_state_dict(twin[0], state[0], options=options)
+    set_optimizer_state_dict(*twin, state[1], options=options)
 
 
 def gathered(run: tuple, twin: tuple, folder: str) -> None:
