@@ -24,6 +24,7 @@ from metaadamw_lite.groups import (
     native_groups,
     places_by_class,
     places_by_name,
+    shape_of,
 )
 from metaadamw_lite.sharding import is_sharded, refuse_flat_parameters
 
@@ -60,6 +61,7 @@ class Membership:
         self._names: dict[Tensor, str] = {}
         self._places: dict[Tensor, Place] = {} if model is None else places_by_class(model)
         self._members: list[list[Tensor]] = []
+        self._lazy: list[Tensor] = []
         self._has_warned = False
 
     def name_parameters(self, group: dict[str, Any], beside: ParamGroups) -> dict[str, Any]:
@@ -95,8 +97,13 @@ class Membership:
             self._model = self._model or weakref.ref(model)
 
     def is_current(self, param_groups: ParamGroups) -> bool:
-        """Whether the parameter groups hold the same parameters as when the modulation groups were formed."""
+        """Whether the parameter groups hold the same parameters as when the modulation groups were formed.
+
+        Parameters of lazy modules are others once they have a shape, which may tell their layer type.
+        """
         members = self._members
+        if self._lazy and not all(map(is_lazy, self._lazy)):
+            return False
         return len(members) == len(param_groups) and all(
             len(group["params"]) == len(old) and all(map(is_, group["params"], old))
             for group, old in zip(param_groups, members, strict=True)
@@ -106,8 +113,7 @@ class Membership:
         """Form the modulation groups of the parameters that are there now, and bring ``param_names`` up to date.
 
         Raises:
-            ValueError: for complex parameters, for those of lazy modules that have no shape yet, and for those that
-                FSDP1 has flattened. Nothing is changed then.
+            ValueError: for complex parameters, and for those that FSDP1 has flattened. Nothing is changed then.
         """
         names: dict[Tensor, str] = {}
         named = self._named_by_model()
@@ -135,6 +141,7 @@ class Membership:
         self._names = {p: name for p, name in names.items() if name}
         self._places = {p: place for p, place in self._places.items() if p in names}
         self._members = [list(group["params"]) for group in param_groups]
+        self._lazy = [p for p in names if is_lazy(p)]
         for group in param_groups:
             if self._names or self._complete:
                 group["param_names"] = [names[p] for p in group["params"]]
@@ -174,19 +181,14 @@ class Membership:
 
 
 def check_parameters(names: Mapping[Tensor, str]) -> None:
-    """Refuse parameters that the method is not defined for, or that have no shape yet, by their names.
+    """Refuse complex parameters, by their names.
 
     Raises:
-        ValueError: for complex and for lazy parameters.
+        ValueError: for the first one.
     """
     for p, name in names.items():
-        if is_lazy(p):
-            raise ValueError(
-                f"parameter {name or 'without a name'} of a lazy module has no shape yet; run the model on a batch "
-                "before the optimizer is made"
-            )
         if p.is_complex():
-            raise ValueError(f"parameter {name or tuple(p.shape)} is {p.dtype}; only real parameters are supported")
+            raise ValueError(f"parameter {name or shape_of(p)} is {p.dtype}; only real parameters are supported")
 
 
 def model_behind(params: Any) -> nn.Module | None:

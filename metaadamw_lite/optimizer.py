@@ -134,9 +134,8 @@ class MetaAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: for an argument out of range (a parameter group's included), an unknown name, heads that do not
-            divide the features, options of torch's AdamW that are not supported, complex parameters, lazy ones without
-            a shape, parameters that FSDP1 has flattened, an empty parameter list, or nameless parameters that ``model``
-            does not have.
+            divide the features, options of torch's AdamW that are not supported, complex parameters, parameters that
+            FSDP1 has flattened, an empty parameter list, or nameless parameters that ``model`` does not have.
         RuntimeError: for ``foreach`` and ``fused`` together, as in torch.
         TypeError: for ``params`` that are neither tensors nor groups of them, as in torch.
     """

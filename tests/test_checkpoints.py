@@ -235,7 +235,7 @@ def test_several_groups_in_another_order(batches, options):
         named = dict(model.named_parameters())
         parts = [[(n, p) for n, p in named.items() if ("norm" in n) is norm] for norm in (True, False)]
         groups = [{"params": part, "lr": lr} for part, lr in zip(parts, (0.01, 0.02), strict=True)]
-        return model, MetaAdamW(groups[::turn], named_from=model, meta_lr=0.1, seed=seed)
+        return model, MetaAdamW(groups[::turn], model=model, meta_lr=0.1, seed=seed)
 
     first, second = make_groups(0, 1), make_groups(9, 1)
     go_on(*first, batches)

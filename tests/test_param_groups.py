@@ -159,7 +159,7 @@ WAYS = {
     "named": lambda model: {"params": model.named_parameters()},
     "pairs": lambda model: {"params": list(model.named_parameters())},
     "tensors": lambda model: {"params": model.parameters()},
-    "tensors of a model": lambda model: {"params": list(model.parameters()), "named_from": model},
+    "tensors of a model": lambda model: {"params": list(model.parameters()), "model": model},
     "original": lambda model: {"params": model.named_parameters(), "group_strategy": "original"},
 }
 
@@ -233,7 +233,7 @@ def test_groups_are_those_of_the_same_parameters_by_name(batches, change, way):
         optimizer.features()
     names = {p: name for name, p in model.named_parameters()}
     groups = [{"params": [(names[p], p) for p in group["params"]]} for group in optimizer.param_groups]
-    expected = MetaAdamW(groups, named_from=model)
+    expected = MetaAdamW(groups, model=model)
     assert members(optimizer) == members(expected)
     torch.testing.assert_close(sorted(g.depth for g in optimizer.groups), sorted(g.depth for g in expected.groups))
 
@@ -319,7 +319,7 @@ def test_a_run_that_was_changed_is_resumed_by_an_optimizer_of_the_same_groups(ba
     groups = [[pairs[p] for p in group["params"]] for group in optimizer.param_groups]
     resumed = MetaAdamW(
         [{"params": [(names[p], p) for p in params]} for params in groups],
-        named_from=again,
+        model=again,
         meta_lr=0.1,
         meta_optimizer="adam",
         seed=9,
@@ -498,7 +498,7 @@ def test_missing_names_are_warned_of_once(batches):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
     (warning,) = warned(act)
-    assert "named_from" in str(warning.message)
+    assert "model=model" in str(warning.message)
 
 
 def test_a_fallback_to_original_is_warned_of_once(batches):
@@ -510,20 +510,20 @@ def test_a_fallback_to_original_is_warned_of_once(batches):
         train(model, optimizer, batches[:2])
 
     (warning,) = warned(act)
-    assert "named_from" in str(warning.message)
+    assert "model=model" in str(warning.message)
 
 
 @pytest.mark.parametrize(
     "make",
     [
         lambda model: MetaAdamW(model.named_parameters()),
-        lambda model: MetaAdamW(model.parameters(), named_from=model),
+        lambda model: MetaAdamW(model.parameters(), model=model),
         lambda model: MetaAdamW(list(model.named_parameters())),
-        lambda model: MetaAdamW([{"params": list(model.head.parameters())}], named_from=model),
+        lambda model: MetaAdamW([{"params": list(model.head.parameters())}], model=model),
         lambda model: MetaAdamW(model.parameters(), group_strategy="original"),
-        lambda model: MetaAdamW(model.parameters(), named_from=model, group_strategy="original"),
+        lambda model: MetaAdamW(model.parameters(), model=model, group_strategy="original"),
     ],
-    ids=["named", "named_from", "pairs", "groups", "original", "original of a model"],
+    ids=["named", "model", "pairs", "groups", "original", "original of a model"],
 )
 def test_whoever_has_what_was_asked_for_is_not_warned(batches, make):
     model = tiny()
@@ -539,9 +539,9 @@ def test_whoever_has_what_was_asked_for_is_not_warned(batches, make):
 
 
 @pytest.mark.parametrize("wrong", [3, "model", nn.Parameter(torch.ones(2)), {"head": None}], ids=str)
-def test_named_from_that_is_no_module_is_refused(wrong):
-    with pytest.raises(ValueError, match="named_from"):
-        MetaAdamW(tiny().parameters(), named_from=wrong)
+def test_a_model_that_is_no_module_is_refused(wrong):
+    with pytest.raises(ValueError, match="model is"):
+        MetaAdamW(tiny().parameters(), model=wrong)
 
 
 # ---------------------------------------------------------------- bad groups, and time
