@@ -171,7 +171,7 @@ class Membership:
             warnings.warn(
                 f"{nameless} of {all_} parameters have no name, so they form one modulation group for each parameter "
                 "group instead of fine-grained ones (section 3.2 of the paper). Pass model.named_parameters(), or "
-                "model=model beside parameters without names; group_strategy='original' asks for these groups",
+                "named_from=model beside parameters without names; group_strategy='original' asks for these groups",
                 stacklevel=4,  # the caller of the constructor, or of ``add_param_group``
             )
 

@@ -104,9 +104,10 @@ class MetaAdamW(torch.optim.AdamW):
         beta_range: β_g stays in 1 ± beta_range/2 (Eq. 8); 0 to 2.
         group_strategy: "fine_grained" (layer type × depth third × bias, section 3.2) or "original" (the optimizer's
             own parameter groups). Parameters without a name are grouped as in "original", with a warning.
-        model: for "fine_grained": decides layer types by module class, and names parameters that come without names. It
-            is found by itself where ``params`` is ``model.named_parameters()``; where it is not known, names and shapes
-            decide.
+        named_from: for "fine_grained": a model that decides layer types by module class, and names parameters that come
+            without names. It is found by itself where ``params`` is ``model.named_parameters()``; where it is not
+            known, names and shapes decide.
+        model: another name of ``named_from``. The Trainer of Hugging Face takes it out of the arguments for itself.
         feature_version: "basic", "basic_plus", "enhanced", "norm_basic" or "norm_basic_plus" (section 3.3).
         use_v_norms, include_time_step: the optional feature columns.
         use_feature_gating: learn a gate for every feature column.
@@ -154,6 +155,7 @@ class MetaAdamW(torch.optim.AdamW):
         alpha_range: float = 1.0,
         beta_range: float = 1.0,
         group_strategy: str = "fine_grained",
+        named_from: nn.Module | None = None,
         model: nn.Module | None = None,
         feature_version: str = "basic",
         use_v_norms: bool = True,
@@ -192,8 +194,11 @@ class MetaAdamW(torch.optim.AdamW):
         check_choice("meta_objective", meta_objective, OBJECTIVES)
         check_choice("meta_optimizer", meta_optimizer, META_OPTIMIZERS)
         check_choice("use_feature_gating", use_feature_gating, (True, False))
-        if not (model is None or isinstance(model, nn.Module)):
-            raise ValueError(f"model is {model!r}; it must be an nn.Module or None")
+        for name, value in (("named_from", named_from), ("model", model)):
+            if not (value is None or isinstance(value, nn.Module)):
+                raise ValueError(f"{name} is {value!r}; it must be an nn.Module or None")
+        if named_from is not None and model is not None:
+            raise ValueError("named_from and model are two names of one argument; pass one of them")
         if huw_priorities is not None:
             check_priorities(huw_priorities, 3)
 
@@ -204,8 +209,9 @@ class MetaAdamW(torch.optim.AdamW):
         self._t = 0
         if isinstance(params, nn.Module):
             params = params.named_parameters()
-        found = model if model is not None else model_behind(params)
-        self._members = Membership(group_strategy, found, complete=model is not None)
+        known = model if named_from is None else named_from
+        found = model_behind(params) if known is None else known
+        self._members = Membership(group_strategy, found, complete=known is not None)
         super().__init__(params, **{name: without_numpy(value) for name, value in settings.items()})
         # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
         self._step_supports_amp_scaling = False

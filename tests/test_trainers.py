@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from functools import partial
 
 import lightning
 import pytest
@@ -210,7 +209,7 @@ def test_parts_that_thaw_without_names_form_groups_of_their_own_and_one_warning(
     names = set(members(trainer.optimizers[0]))
     assert {"param_group_1", "param_group_2"} < names
     assert len(names) == 4, "weight and bias of the head"
-    (warning,) = [w for w in said if "model=model" in str(w.message)]
+    (warning,) = [w for w in said if "named_from" in str(w.message)]
     assert warning.category is UserWarning
 
 
@@ -494,14 +493,14 @@ def test_the_trainer_of_transformers_has_fine_grained_groups_and_its_own_decay(t
     before = copy.deepcopy(model.state_dict())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        trainer = hugging_face(tmp_path, model, partial(MetaAdamW, model=model), {"lr": 1e-2})
+        trainer = hugging_face(tmp_path, model, MetaAdamW, {"lr": 1e-2, "named_from": model})
     optimizer = of_trainer(trainer)
     assert isinstance(optimizer, MetaAdamW)
     assert members(optimizer) == members(MetaAdamW(model.named_parameters()))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     assert (optimizer.alpha != 1).all()
     assert moved(model, before) == {name for name, _ in model.named_parameters()}
-    assert not [w for w in said if "model=model" in str(w.message)]
+    assert not [w for w in said if "named_from" in str(w.message)]
 
 
 def test_the_trainer_of_transformers_without_the_model_says_once_what_to_do(tmp_path):
@@ -509,15 +508,15 @@ def test_the_trainer_of_transformers_without_the_model_says_once_what_to_do(tmp_
         warnings.simplefilter("always")
         trainer = hugging_face(tmp_path, bert(), MetaAdamW, {"lr": 1e-2})
     assert set(members(of_trainer(trainer))) == {"param_group_0", "param_group_1"}
-    (warning,) = [w for w in said if "model=model" in str(w.message)]
+    (warning,) = [w for w in said if "named_from" in str(w.message)]
     assert warning.category is UserWarning
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_the_trainer_of_transformers_trains_as_with_adamw(tmp_path, named):
     ours, theirs = bert(), bert()
-    made = partial(MetaAdamW, model=ours) if named else MetaAdamW
-    hugging_face(tmp_path, ours, made, {"lr": 1e-2, **PLAIN})
+    named_from = {"named_from": ours} if named else {}
+    hugging_face(tmp_path, ours, MetaAdamW, {"lr": 1e-2, **PLAIN, **named_from})
     hugging_face(tmp_path, theirs, torch.optim.AdamW, {"lr": 1e-2})
     assert largest_gap(ours.parameters(), theirs.parameters()) <= 1e-12
 
@@ -526,13 +525,13 @@ def test_the_trainer_of_transformers_stops_and_goes_on_with_the_same_bits(tmp_pa
     whole = bert()
     settings = {"lr": 1e-2, "meta_lr": 0.1, "meta_optimizer": "adam"}
     saving = {"save_strategy": "steps", "save_steps": 4, "callbacks": [MetaUpdate()]}
-    first = hugging_face(tmp_path, whole, partial(MetaAdamW, model=whole), settings, **saving)
+    first = hugging_face(tmp_path, whole, MetaAdamW, {**settings, "named_from": whole}, **saving)
     resumed = bert()
     with torch.no_grad():
         for p in resumed.parameters():
             p.zero_()
     resume = str(tmp_path / "checkpoint-4")
-    second = hugging_face(tmp_path, resumed, partial(MetaAdamW, model=resumed), settings, resume=resume, **saving)
+    second = hugging_face(tmp_path, resumed, MetaAdamW, {**settings, "named_from": resumed}, resume=resume, **saving)
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
     ours, theirs = (of_trainer(trainer).state_dict() for trainer in (second, first))
     assert ours["meta"]["t"] == 6
@@ -546,7 +545,7 @@ def test_frozen_parameters_that_the_trainer_leaves_out_are_not_missed(tmp_path):
     model.bert.encoder.layer[0].requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     trainer = hugging_face(
-        tmp_path, model, partial(MetaAdamW, model=model), {"lr": 1e-2}, callbacks=[MetaUpdate()], max_steps=3
+        tmp_path, model, MetaAdamW, {"lr": 1e-2, "named_from": model}, callbacks=[MetaUpdate()], max_steps=3
     )
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert moved(model, before) == names
@@ -559,7 +558,7 @@ def test_adapters_in_the_trainer_of_transformers_are_grouped_by_their_layers(tmp
     model = get_peft_model(bert(), LoraConfig(r=2, target_modules=["query", "value", "dense"], modules_to_save=[]))
     before = copy.deepcopy(dict(model.named_parameters()))
     trainer = hugging_face(
-        tmp_path, model, partial(MetaAdamW, model=model), {"lr": 1e-2}, callbacks=[MetaUpdate()], max_steps=3
+        tmp_path, model, MetaAdamW, {"lr": 1e-2, "named_from": model}, callbacks=[MetaUpdate()], max_steps=3
     )
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert names
