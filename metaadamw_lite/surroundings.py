@@ -103,12 +103,13 @@ class Surroundings:
         self._memory_of_theta = {_memory(p) for p in params} - {0}
         self._is_new = True
         roots = [model, *(x for x in _listed(also) if isinstance(x, nn.Module))]
-        self._keep_modules(roots, 2 * sum(p.numel() for p in params))
+        self._room = 2 * sum(p.numel() for p in params)
+        self._keep_modules(roots)
         for x in _listed(also):
             self._keep_object(x)
         self._keep(also)  # a list may be what loss_fn changes
 
-    def _keep_modules(self, roots: Sequence[nn.Module], room: int) -> None:
+    def _keep_modules(self, roots: Sequence[nn.Module]) -> None:
         modules = [(name, m) for root in roots for name, m in root.named_modules() if not self._is_known(m)]
         others: list[tuple[str, Tensor]] = []
         for prefix, module in modules:
@@ -120,8 +121,8 @@ class Surroundings:
                 if p is not None and not self._is_known(p):
                     others.append((f"{prefix}.{name}" if prefix else name, p))
         for name, p in sorted(others, key=lambda other: other[1].numel()):
-            room -= p.numel()
-            if room >= 0:
+            if p.numel() <= self._room:
+                self._room -= p.numel()
                 self._values.append(Saved(p))
             else:
                 self._frozen.append(Watched(name, p))
@@ -158,7 +159,7 @@ class Surroundings:
             if not self._is_known(x) and _memory(x) not in self._memory_of_theta:
                 self._values.append(Saved(x))
         elif isinstance(x, nn.Module):
-            self._keep_modules([x], 0)
+            self._keep_modules([x])
         elif isinstance(x, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
             self._generators.append((x, _state_of(x)))
         elif isinstance(x, np.ndarray):

@@ -219,6 +219,13 @@ def by_module_in_a_list(m, h):
     return 0.1 * m.hidden_away[0](h)
 
 
+def by_teacher(m, h):
+    teacher = m.teacher[0]
+    with torch.no_grad():
+        teacher.weight.lerp_(m.head.weight[:, :3], 0.1)
+    return teacher(h)
+
+
 def by_set(m, h):
     m.seen.add(len(m.seen))
     return len(m.seen)
@@ -236,6 +243,7 @@ STATES = {
     "dataclass": (by_record, lambda: {"record": Record(torch.zeros(3))}),
     "array": (by_array, lambda: {"array": np.zeros(3)}),
     "module in a list": (by_module_in_a_list, lambda: {"hidden_away": [nn.BatchNorm1d(3).requires_grad_(False)]}),
+    "teacher in a list": (by_teacher, lambda: {"teacher": [nn.Linear(3, 3).requires_grad_(False)]}),
     "set": (by_set, lambda: {"seen": set()}),
     "generator": (
         lambda m, h: torch.randn(3, generator=m.generator),
