@@ -11,9 +11,9 @@ Read the files in this order; each is one section of the paper (arXiv 2605.04055
 
 ``fast`` and ``sharding`` are the same numbers with less work and on several processes; ``bench`` measures the cost;
 ``checks`` and ``state`` refuse arguments and saved states that do not fit; ``surroundings`` puts back what a
-meta-update's forward passes touch. Two relatives stand beside it and know
-nothing of it: ``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an adapter with an expert for noise,
-arXiv 2505.23868).
+meta-update's forward passes touch, and ``batches`` sees to it that each gets the same batch. Two relatives stand beside
+it and know nothing of it: ``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an adapter with an expert for
+noise, arXiv 2505.23868).
 
 PyTorch and NumPy are the only dependencies of these files (``bench`` has those of ``metaadamw_lite.experiments``, where
 the experiments live).

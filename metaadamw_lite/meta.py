@@ -14,6 +14,8 @@ Only first-order gradients are asked of the model (``first_order_losses``). ``do
 differentiate twice instead; it exists to check the other one. Chapter 5 of the book derives and compares both.
 """
 
+import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
+from metaadamw_lite.batches import handed_out
 from metaadamw_lite.checks import NotFiniteError
 from metaadamw_lite.modulator import Modulation
 from metaadamw_lite.sharding import (
@@ -143,12 +146,13 @@ class Evaluator:
 
     Attributes:
         model, loss_fn: what is evaluated. Of ``DistributedDataParallel`` it is the model inside, since its reducer
-            takes gradients from ``.grad`` only.
+            takes gradients from ``.grad`` only. Containers of a batch are handed to ``loss_fn`` as copies.
         devices: whose random number generators to put back.
         processes: groups of processes that train together, each with batches of its own: losses and gradients are means
             over them, as if the batches had been joined. Empty for a single process.
         sharded: whether each process holds only parts of the parameters.
         put_back: called before every loss, to undo what the one before has changed beside θ.
+        check: called after every loss, to raise an error where it has changed what cannot be undone.
     """
 
     model: nn.Module
@@ -157,10 +161,13 @@ class Evaluator:
     processes: Sequence["dist.ProcessGroup"] = ()
     sharded: bool = False
     put_back: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, model: nn.Module, loss_fn: LossFn, params: Sequence[Tensor]) -> "Evaluator":
         """For a model, for its copies under ``DistributedDataParallel``, or for a model sharded by ``fully_shard``.
+
+        Lightning Fabric's wrapper around each of them casts the inputs and the outputs as it does in training.
 
         Raises:
             ValueError: for parameters that FSDP1 has flattened, and where only some of them are sharded.
@@ -168,8 +175,12 @@ class Evaluator:
         refuse_flat_parameters(params, model)
         refuse_mixtures(params, model)
         devices = [p.device for p in (*model.parameters(), *params)]  # frozen layers may draw masks, too
-        if isinstance(model, DistributedDataParallel):
-            return cls(model.module, loss_fn, devices, [model.process_group])
+        inside: Any = model._forward_module if is_fabrics(model) else model
+        if isinstance(inside, DistributedDataParallel):
+            bare = without_backward_hooks(model, inside.module) if inside is not model else inside.module
+            return cls(bare, loss_fn, devices, [inside.process_group])
+        if inside is not model:
+            model = without_backward_hooks(model, inside)
         sharded = any(is_sharded(p) for p in params)
         if not sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
@@ -195,7 +206,8 @@ class Evaluator:
         torch.clear_autocast_cache()  # autocast keeps copies of the weights, which do not follow them to θ′
         self.put_back()
         with same_random_numbers(self.devices):
-            loss = self.loss_fn(self.model, batch)
+            loss = self.loss_fn(self.model, handed_out(batch))
+        self.check()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn returned {what} on {name}; it must return a tensor with one element")
@@ -298,8 +310,9 @@ def double_backward_losses(
     theta_prime = step.theta_prime(modulation.alpha, modulation.beta)
     by_identity = {id(p): x for p, x in zip(step.params, theta_prime, strict=True)}
     swapped = {
-        name: by_identity[id(p)]
-        for name, p in evaluate.model.named_parameters(remove_duplicate=False)
+        f"{prefix}.{name}" if prefix else name: by_identity[id(p)]
+        for prefix, module in evaluate.model.named_modules()  # each once, under whatever names it is held
+        for name, p in module._parameters.items()
         if id(p) in by_identity
     }
     l_grad = l_val = None
@@ -311,6 +324,38 @@ def double_backward_losses(
             g_prime = torch.autograd.grad(loss, theta_prime, create_graph=True, materialize_grads=True)
             l_grad = gradient_alignment(modulation, step.groups, step.g, g_prime)
     return l_grad, l_val
+
+
+def refuse_another_loss(first: Tensor, second: Tensor) -> None:
+    """A RuntimeError if the loss on B₁, taken twice, differs.
+
+    It has to be the same to the bit on a CPU, and on other devices where deterministic algorithms are asked for;
+    elsewhere sums may be taken in any order, and half of the digits have to agree.
+    """
+    exact = first.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    tolerance = 0.0 if exact else torch.finfo(first.dtype).eps ** 0.5
+    one, two = first.item(), second.item()
+    if abs(one - two) > tolerance * abs(one):
+        raise RuntimeError(
+            f"the loss on batch1 is {one!r} and then {two!r}, with the same parameters, buffers and random numbers; a "
+            "meta-update compares losses, so loss_fn has to depend on model and batch alone. Pass what else it changes "
+            "as also=[...] (another model, a metric, a queue, a generator of random numbers), and do not let it draw "
+            "batches or change objects that are neither modules nor containers"
+        )
+
+
+def is_fabrics(model: nn.Module) -> bool:
+    """Whether a model is wrapped by ``Fabric.setup`` of Lightning, under either of the names of that package."""
+    wrappers = (sys.modules.get(f"{name}.wrappers") for name in ("lightning.fabric", "lightning_fabric"))
+    return any(module is not None and isinstance(model, module._FabricModule) for module in wrappers)
+
+
+def without_backward_hooks(model: nn.Module, inside: nn.Module) -> nn.Module:
+    """Fabric's wrapper with the same precision around ``inside``, whose outputs do not ask for ``fabric.backward``."""
+    twin = copy.copy(model)
+    vars(twin)["_modules"] = {**model._modules, "_forward_module": inside}
+    vars(twin)["_register_backward_hook"] = lambda output: output
+    return twin
 
 
 def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaadamw_lite.batches import Batches
 from metaadamw_lite.checks import (
     NotFiniteError,
     check_choice,
@@ -49,6 +50,7 @@ from metaadamw_lite.meta import (
     MetaLosses,
     double_backward_losses,
     first_order_losses,
+    refuse_another_loss,
 )
 from metaadamw_lite.modulator import Modulator
 from metaadamw_lite.sharding import local, local_gradient, sum_over_shards
@@ -142,6 +144,7 @@ class MetaAdamW(torch.optim.AdamW):
     """
 
     _folded: FoldedModulator | None
+    _loss_is_repeatable = False  # not known before the first meta-update
 
     def __init__(
         self,
@@ -403,24 +406,31 @@ class MetaAdamW(torch.optim.AdamW):
         loss_fn: LossFn,
         val_batch: Any = None,
         *,
+        also: Any = (),
         double_backward: bool = False,
     ) -> MetaLosses:
         """Train Φ by one step on the meta-objective (Algorithm 2) and return its terms.
 
         Everything but Φ, its optimizer and the uncertainty weights is left as it was: parameters, ``.grad``, moments,
-        buffers, train/eval mode and random number generators, also when ``loss_fn`` raises. The losses are taken in the
-        mode (train or eval) the model is in, from the same random numbers and buffers, so that only θ makes a
-        difference. (Parameters are written to and put back: a graph that was made before cannot be used after.)
+        buffers, what modules hold in attributes (``surroundings.Surroundings`` says what is looked at), train/eval mode
+        and random number generators, also when ``loss_fn`` raises. The losses are taken in the mode (train or eval) the
+        model is in, from the same random numbers and this state, so that only θ makes a difference. The first
+        meta-update takes the loss on B₁ twice to see whether that is so. (Parameters are written to and put back: a
+        graph that was made before cannot be used after.)
 
         Under ``DistributedDataParallel`` and ``fully_shard`` every process calls this with batches of its own; losses
         and gradients are means over the processes, so Φ stays the same in all of them. Under ``fully_shard`` call it
         where a step has just been made, not while gradients are being accumulated.
 
         Args:
-            model: the model whose parameters this optimizer holds, or its ``DistributedDataParallel``.
-            batch1, batch2: training batches B₁ and B₂.
+            model: the model whose parameters this optimizer holds, or its ``DistributedDataParallel``, or the wrapper
+                that Lightning Fabric, Accelerate or ``torch.compile`` makes of either.
+            batch1, batch2: training batches B₁ and B₂. ``loss_fn`` gets copies of their containers, and may empty them.
             loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor.
             val_batch: validation batch, required unless the objective is "gradient".
+            also: other things that ``loss_fn`` changes, one or a list, to be put back, too: modules (a GAN's other
+                network, whose batch norm moves; a metric), generators of random numbers, tensors, containers of these,
+                and objects with ``state_dict`` and ``load_state_dict`` or with attributes.
             double_backward: differentiate twice through the model instead of taking a difference of two gradients.
                 Slower, and not possible with every kernel; for checking.
 
@@ -432,7 +442,9 @@ class MetaAdamW(torch.optim.AdamW):
                 What is not finite is a ``metaadamw_lite.checks.NotFiniteError``. Φ stays as it was.
             RuntimeError: for checkpoints with ``use_reentrant=True`` (but under ``fully_shard``), and for a forward
                 pass that changes parameters which are not trained and too large to be copied: these stay as the forward
-                passes left them. Also under ``torch.inference_mode``. Φ stays as it was.
+                passes left them. Also for a ``loss_fn`` that writes to a tensor of a batch or returns another loss when
+                it is called again, and under ``torch.inference_mode``. Φ stays as it was.
+            TypeError: for a batch that is an iterator, and for an object in ``also`` that has no state to be read.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("update_attention takes gradients; call it outside of torch.inference_mode()")
@@ -450,8 +462,15 @@ class MetaAdamW(torch.optim.AdamW):
         evaluate = Evaluator.of(model, loss_fn if sign == 1 else lambda *args: -loss_fn(*args), params)
         if double_backward and evaluate.processes:
             raise ValueError("double_backward is for checking, and does not work with several processes")
-        with torch.enable_grad(), as_found(model, params) as (theta, surroundings):  # lines 1 to 4
-            evaluate.put_back = surroundings.put_back
+        batches = Batches(batch1=batch1, batch2=batch2, val_batch=val_batch)
+        with torch.enable_grad(), as_found(model, params, also) as (theta, surroundings):  # lines 1 to 4
+            evaluate.put_back, evaluate.check = surroundings.put_back, batches.refuse_counted_writes
+            if not self._loss_is_repeatable:
+                twice = [evaluate.value("batch1", batch1) for _ in range(2)]
+                surroundings.refuse_changes()
+                batches.refuse_writes()
+                refuse_another_loss(*twice)
+                self._loss_is_repeatable = True
             loss1 = evaluate.loss("batch1", batch1)  # line 6
             g = evaluate.gradient_of_used(loss1, params)  # line 7
             if not g:
@@ -478,6 +497,7 @@ class MetaAdamW(torch.optim.AdamW):
             if penalty is not None:
                 total = total + self._feature_gating_sparsity * penalty
             surroundings.refuse_changes()
+            batches.refuse_writes()
             self._descend(total)  # lines 31 to 33
         return MetaLosses(total.item(), *(nan if x is None else x.item() for x in (l_grad, l_loss, l_gap)))
 
