@@ -1,5 +1,6 @@
 """Small models and batches that many tests share."""
 
+import os
 from collections.abc import Iterable
 from types import SimpleNamespace
 
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 torch.set_num_threads(1)
+if (
+    not torch.cuda.is_available()
+):  # before anything imports Triton, as torch's compiler does: its kernels run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class TinyTransformer(nn.Module):
