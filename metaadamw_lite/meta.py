@@ -17,7 +17,7 @@ differentiate twice instead; it exists to check the other one. Chapter 5 of the 
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,16 +88,51 @@ def gradient_alignment(
     like = modulation.lambda1
     rows = [torch.stack([(x * x).sum(), (x * y).sum(), (y * y).sum()]) for x, y in zip(g, g_prime, strict=True)]
     sums = sum_over_shards(torch.stack([row.to(like) for row in rows]), params)
+    return _alignment_of_sums(modulation, groups, sums, _precision(g))
+
+
+def _precision(g: Sequence[Tensor]) -> float:
+    """The machine's ε of the least precise gradient, at most that of float32: sums are not taken in less."""
+    return max(min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps) for x in g)
+
+
+def _alignment_of_sums(modulation: Modulation, groups: Sequence[int], sums: Tensor, precision: float) -> Tensor:
+    """``gradient_alignment`` from ⟨g, g⟩, ⟨g, g′⟩ and ⟨g′, g′⟩ of each of n tensors, (n, 3)."""
+    like = modulation.lambda1
     index = torch.tensor(groups, device=like.device)
     square_g, dot, square = like.new_zeros(len(like), 3).index_add(0, index, sums).unbind(dim=1)
     # The clamp stands inside the root, whose slope at zero is infinite.
     tiny = torch.finfo(like.dtype).tiny
     norms = square_g.sqrt() * square.clamp_min(tiny).sqrt()
-    precision = max(min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps) for x in g)
     least = (ROUNDING * precision) ** 2
     points_anywhere = (square_g <= least * square_g.sum()) | (square <= least * square.sum())
     cosine = (dot / norms.clamp_min(tiny)).masked_fill(points_anywhere, 0)
     return (modulation.lambda1 * square - modulation.lambda2 * cosine).mean()
+
+
+def inner_products(vector: Iterable[Tensor], *others: list[Tensor], like: Tensor) -> Tensor:
+    """⟨x, y⟩ of each of n tensors x in ``vector`` with its counterpart y in each of the lists ``others``: (n, lists).
+
+    On a CPU tensor by tensor, so that no more than one x need exist at a time. On a GPU for all tensors together: a
+    signed sum there is Σ|xy| − 2Σ|min(xy, 0)|, since norms are the sums that torch takes of many tensors at once.
+
+    Args:
+        vector, others: tensors of one shape at each place.
+        like: whose type and device the result has.
+    """
+    if others[0][0].device.type == "cpu":
+        rows = [torch.stack([(x * y).sum() for y in ys]) for x, *ys in zip(vector, *others, strict=True)]
+        return torch.stack([row.to(like) for row in rows])
+    xs = list(vector)
+    return torch.stack([_sums(torch._foreach_mul(xs, ys)).to(like) for ys in others], dim=1)
+
+
+def _sums(tensors: tuple[Tensor, ...]) -> Tensor:
+    """The sum of each of n tensors, (n,), in float64; the tensors are overwritten."""
+    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    total = torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
+    torch._foreach_clamp_max_(tensors, 0)
+    return total - 2 * torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
 
 
 @dataclass
@@ -122,22 +157,69 @@ class HypotheticalStep:
     weight_decay: list[float]
     groups: list[int]
 
-    def theta_prime(self, alpha: Tensor, beta: Tensor) -> list[Tensor]:
-        """θ′ for factors α and β of shape (G,), differentiable in both."""
-        return [
-            theta - lr * alpha[k].to(theta) * (u + beta[k].to(theta) * wd * theta)
-            for theta, u, lr, wd, k in zip(self.theta, self.u, self.lr, self.weight_decay, self.groups, strict=True)
-        ]
+    @classmethod
+    def of(
+        cls,
+        params: list[Tensor],
+        theta: list[Tensor],
+        g: list[Tensor],
+        m: list[Tensor],
+        v: list[Tensor],
+        max_v: list[Tensor],
+        step: Sequence[Tensor | None],
+        settings: Sequence[Mapping[str, Any]],
+        groups: list[int],
+    ) -> "HypotheticalStep":
+        """The step that AdamW's state leads to, a list item for each tensor.
+
+        Args:
+            params, theta, g, groups: as the attributes.
+            m, v, max_v: moments before the step, and the largest v, which counts with ``amsgrad`` only.
+            step: step counts before it; None for 0.
+            settings: parameter groups, with lr, betas, eps and weight_decay.
+        """
+        beta1, beta2 = ([float(group["betas"][i]) for group in settings] for i in (0, 1))
+        t = _counts_after(step)
+        m_hat, v_hat = torch._foreach_mul(m, beta1), torch._foreach_mul(v, beta2)
+        torch._foreach_add_(m_hat, torch._foreach_mul(g, [1 - x for x in beta1]))  # Eq. 1
+        torch._foreach_addcmul_(v_hat, g, g, [1 - x for x in beta2])  # Eq. 2
+        for x, largest, group in zip(v_hat, max_v, settings, strict=True):
+            if group["amsgrad"]:
+                x.copy_(torch.maximum(x, largest))
+        torch._foreach_div_(m_hat, [1 - x**n for x, n in zip(beta1, t, strict=True)])  # Eq. 3
+        torch._foreach_div_(v_hat, [1 - x**n for x, n in zip(beta2, t, strict=True)])
+        torch._foreach_sqrt_(v_hat)
+        torch._foreach_add_(v_hat, [float(group["eps"]) for group in settings])
+        torch._foreach_div_(m_hat, v_hat)
+        lr, weight_decay = ([float(group[name]) for group in settings] for name in ("lr", "weight_decay"))
+        return cls(params, theta, g, list(m_hat), lr, weight_decay, groups)
+
+    def theta_prime(self, alpha: Tensor, beta: Tensor) -> Sequence[Tensor]:
+        """θ′ for factors α and β of shape (G,), without gradients."""
+        a, b = alpha.tolist(), beta.tolist()
+        decays = [b[k] * wd for k, wd in zip(self.groups, self.weight_decay, strict=True)]
+        step = torch._foreach_mul(self.theta, decays)
+        torch._foreach_add_(step, self.u)
+        torch._foreach_mul_(step, [-lr * a[k] for k, lr in zip(self.groups, self.lr, strict=True)])
+        torch._foreach_add_(step, self.theta)
+        return step
 
     def pull_back(self, vector: Iterable[Tensor], alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """From ∂L/∂θ′ to (dL/dα, dL/dβ), each (G,): the inner products with ∂θ′/∂α_g and ∂θ′/∂β_g."""
-        rows = [torch.stack([(x * u).sum(), (x * t).sum()]) for x, u, t in zip(vector, self.u, self.theta, strict=True)]
-        along_u, along_theta = sum_over_shards(torch.stack([row.to(alpha) for row in rows]), self.params).unbind(dim=1)
-        d_alpha, d_beta = torch.zeros_like(alpha), torch.zeros_like(beta)
-        for i, (lr, wd, k) in enumerate(zip(self.lr, self.weight_decay, self.groups, strict=True)):
-            d_alpha[k] -= lr * (along_u[i] + beta[k] * wd * along_theta[i])
-            d_beta[k] -= lr * alpha[k] * wd * along_theta[i]
-        return d_alpha, d_beta
+        rows = sum_over_shards(inner_products(vector, self.u, self.theta, like=alpha), self.params)
+        along_u, along_theta = rows.unbind(dim=1)
+        lr, wd = alpha.new_tensor([self.lr, self.weight_decay]).unbind()
+        index = torch.tensor(self.groups, device=alpha.device)
+        by_alpha, by_beta = -lr * (along_u + beta[index] * wd * along_theta), -lr * alpha[index] * wd * along_theta
+        zeros = torch.zeros_like(alpha)
+        return zeros.index_add(0, index, by_alpha), zeros.index_add(0, index, by_beta)
+
+
+def _counts_after(step: Sequence[Tensor | None]) -> list[float]:
+    """Step counts, None for 0, plus one: waits for a GPU once, not once for each."""
+    present = [x for x in step if x is not None]
+    counts = iter(torch.stack([x.to(present[0]) for x in present]).tolist() if present else ())
+    return [1.0 if x is None else next(counts) + 1 for x in step]
 
 
 @dataclass
@@ -225,7 +307,7 @@ class Evaluator:
             reshard(self.model)
         return loss
 
-    def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The loss on a batch, detached, and its gradient by ``params``; zeros for those that it does not contain."""
         loss = self.loss(name, batch)
         pairs = zip(params, self._backward(loss, params), strict=True)
@@ -285,17 +367,24 @@ def first_order_losses(
         l_val = through_the_step(*evaluate.gradient("val_batch", val_batch, step.params))
     if objective in ("gradient", "combined"):
         _, g_prime = evaluate.gradient("batch2", batch2, step.params)
-        # g′ is cut off here, because its dependence on Φ is what H₂r stands for; λ₁ and λ₂ stay connected.
-        leaves = [g.detach().requires_grad_() for g in g_prime]
-        value = gradient_alignment(modulation, step.groups, step.g, leaves, step.params)
-        r = torch.autograd.grad(value, leaves, retain_graph=True)
         with torch.no_grad():
+            pairs = [
+                inner_products(step.g, step.g, g_prime, like=alpha),
+                inner_products(g_prime, g_prime, like=alpha),
+            ]
+            sums = sum_over_shards(torch.cat(pairs, dim=1), step.params)
+        # g′ is cut off here, because its dependence on Φ is what H₂r stands for; λ₁ and λ₂ stay connected.
+        value = _alignment_of_sums(modulation, step.groups, sums.requires_grad_(), _precision(step.g))
+        (by_sums,) = torch.autograd.grad(value, sums, retain_graph=True)
+        with torch.no_grad():
+            _, by_dot, by_square = by_sums.t().tolist()
+            r = torch._foreach_mul(g_prime, [2 * x for x in by_square])  # ∂⟨g′, g′⟩/∂g′ = 2g′, ∂⟨g, g′⟩/∂g′ = g
+            torch._foreach_add_(r, torch._foreach_mul(step.g, by_dot))
             delta = _difference_step(step.params, r)
-            for p, x in zip(step.params, r, strict=True):
-                local(p).add_(delta * x)
+            torch._foreach_add_([local(p) for p in step.params], r, alpha=delta)
         del r  # as large as the model
         _, moved = evaluate.gradient("batch2", batch2, step.params)
-        l_grad = through_the_step(value, ((a - b) / delta for a, b in zip(moved, g_prime, strict=True)))
+        l_grad = through_the_step(value, _difference_quotients(moved, g_prime, delta))
     return l_grad, l_val
 
 
@@ -307,7 +396,10 @@ def double_backward_losses(
     Needs a second derivative of every operation in the model, which fused attention kernels and cuDNN's recurrent
     layers do not have, and the memory for its graph.
     """
-    theta_prime = step.theta_prime(modulation.alpha, modulation.beta)
+    theta_prime = [
+        theta - lr * modulation.alpha[k].to(theta) * (u + modulation.beta[k].to(theta) * wd * theta)
+        for theta, u, lr, wd, k in zip(step.theta, step.u, step.lr, step.weight_decay, step.groups, strict=True)
+    ]
     by_identity = {id(p): x for p, x in zip(step.params, theta_prime, strict=True)}
     swapped = {
         f"{prefix}.{name}" if prefix else name: by_identity[id(p)]
@@ -358,15 +450,22 @@ def without_backward_hooks(model: nn.Module, inside: nn.Module) -> nn.Module:
     return twin
 
 
-def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
+def _difference_step(at: Sequence[Tensor], direction: tuple[Tensor, ...]) -> float:
     """δ of a forward difference: √(machine ε)·(1 + ‖θ‖)/‖r‖ balances rounding against curvature."""
     precision = max(torch.finfo(p.dtype).eps for p in at)
-    pairs = [
-        (torch.linalg.vector_norm(local(p)), torch.linalg.vector_norm(x)) for p, x in zip(at, direction, strict=True)
-    ]
-    norms = torch.stack([torch.stack(pair).cpu().double() for pair in pairs])
+    columns = (torch._foreach_norm([local(p) for p in at]), torch._foreach_norm(direction))
+    norms = torch.stack([torch.stack(column) for column in columns], dim=1).cpu().double()
     norm_at, norm_r = sum_over_shards(norms.square(), at).sum(dim=0).sqrt().tolist()
     return float(precision**0.5 * (1 + norm_at) / max(norm_r, 1e-30))
+
+
+def _difference_quotients(a: list[Tensor], b: list[Tensor], delta: float) -> Iterable[Tensor]:
+    """(a − b)/δ: on a CPU one tensor after the other, which spares the memory for all."""
+    if a[0].device.type == "cpu":
+        return ((x - y) / delta for x, y in zip(a, b, strict=True))
+    difference: tuple[Tensor, ...] = torch._foreach_sub(a, b)
+    torch._foreach_div_(difference, delta)
+    return difference
 
 
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:

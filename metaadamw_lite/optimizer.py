@@ -56,6 +56,7 @@ from metaadamw_lite.modulator import Modulator
 from metaadamw_lite.sharding import local, local_gradient, sum_over_shards
 from metaadamw_lite.state import pack, unpack
 from metaadamw_lite.surroundings import as_found
+from metaadamw_lite.triton_step import DeviceStep, is_available
 
 META_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
@@ -144,6 +145,7 @@ class MetaAdamW(torch.optim.AdamW):
     """
 
     _folded: FoldedModulator | None
+    _device_step: DeviceStep | None
     _loss_is_repeatable = False  # not known before the first meta-update
 
     def __init__(
@@ -277,12 +279,28 @@ class MetaAdamW(torch.optim.AdamW):
         buckets = self._gather(to_move=True)
         if not buckets:
             return loss
-        self.alpha, self.beta = self._factors(buckets)
-        factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
-        for bucket in buckets:
-            move(bucket, *factors[bucket.k])
+        if not self._step_on_device(buckets):
+            self.alpha, self.beta = self._factors(buckets)
+            factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
+            for bucket in buckets:
+                move(bucket, *factors[bucket.k])
         self._t += 1
         return loss
+
+    def _step_on_device(self, buckets: list[Bucket]) -> bool:
+        """Take the step by the kernels of ``triton_step``, without waiting for the GPU; False where they cannot."""
+        device = buckets[0].theta[0].device
+        if not (is_available(device) and all(runs_fused(b.settings, b.params) for b in buckets)):
+            return False
+        if self._device_step is None:
+            self._device_step = DeviceStep()
+        time = time_feature(self._t, self._total_steps)
+        factors = self._device_step.take(
+            buckets, self.modulator, self._feature_config, self._members.groups, time, self._members.sharded
+        )
+        if factors is not None:
+            self.alpha, self.beta = factors
+        return factors is not None
 
     def _gather(self, gradients: Mapping[Tensor, Tensor] | None = None, to_move: bool = False) -> list[Bucket]:
         """The tensors that have a gradient, with their moments.
@@ -503,27 +521,14 @@ class MetaAdamW(torch.optim.AdamW):
 
     def _hypothetical_step(self, g: Mapping[Tensor, Tensor], theta: Mapping[Tensor, Tensor]) -> HypotheticalStep:
         """The step that would be taken now with gradients ``g``, as a function of α and β (line 14)."""
-        step = HypotheticalStep([], [], [], [], [], [], [])
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p not in g:
-                    continue
-                t = float(self.state[p]["step"]) + 1 if "step" in self.state.get(p, ()) else 1.0
-                m, v, max_v = self._moments(p)
-                m = beta1 * m + (1 - beta1) * g[p]  # Eq. 1
-                v = beta2 * v + (1 - beta2) * g[p].square()  # Eq. 2
-                if group["amsgrad"]:
-                    v = torch.maximum(max_v, v)
-                m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)  # Eq. 3
-                step.params.append(p)
-                step.theta.append(theta[p])
-                step.g.append(g[p])
-                step.u.append(m_hat / (v_hat.sqrt() + group["eps"]))
-                step.lr.append(float(group["lr"]))
-                step.weight_decay.append(group["weight_decay"])
-                step.groups.append(self._members.number[p])
-        return step
+        used = [(p, group) for group in self.param_groups for p in group["params"] if p in g]
+        params, settings = [p for p, _ in used], [group for _, group in used]
+        m, v, max_v = (list(column) for column in zip(*map(self._moments, params), strict=True))
+        counts = [self.state.get(p, {}).get("step") for p in params]
+        groups = [self._members.number[p] for p in params]
+        return HypotheticalStep.of(
+            params, [theta[p] for p in params], [g[p] for p in params], m, v, max_v, counts, settings, groups
+        )
 
     def _descend(self, total: Tensor) -> None:
         """One step of the meta-optimizer down ``total``; a NotFiniteError before it if the gradient is not finite."""
@@ -671,12 +676,13 @@ class MetaAdamW(torch.optim.AdamW):
         self._create_meta_state()
 
     def _forget(self) -> None:
-        """Drop the folded Φ.
+        """Drop the folded Φ, and the tables on a GPU.
 
         Φ is moved into its buffer here and not in the first step, since where numbers lie in memory decides how a
         matrix product rounds, and a resumed run has to round as the first one did.
         """
         self._folded = None
+        self._device_step = None
         if isinstance(self.modulator, Modulator):
             in_one_buffer(self.modulator)
 

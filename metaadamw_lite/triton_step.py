@@ -32,10 +32,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metaadamw_lite.fast import FULL, Bucket, has_no_gaps, in_one_buffer, in_one_order, memory_order
+from metaadamw_lite.fast import Bucket, has_no_gaps, in_one_order, memory_order
 from metaadamw_lite.features import FeatureConfig, constant, structure
+from metaadamw_lite.folded import in_one_buffer
 from metaadamw_lite.groups import ModulationGroup
 from metaadamw_lite.modulator import LARGEST_FEATURE, Modulator
+from metaadamw_lite.sharding import sum_over_shards
 
 CHUNK = 2**13
 """Numbers that one program reads. More leave a GPU idle where the model is small, fewer make a longer table."""
@@ -43,6 +45,7 @@ BLOCK = 2**10
 """Numbers that a program holds at a time."""
 LARGEST_GROUPS, LARGEST_WIDTH, LARGEST_TOKENS = 64, 32, 2**13
 """Groups, columns, and bytes of all token vectors of Φ: with more it does not fit in one program."""
+FULL = (torch.float32, torch.float64)
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATISTICS = ("|g|", "|m|", "|θ|", "cos(g, m)", "|v|", "sparsity g", "sparsity m")
 _CONSTANTS = ("log count", "bias ratio", "depth")
@@ -101,7 +104,9 @@ class Table(NamedTuple):
 
 
 class DeviceStep:
-    """The parts of ``MetaAdamW.step`` for tensors on one GPU; what it keeps are tables that are made anew if they must.
+    """A step of ``MetaAdamW`` for tensors on one GPU; it keeps tables, and makes them anew where the tensors change.
+
+    ``take`` is the whole step. Its parts:
 
     >>> table = device_step.table(buckets, time)
     >>> sums = device_step.inner_products(table, zeros=False)  # with shards: sharding.sum_over_shards(sums, params)
@@ -113,6 +118,43 @@ class DeviceStep:
     def __init__(self) -> None:
         self._layout: Layout | None = None
         self._phi: Weights | None = None
+
+    def take(
+        self,
+        buckets: Sequence[Bucket],
+        modulator: nn.Module,
+        config: FeatureConfig,
+        groups: Sequence[ModulationGroup],
+        time: float,
+        sharded: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Take a step (Algorithm 1) and return the α and β that it used, each (G,), on the device.
+
+        Args:
+            buckets: the tensors to move, with their step counts.
+            modulator: Φ.
+            config: which features Φ sees.
+            groups: the G modulation groups.
+            time: the value of the time feature.
+            sharded: whether parameters are spread over processes.
+
+        Returns:
+            None where the kernels cannot take the step, and nothing has been changed: ``table`` and ``modulate`` say
+            where, and they know neither ``amsgrad`` nor ``maximize``.
+        """
+        if any(bucket.settings["amsgrad"] or bucket.settings["maximize"] for bucket in buckets):
+            return None
+        table = self.table(buckets, time)
+        if table is None:
+            return None
+        sums = self.inner_products(table, zeros=config.version == "enhanced")
+        if sharded:
+            sums = sum_over_shards(sums, [p for bucket in buckets for p in bucket.params])
+        dtype = next(modulator.parameters()).dtype
+        factors = self.modulate(modulator, self.features(table, sums, config, groups, dtype))
+        if factors is not None:
+            self.move(table, *factors)
+        return factors
 
     def table(self, buckets: Sequence[Bucket], time: float) -> Table | None:
         """The table of these buckets' tensors, n of them, on its way to the device.
@@ -211,23 +253,24 @@ class DeviceStep:
         """α and β, each (G,), of features (G, D), on their device.
 
         Returns:
-            None where the module has to be asked: it is of another class, has hooks or another ``forward``, is
-            elsewhere or in another type than float32 and float64, or has more than 64 groups or 32 columns (or, in
+            None where the module has to be asked: it is of another class, has hooks or another ``forward``, is in
+            another type than float32 and float64, or has more than 64 groups or 32 columns (or, in
             float64, more than 32 groups and 16 columns).
         """
         if self._phi is None or not self._phi.is_current(modulator):
             self._phi = Weights.of(modulator)
         phi = self._phi
-        if phi is None or phi.is_hooked() or phi.buffer.device != features.device:
+        if phi is None or phi.is_hooked():
             return None
         plan = phi.plan(len(features))
         if plan is None:
             return None
-        alpha, beta = phi.buffer.new_empty(2, len(features)).unbind()
+        buffer = phi.on(features.device)
+        alpha, beta = buffer.new_empty(2, len(features)).unbind()
         launch(
             _kernels().modulate,
             (1,),
-            *(features, phi.buffer, constant(phi.constants, features.new_empty(0, dtype=torch.float64)), alpha, beta),
+            *(features, buffer, constant(phi.constants, features.new_empty(0, dtype=torch.float64)), alpha, beta),
             *(len(features), phi.layers),
             **plan,
         )
@@ -262,10 +305,11 @@ class DeviceStep:
 class Weights:
     """The parameters of a ``Modulator``, one after the other in memory as the kernel reads them.
 
-    The kernel reads them where they live, so writes to them need not be noticed; parts that are replaced are.
+    Φ lives in the CPU's memory. Its numbers are compared with those on the device in every step, and copied there when
+    they have changed.
 
     Attributes:
-        buffer: all of them.
+        buffer: all of them, where Φ lives.
         layers, heads, hidden, width: L, H, D_ff and the number of columns, embeddings included.
         embedding: how many of the columns are embeddings.
         gated: whether there are gates.
@@ -284,6 +328,8 @@ class Weights:
         if not _are_consecutive(parameters):
             in_one_buffer(modulator)
         self.buffer = parameters[0].detach().as_strided((sum(p.numel() for p in parameters),), (1,))
+        self._seen = self.buffer
+        self._copy: Tensor | None = None
         self._parameters, self._addresses = parameters, [p.data_ptr() for p in parameters]
         modules = list(modulator.modules())
         tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._modules)]
@@ -309,6 +355,15 @@ class Weights:
         if [tuple(p.shape) for p in parameters] != expected or len(kinds) > 1 or parameters[0].dtype not in FULL:
             return None
         return cls(modulator, parameters)
+
+    def on(self, device: torch.device) -> Tensor:
+        """The buffer on a device."""
+        if self.buffer.device == device:
+            return self.buffer
+        if self._copy is None or self._copy.device != device or not torch.equal(self._seen, self.buffer):
+            self._seen = self.buffer.clone()
+            self._copy = self._seen.to(device)
+        return self._copy
 
     def plan(self, groups: int) -> dict[str, Any] | None:
         """How the kernel goes about a number of groups: its constants, or None if they do not fit in one program.

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from metaadamw_lite.features import (
     group_features,
     inner_products,
     tensor_statistics,
-    time_feature,
 )
 from metaadamw_lite.groups import ModulationGroup
 from metaadamw_lite.modulator import Modulator
@@ -49,7 +49,13 @@ def bucket(thetas, k=0, seed=0, scale=1.0, settings=SETTINGS, types=(None, None,
     thetas = [theta.to(DEVICE) for theta in thetas]
     g, m, v = ([like(theta, t, power) for theta in thetas] for t, power in zip(types, (1, 1, 2), strict=True))
     count = [torch.full((), float(steps), device=DEVICE) for _ in thetas]
-    return Bucket(settings, k, params or thetas, thetas, g, m, v, count)
+    return Bucket(settings, k, params=params or thetas, theta=thetas, g=g, m=m, v=v, step=count)
+
+
+def bucket_of(given, k, change):
+    """A bucket whose lists of tensors are changed; the parameters and step counts stay."""
+    columns = {name: change(getattr(given, name)) for name in ("theta", "g", "m", "v")}
+    return replace(given, k=k, **columns)
 
 
 def randn(*shape, dtype=F32, seed=0):
@@ -102,7 +108,7 @@ def test_sums_over_tensors_of_mixed_types():
 @pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e25, 1e37])
 def test_sums_of_squares_beyond_float32(scale):
     ours = bucket([randn(50), randn(CHUNK + 3)], scale=scale)
-    ours = ours._replace(v=[torch.full_like(x, scale) for x in ours.v])
+    ours = replace(ours, v=[torch.full_like(x, scale) for x in ours.v])
     sums = sums_of([ours])
     assert torch.isfinite(sums).all()
     assert (sums > 0)[:, [0, 2, 4]].all()
@@ -123,7 +129,7 @@ def test_nan_and_inf_stay_in_their_tensor(dead):
 def test_sums_repeat_to_the_bit_whatever_stands_beside():
     ours = bucket([randn(n) for n in (300, 2 * CHUNK + 5, 40)])
     assert torch.equal(sums_of([ours]), sums_of([ours]))
-    elsewhere = Bucket(ours.settings, 3, *([x.clone() for x in reversed(column)] for column in ours[2:]))
+    elsewhere = bucket_of(ours, 3, lambda column: [x.clone() for x in reversed(column)])
     assert torch.equal(sums_of([elsewhere]).flip(0), sums_of([ours]))
 
 
@@ -199,7 +205,7 @@ def test_sums_of_two_shards_give_the_features_of_the_whole():
     whole = bucket([randn(10, 4), randn(6, 2)])
     whole.g[0][:3] = 0
     halves = [
-        Bucket(whole.settings, 0, whole.params, *([x[part] for x in column] for column in whole[3:7]), whole.step)
+        replace(bucket_of(whole, 0, lambda column, part=part: [x[part] for x in column]), params=whole.params)
         for part in (slice(None, 4), slice(4, None))
     ]
     step = DeviceStep()
@@ -477,7 +483,7 @@ def test_tensors_in_any_order_of_memory(name):
 def test_moments_that_take_no_memory_yet_are_zero():
     theta = randn(6, 9).to(DEVICE)
     nothing = torch.zeros((), device=DEVICE).expand(6, 9)
-    ours = Bucket(SETTINGS, 0, [theta], [theta], [theta.clone()], [nothing], [nothing], [])
+    ours = Bucket(SETTINGS, 0, params=[theta], theta=[theta], g=[theta.clone()], m=[nothing], v=[nothing])
     torch.testing.assert_close(sums_of([ours]), readable_sums([ours]), rtol=1e-12, atol=0)
 
 
@@ -485,7 +491,7 @@ def test_one_table_follows_changes_between_steps():
     step, first, second = DeviceStep(), bucket([randn(30), randn(6, 6)], 0), bucket([randn(40)], 1, seed=1)
     factors = [(0.7, 1.3), (1.4, 0.6)]
     check_update([first, second], factors, step)
-    first = first._replace(g=[randn(30, seed=3).to(DEVICE), randn(6, 6, seed=4).to(DEVICE)])
+    first = replace(first, g=[randn(30, seed=3).to(DEVICE), randn(6, 6, seed=4).to(DEVICE)])
     check_update([first, second], factors, step)  # new gradients
     check_update([second], factors, step)  # some are missing
     first.settings["lr"] = 0.05
@@ -497,8 +503,8 @@ def test_one_table_follows_changes_between_steps():
     for column in (first.g, first.m, first.v):
         column[0] = column[0][:12]
     check_update([first, second], factors, step)
-    check_update([second._replace(k=0), first._replace(k=1)], factors, step)
-    check_update([second, first._replace(settings={**SETTINGS, "lr": 0.3})], factors, step)
+    check_update([replace(second, k=0), replace(first, k=1)], factors, step)
+    check_update([second, replace(first, settings={**SETTINGS, "lr": 0.3})], factors, step)
     SETTINGS["lr"] = 0.01
 
 
@@ -565,7 +571,7 @@ def test_device_operations_of_a_step_depend_on_neither_depth_nor_tensors(operati
         groups, step, phi = groups_of(buckets, 3), DeviceStep(), phi_of(columns=6, groups=3, layers=layers)
         config = FeatureConfig()
         whole_step(step, buckets, groups, phi, config)  # tables are made
-        buckets = [b._replace(g=[x.clone() for x in b.g]) for b in buckets]  # as after ``zero_grad``
+        buckets = [replace(b, g=[x.clone() for x in b.g]) for b in buckets]  # as after ``zero_grad``
         counts[tensors, layers] = operations(partial(whole_step, step, buckets, groups, phi, config))
     assert len({tuple(seen) for seen in counts.values()}) == 1
     assert len(counts[200, 64]) <= 12, counts
@@ -586,24 +592,6 @@ def test_a_gradient_in_another_order_costs_one_operation(operations):
     assert len(operations(run)) == len(in_order) + 1
 
 
-def gather(optimizer):
-    """Buckets of an optimizer, with step counts on the device, as its fused step makes them."""
-    number = {p: k for k, group in enumerate(optimizer.groups) for p in group.params}
-    buckets = []
-    for settings in optimizer.param_groups:
-        for k in range(len(optimizer.groups)):
-            params = [p for p in settings["params"] if number[p] == k and p.grad is not None]
-            for p in params:
-                if not optimizer.state[p]:
-                    optimizer.state[p]["step"] = torch.zeros((), device=p.device)
-                    optimizer.state[p]["exp_avg"] = torch.zeros_like(p)
-                    optimizer.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            if params:
-                columns = ([optimizer.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
-                buckets.append(Bucket(settings, k, params, params, [p.grad for p in params], *columns))
-    return buckets
-
-
 class Small(nn.Module):
     """A Transformer of whose gradients none is zero but for rounding, as that of the keys' bias is."""
 
@@ -620,24 +608,22 @@ class Small(nn.Module):
         return self.head(self.layer(self.embedding(tokens)).mean(dim=1))
 
 
-def train_on_device(model, optimizer, step, config, batches, start=0):
+def run(model, optimizer, batches, start=0):
     for t, batch in enumerate(batches, start):
         optimizer.zero_grad()
-        cross_entropy(model, [x.to(DEVICE) for x in batch]).backward()
-        if t % 3 == 1:
-            model.head.bias.grad = None
-        buckets = gather(optimizer)
-        with torch.no_grad():
-            whole_step(step, buckets, optimizer.groups, optimizer.modulator, config, time_feature(t, None))
-
-
-def train_on_cpu(model, optimizer, batches):
-    for t, batch in enumerate(batches):
-        optimizer.zero_grad()
-        cross_entropy(model, batch).backward()
+        cross_entropy(model, [x.to(model.head.weight.device) for x in batch]).backward()
         if t % 3 == 1:
             model.head.bias.grad = None
         optimizer.step()
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """Steps are taken by the kernels, by the interpreter's where there is no GPU; how many were is counted."""
+    taken, take = [], DeviceStep.take
+    monkeypatch.setattr("metaadamw_lite.optimizer.is_available", lambda device: True)
+    monkeypatch.setattr(DeviceStep, "take", lambda *args: taken.append(take(*args)) or taken[-1])
+    return taken
 
 
 SAME_RUN = {"lr": 0.01, "weight_decay": 0.1}
@@ -652,13 +638,15 @@ SAME_RUN = {"lr": 0.01, "weight_decay": 0.1}
     ],
     ids=str,
 )
-def test_training_is_that_of_the_cpu(options, batches):
+def test_training_is_that_of_the_cpu(options, batches, by_kernels):
     model, twin = Small(F64), Small(F64).to(DEVICE)
-    ours = MetaAdamW(twin.named_parameters(), **SAME_RUN, **options)
-    cpu = MetaAdamW(model.named_parameters(), **SAME_RUN, **options)
-    config = FeatureConfig(options.get("feature_version", "basic"))
-    train_on_cpu(model, cpu, batches[:3])
-    train_on_device(twin, ours, DeviceStep(), config, batches[:3])
+    cpu = MetaAdamW(model.named_parameters(), **SAME_RUN, **options, foreach=True)
+    ours = MetaAdamW(twin.named_parameters(), **SAME_RUN, **options, fused=True)
+    run(model, cpu, batches[:3])
+    assert not by_kernels
+    run(twin, ours, batches[:3])
+    assert len(by_kernels) == 3
+    torch.testing.assert_close(ours.alpha.cpu(), cpu.alpha, rtol=0, atol=1e-9)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q.cpu(), rtol=0, atol=1e-9)
         for name in ("step", "exp_avg", "exp_avg_sq") if p.requires_grad else ():
@@ -666,24 +654,54 @@ def test_training_is_that_of_the_cpu(options, batches):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
 
 
-def test_without_ranges_it_is_torchs_adamw(batches):
+def test_a_meta_update_is_seen_by_the_next_step(batches, by_kernels):
+    model = Small(F32).to(DEVICE)
+    optimizer = MetaAdamW(model.named_parameters(), **SAME_RUN, meta_lr=0.1, attn_layers=1)
+    run(model, optimizer, batches[:2])
+    on_device = [[x.to(DEVICE) for x in batch] for batch in batches[2:5]]
+    optimizer.update_attention(model, *on_device[:2], cross_entropy, on_device[2])
+    cross_entropy(model, on_device[0]).backward()
+    expected = optimizer.modulator(optimizer.features())
+    optimizer.step()
+    assert None not in by_kernels
+    torch.testing.assert_close(optimizer.alpha.cpu(), expected.alpha.detach(), rtol=0, atol=1e-5)
+
+
+def test_without_ranges_it_is_torchs_adamw(batches, by_kernels):
     model, twin = Small(F64), Small(F64).to(DEVICE)
-    adamw = torch.optim.AdamW(model.parameters(), **SAME_RUN)
-    ours = MetaAdamW(twin.named_parameters(), **SAME_RUN, alpha_range=0, beta_range=0, attn_layers=1)
-    train_on_cpu(model, adamw, batches[:3])
-    train_on_device(twin, ours, DeviceStep(), FeatureConfig(), batches[:3])
+    run(model, torch.optim.AdamW(model.parameters(), **SAME_RUN), batches[:3])
+    plain = {"alpha_range": 0, "beta_range": 0, "attn_layers": 1, "fused": True}
+    run(twin, MetaAdamW(twin.named_parameters(), **SAME_RUN, **plain), batches[:3])
+    assert len(by_kernels) == 3
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q.cpu(), rtol=0, atol=1e-12)
 
 
-def test_a_resumed_run_has_the_same_bits(batches):
+@pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}, {"phi": "hooked"}], ids=str)
+def test_steps_that_the_kernels_cannot_take_are_taken_all_the_same(options, batches, by_kernels):
+    hooked = options.pop("phi", None)
+    models = [Small(F64).to(DEVICE) for _ in range(2)]
+    optimizers = [
+        MetaAdamW(m.named_parameters(), **SAME_RUN, **options, **kernel)
+        for m, kernel in zip(models, ({"fused": True}, {"foreach": True}), strict=True)
+    ]
+    if hooked:
+        optimizers[0].modulator.register_forward_hook(lambda *_: None)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        run(model, optimizer, batches[:3])
+    assert by_kernels == [None] * 3
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+
+
+def test_a_resumed_run_has_the_same_bits(batches, by_kernels):
     model = Small(F32).to(DEVICE)
-    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, attn_layers=1, fused=True)
-    step, config = DeviceStep(), FeatureConfig()
-    train_on_device(model, optimizer, step, config, batches[:2])
+    optimizer = MetaAdamW(model.named_parameters(), lr=0.01, attn_layers=1)
+    run(model, optimizer, batches[:2])
     again, resumed = copy.deepcopy((model, optimizer))
-    train_on_device(model, optimizer, step, config, batches[2:4], start=2)
-    train_on_device(again, resumed, DeviceStep(), config, batches[2:4], start=2)
+    run(model, optimizer, batches[2:4], start=2)
+    run(again, resumed, batches[2:4], start=2)
+    assert None not in by_kernels
     assert_same(again.state_dict(), model.state_dict())
     assert_same(resumed.state_dict(), optimizer.state_dict())
 
