@@ -44,6 +44,37 @@ def default_results() -> Path:
     return (Path() if folder == Path.cwd().resolve() else folder) / "data" / "results"  # short, for messages
 
 
+def expanded(path: str | Path, name: str) -> Path:
+    """A path as somebody typed it, with "~" or "~user" replaced by the home folder.
+
+    Args:
+        path: as typed.
+        name: what it is called, for messages.
+
+    Raises:
+        ValueError: if it is empty, or that home folder is not known.
+    """
+    if not str(path):
+        raise ValueError(f"{name} is '', which is no path")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name} is {str(path)!r}, but that home folder is not known; write the whole path") from error
+
+
+def expanded_folder(path: str | Path, name: str) -> Path:
+    """``expanded``, for a folder that is there or can be made.
+
+    Raises:
+        ValueError: also if something else is in its place or above it: a file, or a link to nothing.
+    """
+    folder = expanded(path, name)
+    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"{name} is {str(path)!r}, but {there} is no folder")
+    return folder
+
+
 class RecordError(ValueError):
     """A record that is not what it should be: edited by hand, truncated, or of another run."""
 
@@ -167,7 +198,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -179,7 +210,12 @@ def _revision() -> str | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=30
+            ["git", "-C", str(here), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+            timeout=30,
         ).stdout.strip()
 
     try:
