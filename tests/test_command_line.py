@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest
 from tqdm import tqdm
 
 from metaadamw_lite import bench
-from metaadamw_lite.experiments import datasets
+from metaadamw_lite.experiments import datasets, studies, training
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.command import run_command
-from metaadamw_lite.experiments.records import RunKey
+from metaadamw_lite.experiments.records import RecordError, RunKey, read_records, strays
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 RUN = ["run", "etth1", "--optimizer", "metaadamw", "--profile", "smoke"]
@@ -215,3 +216,97 @@ def test_paths_of_the_bench_are_read_in_the_same_way(option, typed, monkeypatch,
     assert bench.main([f"{option}={typed}"]) == 2
     told(capsys)
     assert names(tmp_path) == ["file", "link"]
+
+
+# ---------------------------------------------------------------- strays among the records
+
+KEY = RunKey("etth1", "adamw", "paper", "smoke", 0)
+STRAYS = [
+    "etth1/adamw/paper-smoke-seed0 (conflicted copy).json",
+    "etth1/adamw/paper-smoke-seed0.sync-conflict-20260101-120000-ABCDEFG.json",
+    "etth1/adamw/paper-smoke-seed0.json.bak",
+    "etth1/adamw/paper-smoke-seed0.json~",
+    "etth1/adamw/paper-smoke-seed0 2.json",
+    "etth1/adamw/Copy of paper-smoke-seed0.json",
+    "etth1/adamw/._paper-smoke-seed0.json",
+    "etth1/adamw/.paper-smoke-seed0.json.swp",
+    "etth1/adamw/.ipynb_checkpoints/paper-smoke-seed0-checkpoint.json",
+    "etth1/adamw/old/paper-smoke-seed0.json",
+    "etth1/adamw copy/paper-smoke-seed0.json",
+    "etth1/adamw.bak/paper-smoke-seed0.json",
+    "etth1/.DS_Store",
+    "etth1/notes.json",
+    "etth1 (1)/adamw/paper-smoke-seed0.json",
+    ".stversions/etth1/adamw/paper-smoke-seed0.json",
+    ".DS_Store",
+    "notes.txt",
+    "Thumbs.db",
+    "etth1/adamw/paper-smoke-seed1.json/",
+    ".empty/",
+]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    training.run(KEY, results, progress=False)
+    return KEY.path(results).read_bytes()
+
+
+def put(results, stray, content):
+    path = results / stray
+    if stray.endswith("/"):
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", ["a copy", "no record"])
+@pytest.mark.parametrize("stray", STRAYS)
+def test_a_stray_among_the_records_is_named_once_and_passed_over(stray, content, record, tmp_path, capsys, monkeypatch):
+    KEY.path(tmp_path).parent.mkdir(parents=True)
+    KEY.path(tmp_path).write_bytes(record)
+    put(tmp_path, stray, record if content == "a copy" else b"{}")
+    monkeypatch.setattr(studies, "study_runs", lambda *_: [KEY])
+    monkeypatch.setattr(sys.modules[main.__module__], "study_runs", lambda *_: [KEY])
+    for command in (["status"], ["status", "smoke"], SWEEP):
+        assert main([*command, f"--results={tmp_path}"]) == 0
+        warning = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(warning) == 1
+        named = Path(warning[0].partition(": passed over what is no record: ")[2])
+        assert (tmp_path / stray).is_relative_to(named), warning
+    assert [r["run"]["seed"] for r in read_records(tmp_path)] == [0], "in the book, without a word"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_all_strays_are_named_in_one_warning_and_nothing_else(record, tmp_path, capsys):
+    for stray in STRAYS:
+        put(tmp_path, stray, record)
+    KEY.path(tmp_path).write_bytes(record)
+    for ending in (".ckpt", ".lock", ".json.123.part"):  # of a run that is going on
+        KEY.path(tmp_path, ending).touch()
+    assert main(["status", f"--results={tmp_path}"]) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    outermost = strays(tmp_path)
+    assert len(outermost) == len(STRAYS)
+    assert all(str(path) in warning for path in outermost)
+    shutil.rmtree(tmp_path / "etth1")
+    assert main(["status", f"--results={tmp_path / 'etth1'}"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\xfe"], ids=["empty", "not a record", "not text"])
+def test_a_damaged_record_is_told_beside_strays(damage, record, tmp_path, capsys):
+    put(tmp_path, STRAYS[0], record)
+    KEY.path(tmp_path).write_bytes(damage)
+    assert main(["status", "smoke", f"--results={tmp_path}"]) == 2
+    assert f"{KEY.path(tmp_path)} is not a record" in capsys.readouterr().err
+    with pytest.raises(RecordError):
+        read_records(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_record_is_told_before_the_run(tmp_path, capsys):
+    KEY.path(tmp_path).mkdir(parents=True)
+    assert main(["run", "etth1", "--optimizer", "adamw", "--profile", "smoke", f"--results={tmp_path}"]) == 2
+    assert "is a folder, in the place of a record" in told(capsys)

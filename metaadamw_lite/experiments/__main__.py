@@ -6,7 +6,7 @@ import sys
 from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.command import run_command
 from metaadamw_lite.experiments.lope_study import ARMS, NOISE
-from metaadamw_lite.experiments.records import RunKey, default_results, expanded_folder
+from metaadamw_lite.experiments.records import RunKey, default_results, expanded_folder, strays
 from metaadamw_lite.experiments.studies import (
     STUDIES,
     STUDIES_OF_RELATIVES,
@@ -82,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _do(args: argparse.Namespace) -> int:
     results = expanded_folder(args.results, "--results")
+    if args.command != "run" and (passed := strays(results)):
+        print(f"warning: passed over what is no record: {', '.join(map(str, passed))}", file=sys.stderr)
     if args.command == "run":
         key = RunKey(args.task, args.optimizer, args.protocol, args.profile, args.seed, args.data)
         record = run(key, results, args.device)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,8 +175,42 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def read_records(results: Path, task: str | None = None) -> list[dict[str, Any]]:
-    """All records below a folder, of one task or of all, in the order of their paths."""
-    return [read_record(path) for path in sorted((results / (task or "")).rglob("*.json"))]
+    """All records below a folder, of one task or of all, in the order of their paths; ``strays`` are passed over.
+
+    Raises:
+        RecordError, OSError: as ``read_record`` does.
+    """
+    paths = sorted(results.glob(f"{task or '*'}/*/*.json"))
+    return [read_record(path) for path in paths if _is_place_of_run(path.relative_to(results)) and path.is_file()]
+
+
+def strays(results: Path) -> list[Path]:
+    """Files and folders among the records that belong to no run: copies, hidden files, notes, folders named like one.
+
+    Of a folder that belongs to no task or variant only itself is listed.
+    """
+    found, folders = [], [results] if results.is_dir() else []
+    while folders:
+        for path in folders.pop().iterdir():
+            place = path.relative_to(results)
+            belongs = _is_place_of_run(place)
+            if path.is_dir() and len(place.parts) < 3 and belongs:
+                folders.append(path)
+            elif not belongs or path.is_dir() or len(place.parts) < 3:
+                found.append(path)
+    return sorted(found)
+
+
+_FOLDER = re.compile(r"[a-z0-9]+([-_][a-z0-9]+|\.[0-9]+)*")
+_FILE = re.compile(
+    rf"({'|'.join(PROTOCOLS)})-({'|'.join(PROFILES)})-(synthetic-)?seed[0-9]+\.(json|ckpt|lock|(json|ckpt)\.[0-9]+\.part)"
+)
+
+
+def _is_place_of_run(place: Path) -> bool:
+    """Whether TASK, TASK/VARIANT or TASK/VARIANT/FILE is spelt as the folders and files of runs are."""
+    folders, files = place.parts[:2], place.parts[2:]
+    return all(map(_FOLDER.fullmatch, folders)) and len(files) < 2 and all(map(_FILE.fullmatch, files))
 
 
 def is_the_machines_fault(error: Exception) -> bool:

@@ -210,7 +210,7 @@ def missing(runs: Sequence[RunKey], results: Path) -> list[RunKey]:
 
 def _record_of(key: RunKey, results: Path) -> dict[str, Any] | None:
     path = key.path(results)
-    return made_with(run_settings(key), read_record(path), path) if path.exists() else None
+    return made_with(run_settings(key), read_record(path), path) if path.is_file() else None
 
 
 def sweep(
