@@ -15,10 +15,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -26,10 +28,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from metaadamw_lite import MetaAdamW
+from metaadamw_lite import MetaAdamW, optimizer
 from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
-from metaadamw_lite.experiments.records import environment, write_atomically
+from metaadamw_lite.experiments.command import run_command
+from metaadamw_lite.experiments.records import environment, expanded, expanded_folder, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
 from metaadamw_lite.experiments.training import check_device
 from metaadamw_lite.fast import Bucket
@@ -139,6 +142,9 @@ STEPS: Mapping[str, tuple[Callable[[], nn.Module], int, int, float]] = {
 GPU_STEP_TARGET = 2.0
 MEMORY_MODELS = {"etth1": "ETTh1 model", "perceptron": "8 linear layers, 2.9 M parameters, batch of 2"}
 """One model whose memory is activations, and one whose memory is parameters."""
+
+PARTS = {"statistics": (optimizer, "measure"), "factors": (MetaAdamW, "_factors"), "kernel": (optimizer, "move")}
+"""For each part of a step the function that it is."""
 
 
 # ---------------------------------------------------------------- measuring
@@ -426,17 +432,15 @@ def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
         ours = made["ours"]
         assert isinstance(ours, MetaAdamW)
         inside: dict[str, list[float]] = {"statistics": [], "factors": [], "kernel": []}
-        memory = ours._memory
-        kernel = (memory, "fused_adamw") if device.type == "cpu" else (ours, "_move_on_device")  # once for each bucket
-        for part, (owner, name) in (
-            ("statistics", (memory, "inner_products")),
-            ("factors", (ours, "_factors")),
-            ("kernel", kernel),
-        ):
-            setattr(owner, name, timed(getattr(owner, name), inside[part], device))
-        whole = in_turns({name: o.step for name, o in made.items()}, device, seconds)
+        with ExitStack() as stack:
+            for part, (owner, name) in PARTS.items():
+                noting = timed(getattr(owner, name), inside[part], device)
+                stack.enter_context(patch.object(owner, name, noting))
+            whole = in_turns({name: o.step for name, o in made.items()}, device, seconds)
         alone = in_turns({"⟨g, m⟩ alone": partial(read_once, ours._gather())}, device, seconds / 4)
-        inside["kernel"] = list(np.reshape(inside["kernel"], (len(inside["factors"]), -1)).sum(axis=1))  # of each step
+        inside["kernel"] = list(
+            np.reshape(inside["kernel"], (len(inside["factors"]), -1)).sum(axis=1)
+        )  # of all buckets
         medians = {part: float(statistics.median(times)) for part, times in {**inside, **whole, **alone}.items()}
         medians["Φ"] = medians.pop("factors") - medians["statistics"]
         rows += [{"measure": measure, "part": part, "seconds": t} for part, t in medians.items()]
@@ -499,30 +503,32 @@ def measure_all(device: torch.device, reference: Path | None, seconds: float) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the record; return the exit code."""
+    """Measure, print the table, write the record; return the exit code (see ``run_command``)."""
+    return run_command(lambda: _do(_parser().parse_args(arguments)), "interrupted; nothing was written")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m metaadamw_lite.bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--reference", type=Path, metavar="PATH", help="a clone of the authors' released code")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    parser.add_argument("--reference", metavar="PATH", help="a clone of the authors' released code")
+    parser.add_argument("--json", metavar="FILE", help="write the record here")
     parser.add_argument("--seconds", type=float, default=6.0, help="how long each contest goes on (default: 6)")
-    args = parser.parse_args(arguments)
-    try:
-        check_device(args.device)
-        check_not_negative(seconds=args.seconds)
-        if args.json is not None:  # a bad path is better known before four minutes of measuring
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            if args.json.is_dir():
-                raise IsADirectoryError(f"{args.json} is a folder; --json takes a file")
-        record = measure_all(torch.device(args.device), args.reference, args.seconds)
-        print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")
-        if args.json is not None:
-            write_atomically(args.json, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return parser
+
+
+def _do(args: argparse.Namespace) -> int:
+    check_device(args.device)
+    check_not_negative(seconds=args.seconds)
+    reference = None if args.reference is None else expanded_folder(args.reference, "--reference")
+    path = None if args.json is None else expanded(args.json, "--json")
+    if path is not None:  # a bad path is better known before four minutes of measuring
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; --json takes a file")
+    record = measure_all(torch.device(args.device), reference, args.seconds)
+    if path is not None:
+        write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")
     return 0
 
 

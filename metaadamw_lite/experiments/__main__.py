@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from metaadamw_lite.experiments import NOISY, TASKS
-from metaadamw_lite.experiments.datasets import DataError
+from metaadamw_lite.experiments.command import run_command
 from metaadamw_lite.experiments.lope_study import ARMS, NOISE
-from metaadamw_lite.experiments.records import RunKey, default_results, is_the_machines_fault
+from metaadamw_lite.experiments.records import RunKey, default_results, expanded_folder, strays
 from metaadamw_lite.experiments.studies import (
     STUDIES,
     STUDIES_OF_RELATIVES,
@@ -18,7 +17,7 @@ from metaadamw_lite.experiments.studies import (
     sweep,
 )
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
-from metaadamw_lite.experiments.training import RunInProgressError, run
+from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import VARIANTS
 
 NAMES = (*VARIANTS, *ARMS)
@@ -65,48 +64,47 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="cpu", help="as torch names it (default: cpu)")
     for command in (one, many, state):
         command.add_argument(
-            "--results", type=Path, default=default_results(), help="folder of the records (default: data/results)"
+            "--results",
+            metavar="FOLDER",
+            default=default_results(),
+            help="folder of the records (default: data/results)",
         )
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code; what the caller did wrong is told in one line."""
-    args = parser().parse_args(arguments)
-    try:
-        if args.command == "run":
-            key = RunKey(args.task, args.optimizer, args.protocol, args.profile, args.seed, args.data)
-            record = run(key, args.results, args.device)
-            best = record["best"]
-            outcome = (
-                "no finite epoch"
-                if best is None
-                else f"best {record['metric']} {best['metric']:.6g} in epoch {best['epoch']}"
-            )
-            why = f" ({record['error']})" if "error" in record else ""
-            print(f"{key.path(args.results)}: {record['status']}{why}, {outcome}, data: {record['data']}")
-        elif args.command == "sweep":
-            failed = sweep(args.study, args.results, args.task, args.jobs, args.scheduler, args.device)
-            ended = ends(study_runs(args.study, args.results, args.task), args.results)
-            print(f"{args.study}: " + ", ".join(f"{n} {status}" for status, n in ended.items()))
-            return 1 if failed else 0
-        elif args.study:
-            print(status_lines(args.study, args.results))
-        else:
-            tables = [status(args.results), status(args.results, STUDIES_OF_RELATIVES).T]
-            print("\n\n".join(table.to_string() for table in tables))
-    except Exception as error:
-        told = isinstance(error, (ValueError, DataError, RunInProgressError)) or is_the_machines_fault(error)
-        if not told:
-            raise
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command goes on from the last whole epoch (an adaptation begins again)",
-            file=sys.stderr,
+    """Run a command and return its exit code: see ``run_command``; 1 is for a sweep that lacks runs at its end."""
+    return run_command(
+        lambda: _do(parser().parse_args(arguments)),
+        "interrupted; the same command goes on from the last whole epoch (an adaptation begins again)",
+    )
+
+
+def _do(args: argparse.Namespace) -> int:
+    results = expanded_folder(args.results, "--results")
+    if args.command != "run" and (passed := strays(results)):
+        print(f"warning: passed over what is no record: {', '.join(map(str, passed))}", file=sys.stderr)
+    if args.command == "run":
+        key = RunKey(args.task, args.optimizer, args.protocol, args.profile, args.seed, args.data)
+        record = run(key, results, args.device)
+        best = record["best"]
+        outcome = (
+            "no finite epoch"
+            if best is None
+            else f"best {record['metric']} {best['metric']:.6g} in epoch {best['epoch']}"
         )
-        return 130
+        why = f" ({record['error']})" if "error" in record else ""
+        print(f"{key.path(results)}: {record['status']}{why}, {outcome}, data: {record['data']}")
+    elif args.command == "sweep":
+        failed = sweep(args.study, results, args.task, args.jobs, args.scheduler, args.device)
+        ended = ends(study_runs(args.study, results, args.task), results)
+        print(f"{args.study}: " + ", ".join(f"{n} {status}" for status, n in ended.items()))
+        return 1 if failed else 0
+    elif args.study:
+        print(status_lines(args.study, results))
+    else:
+        tables = [status(results), status(results, STUDIES_OF_RELATIVES).T]
+        print("\n\n".join(table.to_string() for table in tables))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Which runs belong together, and making all that have no record yet."""
 
 import os
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -209,7 +210,7 @@ def missing(runs: Sequence[RunKey], results: Path) -> list[RunKey]:
 
 def _record_of(key: RunKey, results: Path) -> dict[str, Any] | None:
     path = key.path(results)
-    return made_with(run_settings(key), read_record(path), path) if path.exists() else None
+    return made_with(run_settings(key), read_record(path), path) if path.is_file() else None
 
 
 def sweep(
@@ -240,7 +241,8 @@ def sweep(
         ValueError: for an unknown study, profile or task, for fewer jobs than one, or for a device that this machine
             does not have.
         RecordError: if what lies in a record's place is no record.
-        OSError: if the scheduler does not answer, or a worker is killed before it begins a run.
+        OSError: if nothing can be written in ``results``, the scheduler does not answer, or a worker is killed before
+            it begins a run.
     """
     check_count(jobs=1 if jobs is None else jobs)
     if scheduler is None:
@@ -251,6 +253,10 @@ def sweep(
     unexplained = False
     runs = study_runs(study, results, tasks)
     todo = missing(runs, results)
+    if todo:
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results):  # a folder that is only for reading is better known before any run
+            pass
     with (
         _workers(scheduler, jobs, device) as outcomes,
         tqdm(

@@ -167,8 +167,10 @@ def _recorded(
 ) -> dict[str, Any]:
     """The record of a run, which is made first if there is none."""
     path = key.path(results)
-    if path.exists():
+    if path.is_file():
         return read_record(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, in the place of a record")
     check_device(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(key.path(results, ".lock"))
