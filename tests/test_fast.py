@@ -1,4 +1,4 @@
-"""``fast`` against the readable version: what a step computes is what ``features`` and ``modulator`` define."""
+"""``fast`` against the readable version: a step computes what ``reference`` does."""
 
 import copy
 import io
@@ -6,19 +6,12 @@ import math
 
 import pytest
 import torch
-from conftest import assert_same, tiny, train
+from conftest import assert_same, feature_settings, groups_of, phi_of, tiny, train
 from torch import nn
 
-from metaadamw_lite import MetaAdamW, fast
+from metaadamw_lite import MetaAdamW, fast, reference
 from metaadamw_lite.fast import BLOCK
-from metaadamw_lite.features import (
-    TensorState,
-    group_features,
-    inner_products,
-    tensor_statistics,
-    time_feature,
-    zero_counts,
-)
+from metaadamw_lite.features import TensorState, zero_counts
 from metaadamw_lite.folded import FoldedModulator
 from metaadamw_lite.modulator import Modulation
 
@@ -59,29 +52,14 @@ def give_gradients(model, seed, scale=1.0):
 
 
 def readable_features(optimizer):
-    """The feature matrix by ``features`` alone, in float64."""
-    members, states = [], []
-    for k, group in enumerate(optimizer.groups):
-        for p in group.params:
-            if p.grad is not None:
-                state = optimizer.state[p]
-                zero = torch.zeros_like(p)
-                members.append(k)
-                states.append(TensorState(p, p.grad, state.get("exp_avg", zero), state.get("exp_avg_sq", zero)))
-    statistics = tensor_statistics(torch.tensor([inner_products(s) for s in states], dtype=torch.float64))
-    config = optimizer._feature_config
-    if config.version == "enhanced":
-        zeros = [[float((x == 0).double().mean()) for x in (s.g, s.m)] for s in states]
-        statistics = torch.cat([statistics, torch.tensor(zeros, dtype=torch.float64)], dim=1)
-    time = time_feature(optimizer._t, optimizer._total_steps)
-    return group_features(config, optimizer.groups, members, statistics, time)
+    """The feature matrix by ``reference``, in float64."""
+    return reference.features(groups_of(optimizer), **feature_settings(optimizer))
 
 
 def readable_factors(optimizer):
-    """α and β by the module itself, in float64."""
-    with torch.no_grad():
-        modulation = copy.deepcopy(optimizer.modulator).double()(readable_features(optimizer))
-    return modulation.alpha, modulation.beta
+    """α and β by ``reference``, in float64."""
+    alpha, beta, _, _ = reference.modulation(readable_features(optimizer), phi_of(optimizer))
+    return alpha, beta
 
 
 def check_step(optimizer, tolerance):
