@@ -9,14 +9,14 @@ Read the files in this order; each is one section of the paper (arXiv 2605.04055
 5. ``huw``        priority-injected uncertainty weighting (Eq. 13)
 6. ``meta``       how Φ is trained (section 3.5, Algorithm 2)
 
-``fast`` and ``sharding`` are the same numbers with less work and on several processes; ``bench`` measures the cost;
+``fast`` and ``sharding`` are the same numbers with less work and on several processes;
 ``checks`` and ``state`` refuse arguments and saved states that do not fit; ``surroundings`` puts back what a
 meta-update's forward passes touch, and ``batches`` sees to it that each gets the same batch. Two relatives stand beside
 it and know nothing of it: ``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an adapter with an expert for
 noise, arXiv 2505.23868).
 
-PyTorch and NumPy are the only dependencies of these files (``bench`` has those of ``metaadamw_lite.experiments``, where
-the experiments live).
+PyTorch and NumPy are the only dependencies of these files. ``metaadamw_lite.experiments`` has more; ``bench`` there
+measures the cost.
 """
 
 from metaadamw_lite.features import FeatureConfig
