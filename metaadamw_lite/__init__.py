@@ -16,8 +16,8 @@ refuse arguments and saved states that do not fit. ``batches`` and ``surrounding
 anything. Two relatives stand beside it and know nothing of it: ``lilaw`` (weights for samples, arXiv 2509.20786) and
 ``lope`` (an adapter with an expert for noise, arXiv 2505.23868); ``precision`` keeps their numbers in float32.
 
-PyTorch and NumPy are the only dependencies of these files (``bench`` has those of ``metaadamw_lite.experiments``, where
-the experiments live).
+PyTorch and NumPy are the only dependencies of these files. ``metaadamw_lite.experiments`` has more; ``bench`` there
+measures the cost.
 """
 
 from metaadamw_lite.features import FeatureConfig

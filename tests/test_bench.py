@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from metaadamw_lite import MetaAdamW, bench, optimizer
-from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite import MetaAdamW, optimizer
+from metaadamw_lite.experiments import TASKS, bench, report
+from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.claims import claims_table
 from metaadamw_lite.folded import FoldedModulator
 
@@ -162,7 +163,7 @@ def test_the_command_prints_the_table_and_writes_the_record(monkeypatch, tmp_pat
     monkeypatch.setattr(bench, "DEPTHS", (1, 2))
     monkeypatch.setattr(bench, "SIZES", (1000, 2000))
     path = tmp_path / "bench" / "cpu.json"
-    assert bench.main(["--seconds", "0", "--json", str(path)]) == 0
+    assert main(["bench", "--seconds", "0", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     record = json.loads(path.read_text())
     for row in record["rows"]:
@@ -172,7 +173,7 @@ def test_the_command_prints_the_table_and_writes_the_record(monkeypatch, tmp_pat
 
 
 def test_a_folder_without_the_released_code_is_named(tmp_path, capsys):
-    assert bench.main(["--reference", str(tmp_path / "nowhere"), "--seconds", "0"]) == 2
+    assert main(["bench", "--reference", str(tmp_path / "nowhere"), "--seconds", "0"]) == 2
     assert "nowhere has no experiments/meta_adamw.py" in capsys.readouterr().err
 
 
@@ -222,5 +223,5 @@ def test_what_the_bench_measured_is_judged_against_the_papers_range():
 )
 def test_what_cannot_be_measured_or_written_is_refused_before_measuring(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(bench, "measure_all", lambda *_: pytest.fail("it measures for minutes"))
-    assert bench.main(arguments) == 2
+    assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from metaadamw_lite import bench
-from metaadamw_lite.experiments import datasets, studies, training
+from metaadamw_lite.experiments import bench, datasets, studies, training
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.command import run_command
 from metaadamw_lite.experiments.records import RecordError, RunKey, read_records, strays
@@ -82,7 +81,7 @@ def test_the_bench_prints_in_any_encoding(terminal, monkeypatch):
     row = bench.asdict(bench.Row("step, Φ 8×16", "ours", 1, 1, 1, 1, 1, 2))
     monkeypatch.setattr(bench, "measure_all", lambda *_: {"rows": [row]})
     out, _ = terminal("ascii")
-    assert bench.main([]) == 0
+    assert main(["bench"]) == 0
     assert b"step, Phi 8x16" in out.getvalue()
 
 
@@ -213,7 +212,7 @@ def test_paths_of_the_bench_are_read_in_the_same_way(option, typed, monkeypatch,
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("link").symlink_to("nowhere")
-    assert bench.main([f"{option}={typed}"]) == 2
+    assert main(["bench", f"{option}={typed}"]) == 2
     told(capsys)
     assert names(tmp_path) == ["file", "link"]
 

@@ -17,6 +17,7 @@
 * ``released``  the logs that come with the released code
 * ``figures``   the book's figures
 * ``chapter``   what the chapters about single tasks have in common
+* ``bench``     what MetaAdamW costs; ``command`` has what the commands share
 * ``notebook``  what every notebook does first
 
 ``python -m metaadamw_lite.experiments --help`` lists the commands.

@@ -1,9 +1,10 @@
-"""The command line: ``python -m metaadamw_lite.experiments run | sweep | status``."""
+"""The command line: ``python -m metaadamw_lite.experiments run | sweep | status | bench``."""
 
 import argparse
 import sys
 
 from metaadamw_lite.experiments import NOISY, TASKS
+from metaadamw_lite.experiments.bench import run_bench
 from metaadamw_lite.experiments.command import run_command
 from metaadamw_lite.experiments.lope_study import ARMS, NOISE
 from metaadamw_lite.experiments.records import RunKey, default_results, expanded_folder, strays
@@ -25,7 +26,7 @@ NAMES = (*VARIANTS, *ARMS)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the three commands."""
+    """The arguments of the commands."""
     top = argparse.ArgumentParser(
         prog="python -m metaadamw_lite.experiments", description="Run the paper's experiments."
     )
@@ -69,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
             default=default_results(),
             help="folder of the records (default: data/results)",
         )
+
+    bench = commands.add_parser("bench", help="what MetaAdamW costs beside torch's fused AdamW")
+    bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench.add_argument("--reference", metavar="PATH", help="a clone of the authors' released code")
+    bench.add_argument("--json", metavar="FILE", help="write the record here")
+    bench.add_argument("--seconds", type=float, default=6.0, help="how long each contest goes on (default: 6)")
     return top
 
 
@@ -76,11 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: see ``run_command``; 1 is for a sweep that lacks runs at its end."""
     return run_command(
         lambda: _do(parser().parse_args(arguments)),
-        "interrupted; the same command goes on from the last whole epoch (an adaptation begins again)",
+        "interrupted; the same command goes on from the last whole epoch (an adaptation and the bench begin again)",
     )
 
 
 def _do(args: argparse.Namespace) -> int:
+    if args.command == "bench":
+        run_bench(args.device, args.reference, args.json, args.seconds)
+        return 0
     results = expanded_folder(args.results, "--results")
     if args.command != "run" and (passed := strays(results)):
         print(f"warning: passed over what is no record: {', '.join(map(str, passed))}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What MetaAdamW costs beside torch's fused AdamW: ``python -m metaadamw_lite.bench``.
+"""What MetaAdamW costs beside torch's fused AdamW: ``python -m metaadamw_lite.experiments bench``.
 
 Every number is a ratio of times (or of peak memory) that were measured in turns in one run: baseline, ours, baseline,
 ours, … Give the machine nothing else to do meanwhile. Seconds depend on the machine and are there to judge the ratios.
@@ -6,7 +6,6 @@ ours, … Give the machine nothing else to do meanwhile. Seconds depend on the m
 ``--reference PATH`` adds the authors' released code, from a clone of it, on the same models in the same run.
 """
 
-import argparse
 import copy
 import importlib
 import json
@@ -31,7 +30,6 @@ from tqdm import tqdm
 from metaadamw_lite import MetaAdamW, optimizer
 from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
-from metaadamw_lite.experiments.command import run_command
 from metaadamw_lite.experiments.records import environment, expanded, expanded_folder, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
 from metaadamw_lite.experiments.training import check_device
@@ -502,35 +500,27 @@ def measure_all(device: torch.device, reference: Path | None, seconds: float) ->
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the record; return the exit code (see ``run_command``)."""
-    return run_command(lambda: _do(_parser().parse_args(arguments)), "interrupted; nothing was written")
+def run_bench(device: str, reference: str | None, json_file: str | None, seconds: float) -> None:
+    """Measure, print the table and write the record.
 
+    Args:
+        device: as torch names it.
+        reference: folder of the authors' released code, as typed; None to do without.
+        json_file: where the record goes, as typed; None for nowhere.
+        seconds: how long each contest goes on.
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m metaadamw_lite.bench", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--reference", metavar="PATH", help="a clone of the authors' released code")
-    parser.add_argument("--json", metavar="FILE", help="write the record here")
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long each contest goes on (default: 6)")
-    return parser
-
-
-def _do(args: argparse.Namespace) -> int:
-    check_device(args.device)
-    check_not_negative(seconds=args.seconds)
-    reference = None if args.reference is None else expanded_folder(args.reference, "--reference")
-    path = None if args.json is None else expanded(args.json, "--json")
-    if path is not None:  # a bad path is better known before four minutes of measuring
+    Raises:
+        ValueError, OSError: for what cannot be measured or written, before anything is measured.
+    """
+    check_device(device)
+    check_not_negative(seconds=seconds)
+    released_code = None if reference is None else expanded_folder(reference, "--reference")
+    path = None if json_file is None else expanded(json_file, "--json")
+    if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; --json takes a file")
-    record = measure_all(torch.device(args.device), reference, args.seconds)
+    record = measure_all(torch.device(device), released_code, seconds)
     if path is not None:
         write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
