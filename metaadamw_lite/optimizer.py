@@ -485,26 +485,13 @@ class MetaAdamW(torch.optim.AdamW):
 
     def _hypothetical_step(self, g: Mapping[Tensor, Tensor], theta: Mapping[Tensor, Tensor]) -> HypotheticalStep:
         """What ``step`` would do now with gradients ``g``, as a function of α and β."""
-        step = HypotheticalStep([], [], [], [], [], [], [])
-        for index, k, params in self._buckets:
-            group = self.param_groups[index]
-            beta1, beta2 = group["betas"]
-            for p in params:
-                if p not in g:
-                    continue
-                t = float(self.state[p]["step"]) + 1 if self.state.get(p) else 1.0
-                m, v = self._moments(p)
-                m = beta1 * m + (1 - beta1) * g[p]  # Eq. 1
-                v = beta2 * v + (1 - beta2) * g[p].square()  # Eq. 2
-                m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)  # Eq. 3
-                step.params.append(p)
-                step.theta.append(theta[p])
-                step.g.append(g[p])
-                step.u.append(m_hat / (v_hat.sqrt() + group["eps"]))
-                step.lr.append(float(group["lr"]))
-                step.weight_decay.append(group["weight_decay"])
-                step.groups.append(k)
-        return step
+        used = [(p, k, self.param_groups[index]) for index, k, params in self._buckets for p in params if p in g]
+        params, groups, settings = (list(column) for column in zip(*used, strict=True))
+        m, v = (list(column) for column in zip(*map(self._moments, params), strict=True))
+        count = [self.state[p]["step"] if self.state.get(p) else None for p in params]
+        return HypotheticalStep.of(
+            params, [theta[p] for p in params], [g[p] for p in params], m, v, count, settings, groups
+        )
 
     def _descend(self, total: Tensor) -> None:
         """One step of the meta-optimizer down ``total``; a NotFiniteError before it if the gradient is not finite."""
