@@ -105,22 +105,23 @@ def _products(state: TensorState) -> Products:
 
 
 def measure_on_device(states: Sequence[TensorState]) -> Tensor:
-    """The inner products, (n, 5), without waiting for the device; squared norms in float64 where it has that.
+    """The inner products, (n, 5), by operations on all tensors at once; squares in float64 where the device has it.
 
-    ⟨g, m⟩ is taken in the precision of the parameters, so the cosine is not to be relied on where ‖g‖ or ‖m‖ is below
-    1e-19 or above 1e19.
+    ⟨g, m⟩ is taken in float32 or more, so the cosine is not to be relied on where ‖g‖ or ‖m‖ is below 1e-19 or above
+    1e19. It is Σ|gm| − 2Σ|min(gm, 0)|, since norms are the sums that torch takes of many tensors at once.
     """
-    device = next((x.theta.device for x in states if x.theta.device.type != "cpu"), states[0].theta.device)
-    thetas, gs, ms, vs = ([x.detach() for x in column] for column in zip(*states, strict=True))
+    theta, g, m, v = ([x.detach() for x in column] for column in zip(*states, strict=True))
+    device = next((x.device for x in theta if x.device.type != "cpu"), theta[0].device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-
-    def column(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack([x.to(device, dtype) for x in values])
-
-    gg, mm, tt, vv = (column(torch._foreach_norm(tensors, dtype=dtype)).square() for tensors in (gs, ms, thetas, vs))
-    wide = [torch.promote_types(x.dtype, torch.float32) for x in gs]
-    gm = column([torch.dot(x.to(d).flatten(), y.to(d).flatten()) for x, y, d in zip(gs, ms, wide, strict=True)])
-    return torch.stack([gg, gm, mm, tt, vv], dim=1)
+    products = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in g]
+    products = list(torch._foreach_mul(products, [y.to(x.dtype) for x, y in zip(products, m, strict=True)]))
+    columns = [*(torch._foreach_norm(tensors, dtype=dtype) for tensors in (g, m, theta, v))]
+    columns.append(torch._foreach_norm(products, 1, dtype=dtype))
+    torch._foreach_clamp_max_(products, 0)
+    columns.append(torch._foreach_norm(products, 1, dtype=dtype))
+    table = torch.stack([x.to(device) for column in columns for x in column]).reshape(6, -1)
+    gg, mm, tt, vv = table[:4].square()
+    return torch.stack([gg, table[4] - 2 * table[5], mm, tt, vv], dim=1)
 
 
 # ---------------------------------------------------------------- the update

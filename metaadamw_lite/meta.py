@@ -17,8 +17,9 @@ differentiate twice instead; it exists to check the other one. Chapter 5 of the 
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,9 @@ from metaadamw_lite.surroundings import same_random_numbers, write
 OBJECTIVES = ("combined", "gradient", "loss_decrease", "gen_gap")
 ROUNDING = 100
 """Times the machine's ε: where a group's part in the norm of the whole gradient is smaller, it is rounding."""
+
+CACHED = 2**16
+"""Numbers of each kind that a CPU works on at a time, so that what lies between two operations stays in its cache."""
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -110,7 +114,7 @@ def _alignment_of_sums(modulation: Modulation, groups: Sequence[int], sums: Tens
     return (modulation.lambda1 * square - modulation.lambda2 * cosine).mean()
 
 
-def inner_products(vector: Iterable[Tensor], *others: list[Tensor], like: Tensor) -> Tensor:
+def inner_products(vector: Iterable[Tensor], *others: Sequence[Tensor], like: Tensor) -> Tensor:
     """⟨x, y⟩ of each of n tensors x in ``vector`` with its counterpart y in each of the lists ``others``: (n, lists).
 
     On a CPU tensor by tensor, so that no more than one x need exist at a time. On a GPU for all tensors together: a
@@ -124,15 +128,61 @@ def inner_products(vector: Iterable[Tensor], *others: list[Tensor], like: Tensor
         rows = [torch.stack([(x * y).sum() for y in ys]) for x, *ys in zip(vector, *others, strict=True)]
         return torch.stack([row.to(like) for row in rows])
     xs = list(vector)
-    return torch.stack([_sums(torch._foreach_mul(xs, ys)).to(like) for ys in others], dim=1)
+    return torch.stack([_sums(torch._foreach_mul(xs, list(ys)), like) for ys in others], dim=1)
 
 
-def _sums(tensors: tuple[Tensor, ...]) -> Tensor:
-    """The sum of each of n tensors, (n,), in float64; the tensors are overwritten."""
+def _sums(tensors: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """The sum of each of n tensors, (n,), added up in float64 where the device has that; they are overwritten."""
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    total = torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
+    total = _stacked(torch._foreach_norm(tensors, 1, dtype=dtype), like.device)
     torch._foreach_clamp_max_(tensors, 0)
-    return total - 2 * torch.stack(torch._foreach_norm(tensors, 1, dtype=dtype))
+    return (total - 2 * _stacked(torch._foreach_norm(tensors, 1, dtype=dtype), like.device)).to(like)
+
+
+def _stacked(scalars: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Scalars, which may be on several devices, as one vector."""
+    return torch.stack([x.to(device) for x in scalars])
+
+
+def _together(tensors: Sequence[Tensor]) -> list[slice]:
+    """Parts of a list that ``torch._foreach_*`` takes at a time: on a CPU what fits its cache, elsewhere everything."""
+    if tensors[0].device.type != "cpu":
+        return [slice(None)]
+    bounds, size = [0], 0
+    for i, x in enumerate(tensors):
+        size += x.numel()
+        if size >= CACHED or i + 1 == len(tensors):
+            bounds.append(i + 1)
+            size = 0
+    return list(starmap(slice, pairwise(bounds)))
+
+
+def directions(
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    max_v: Sequence[Tensor | None],
+    t: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+) -> Sequence[Tensor]:
+    """u = m̂′/(√v̂′ + ε) of each tensor, where m′ and v′ are its moments after step t with gradient g (Eq. 1 to 3).
+
+    Where ``max_v`` is not None, the larger of it and v′ takes the place of v′ (``amsgrad``).
+    """
+    m_hat, v_hat = torch._foreach_mul(m, beta1), torch._foreach_mul(v, beta2)
+    torch._foreach_add_(m_hat, torch._foreach_mul(g, [1 - x for x in beta1]))  # Eq. 1
+    torch._foreach_addcmul_(v_hat, g, g, [1 - x for x in beta2])  # Eq. 2
+    for x, largest in zip(v_hat, max_v, strict=True):
+        if largest is not None:
+            x.copy_(torch.maximum(x, largest))
+    torch._foreach_div_(m_hat, [1 - x**n for x, n in zip(beta1, t, strict=True)])  # Eq. 3
+    torch._foreach_div_(v_hat, [1 - x**n for x, n in zip(beta2, t, strict=True)])
+    torch._foreach_sqrt_(v_hat)
+    torch._foreach_add_(v_hat, eps)
+    torch._foreach_div_(m_hat, v_hat)
+    return m_hat
 
 
 @dataclass
@@ -180,29 +230,25 @@ class HypotheticalStep:
         """
         beta1, beta2 = ([float(group["betas"][i]) for group in settings] for i in (0, 1))
         t = _counts_after(step)
-        m_hat, v_hat = torch._foreach_mul(m, beta1), torch._foreach_mul(v, beta2)
-        torch._foreach_add_(m_hat, torch._foreach_mul(g, [1 - x for x in beta1]))  # Eq. 1
-        torch._foreach_addcmul_(v_hat, g, g, [1 - x for x in beta2])  # Eq. 2
-        for x, largest, group in zip(v_hat, max_v, settings, strict=True):
-            if group["amsgrad"]:
-                x.copy_(torch.maximum(x, largest))
-        torch._foreach_div_(m_hat, [1 - x**n for x, n in zip(beta1, t, strict=True)])  # Eq. 3
-        torch._foreach_div_(v_hat, [1 - x**n for x, n in zip(beta2, t, strict=True)])
-        torch._foreach_sqrt_(v_hat)
-        torch._foreach_add_(v_hat, [float(group["eps"]) for group in settings])
-        torch._foreach_div_(m_hat, v_hat)
+        eps = [float(group["eps"]) for group in settings]
+        largest = [x if group["amsgrad"] else None for x, group in zip(max_v, settings, strict=True)]
+        u = [
+            x for i in _together(g) for x in directions(g[i], m[i], v[i], largest[i], t[i], beta1[i], beta2[i], eps[i])
+        ]
         lr, weight_decay = ([float(group[name]) for group in settings] for name in ("lr", "weight_decay"))
-        return cls(params, theta, g, list(m_hat), lr, weight_decay, groups)
+        return cls(params, theta, g, u, lr, weight_decay, groups)
 
-    def theta_prime(self, alpha: Tensor, beta: Tensor) -> Sequence[Tensor]:
+    def theta_prime(self, alpha: Tensor, beta: Tensor) -> Iterator[Tensor]:
         """θ′ for factors α and β of shape (G,), without gradients."""
         a, b = alpha.tolist(), beta.tolist()
+        rates = [-lr * a[k] for k, lr in zip(self.groups, self.lr, strict=True)]
         decays = [b[k] * wd for k, wd in zip(self.groups, self.weight_decay, strict=True)]
-        step = torch._foreach_mul(self.theta, decays)
-        torch._foreach_add_(step, self.u)
-        torch._foreach_mul_(step, [-lr * a[k] for k, lr in zip(self.groups, self.lr, strict=True)])
-        torch._foreach_add_(step, self.theta)
-        return step
+        for i in _together(self.theta):
+            moved = torch._foreach_mul(self.theta[i], decays[i])
+            torch._foreach_add_(moved, self.u[i])
+            torch._foreach_mul_(moved, rates[i])
+            torch._foreach_add_(moved, self.theta[i])
+            yield from moved
 
     def pull_back(self, vector: Iterable[Tensor], alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """From ∂L/∂θ′ to (dL/dα, dL/dβ), each (G,): the inner products with ∂θ′/∂α_g and ∂θ′/∂β_g."""
@@ -218,7 +264,7 @@ class HypotheticalStep:
 def _counts_after(step: Sequence[Tensor | None]) -> list[float]:
     """Step counts, None for 0, plus one: waits for a GPU once, not once for each."""
     present = [x for x in step if x is not None]
-    counts = iter(torch.stack([x.to(present[0]) for x in present]).tolist() if present else ())
+    counts = iter(_stacked(present, present[0].device).tolist() if present else ())
     return [1.0 if x is None else next(counts) + 1 for x in step]
 
 
@@ -355,7 +401,7 @@ def first_order_losses(
     """
     alpha, beta = modulation.alpha.detach(), modulation.beta.detach()
     with torch.no_grad():
-        write([local(p) for p in step.params], step.theta_prime(alpha, beta))
+        write([local(p) for p in step.params], list(step.theta_prime(alpha, beta)))
 
     def through_the_step(value: Tensor, vector: Iterable[Tensor]) -> Tensor:
         """``value``, with the derivatives by α and β that ∂L/∂θ′ = ``vector`` implies."""
@@ -378,8 +424,11 @@ def first_order_losses(
         (by_sums,) = torch.autograd.grad(value, sums, retain_graph=True)
         with torch.no_grad():
             _, by_dot, by_square = by_sums.t().tolist()
-            r = torch._foreach_mul(g_prime, [2 * x for x in by_square])  # ∂⟨g′, g′⟩/∂g′ = 2g′, ∂⟨g, g′⟩/∂g′ = g
-            torch._foreach_add_(r, torch._foreach_mul(step.g, by_dot))
+            r: list[Tensor] = []
+            for i in _together(step.g):  # ∂⟨g′, g′⟩/∂g′ = 2g′ and ∂⟨g, g′⟩/∂g′ = g
+                part = torch._foreach_mul(list(g_prime[i]), [2 * x for x in by_square[i]])
+                torch._foreach_add_(part, torch._foreach_mul(step.g[i], by_dot[i]))
+                r += part
             delta = _difference_step(step.params, r)
             torch._foreach_add_([local(p) for p in step.params], r, alpha=delta)
         del r  # as large as the model
@@ -450,20 +499,20 @@ def without_backward_hooks(model: nn.Module, inside: nn.Module) -> nn.Module:
     return twin
 
 
-def _difference_step(at: Sequence[Tensor], direction: tuple[Tensor, ...]) -> float:
+def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
     """δ of a forward difference: √(machine ε)·(1 + ‖θ‖)/‖r‖ balances rounding against curvature."""
     precision = max(torch.finfo(p.dtype).eps for p in at)
-    columns = (torch._foreach_norm([local(p) for p in at]), torch._foreach_norm(direction))
-    norms = torch.stack([torch.stack(column) for column in columns], dim=1).cpu().double()
+    columns = (torch._foreach_norm([local(p) for p in at]), torch._foreach_norm(list(direction)))
+    norms = torch.stack([_stacked(column, at[0].device).double() for column in columns], dim=1).cpu()
     norm_at, norm_r = sum_over_shards(norms.square(), at).sum(dim=0).sqrt().tolist()
     return float(precision**0.5 * (1 + norm_at) / max(norm_r, 1e-30))
 
 
-def _difference_quotients(a: list[Tensor], b: list[Tensor], delta: float) -> Iterable[Tensor]:
+def _difference_quotients(a: Sequence[Tensor], b: Sequence[Tensor], delta: float) -> Iterable[Tensor]:
     """(a − b)/δ: on a CPU one tensor after the other, which spares the memory for all."""
     if a[0].device.type == "cpu":
         return ((x - y) / delta for x, y in zip(a, b, strict=True))
-    difference: tuple[Tensor, ...] = torch._foreach_sub(a, b)
+    difference: tuple[Tensor, ...] = torch._foreach_sub(list(a), list(b))
     torch._foreach_div_(difference, delta)
     return difference
 

@@ -179,7 +179,7 @@ def test_features_are_those_of_the_readable_version(version, use_v, use_time):
     torch.testing.assert_close(short, expected.float(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("version", FEATURE_VERSIONS)
+@pytest.mark.parametrize("version", ["enhanced", "norm_basic_plus"])
 def test_features_of_many_tensors_in_many_groups(version):
     config = FeatureConfig(version)
     buckets = [bucket([randn(3, seed=i)], (7 * i) % 64, seed=i) for i in range(70)]
@@ -488,7 +488,8 @@ def test_moments_that_take_no_memory_yet_are_zero():
 
 
 def test_one_table_follows_changes_between_steps():
-    step, first, second = DeviceStep(), bucket([randn(30), randn(6, 6)], 0), bucket([randn(40)], 1, seed=1)
+    first, second = bucket([randn(30), randn(6, 6)], 0, settings={**SETTINGS}), bucket([randn(40)], 1, seed=1)
+    step = DeviceStep()
     factors = [(0.7, 1.3), (1.4, 0.6)]
     check_update([first, second], factors, step)
     first = replace(first, g=[randn(30, seed=3).to(DEVICE), randn(6, 6, seed=4).to(DEVICE)])
@@ -505,7 +506,6 @@ def test_one_table_follows_changes_between_steps():
     check_update([first, second], factors, step)
     check_update([replace(second, k=0), replace(first, k=1)], factors, step)
     check_update([second, replace(first, settings={**SETTINGS, "lr": 0.3})], factors, step)
-    SETTINGS["lr"] = 0.01
 
 
 @pytest.mark.parametrize("place", ["step", "m"])
