@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+if (
+    not torch.cuda.is_available()
+):  # before the package imports Triton (through torch's compiler): kernels run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from metaadamw_lite import MetaAdamW, reference
 
 torch.set_num_threads(1)
-if (
-    not torch.cuda.is_available()
-):  # before anything imports Triton, as torch's compiler does: its kernels run on the CPU
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class TinyTransformer(nn.Module):
