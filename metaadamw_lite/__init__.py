@@ -10,12 +10,12 @@ Read the files in this order (equations, sections and algorithms are those of th
 6. ``huw``        priority-injected uncertainty weighting (Eq. 13)
 7. ``meta``       how Φ is trained (section 3.5, Algorithm 2)
 
-``membership`` follows ``param_groups``. ``fast``, ``folded`` and ``triton_step`` (with ``triton_kernels``) give the
-same numbers with less work, on a CPU and on a GPU; ``sharding`` adds them up over several processes. ``checks`` and
-``state`` refuse arguments and saved states that do not fit. ``batches`` and ``surroundings`` keep a meta-update from
-disturbing anything. Two relatives stand beside it and know nothing of it: ``lilaw`` (weights for samples, arXiv
-2509.20786) and ``lope`` (an adapter with an expert for noise, arXiv 2505.23868); ``precision`` keeps their numbers in
-float32.
+``membership`` follows ``param_groups``, and ``buckets`` collects its tensors. ``fast``, ``folded`` and ``triton_step``
+(with ``triton_kernels``) give the same numbers with less work, on a CPU and on a GPU; ``sharding`` adds them up over
+several processes. ``checks`` and ``state`` refuse arguments and saved states that do not fit. ``batches`` and
+``surroundings`` keep a meta-update from disturbing anything. Two relatives stand beside it and know nothing of it:
+``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an adapter with an expert for noise, arXiv 2505.23868);
+``precision`` keeps their numbers in float32.
 
 PyTorch and NumPy are the only dependencies of these files. ``metaadamw_lite.experiments`` has more; ``bench`` there
 measures the cost.

@@ -9,17 +9,14 @@ On the CPU both give the numbers of the readable version up to rounding; the tes
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from metaadamw_lite.buckets import Bucket, runs_fused
 from metaadamw_lite.features import Products, TensorState, inner_products
-from metaadamw_lite.sharding import is_sharded
 
 BLOCK = 2**18
 """Numbers in a block: 1 MiB of float32. Smaller ones cost more calls, larger ones digits: a norm from a float32 sum of
@@ -29,39 +26,6 @@ LARGE, SMALL = 1e36, 1e-30
 """Squares taken in float32 beyond these may have overflowed, or lost the digits that a cosine needs."""
 ONE = torch.tensor(1.0, device="cpu")
 """Wrapped once, as torch does for the same reason: adding a Python number to many tensors wraps it anew for each."""
-FUSED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass
-class Bucket:
-    """Tensors of one device and type that share a parameter group and a modulation group.
-
-    Attributes:
-        settings: the parameter group.
-        k: number of the modulation group.
-        params: the parameters.
-        theta, g, m, v: this process's parts of parameters, gradients and moments: all of them, unless the parameters
-            are sharded.
-        max_v: the largest v so far, with ``amsgrad`` only.
-        step: step counts; none where nothing is to move.
-        sign: −1 where ``g`` is the gradient of a loss that is maximised, so that the moments collect −g; else 1.
-    """
-
-    settings: dict[str, Any]
-    k: int
-    sign: int = 1
-    params: list[Tensor] = field(default_factory=list)
-    theta: list[Tensor] = field(default_factory=list)
-    g: list[Tensor] = field(default_factory=list)
-    m: list[Tensor] = field(default_factory=list)
-    v: list[Tensor] = field(default_factory=list)
-    max_v: list[Tensor] = field(default_factory=list)
-    step: list[Tensor] = field(default_factory=list)
-
-    def select(self, indices: Sequence[int]) -> "Bucket":
-        """Some of the bucket's tensors, as a bucket."""
-        columns = (self.params, self.theta, self.g, self.m, self.v, self.max_v, self.step)
-        return Bucket(self.settings, self.k, self.sign, *([column[i] for i in indices if column] for column in columns))
 
 
 # ---------------------------------------------------------------- statistics
@@ -145,22 +109,6 @@ def move(bucket: Bucket, alpha: float, beta: float) -> None:
             bucket = bucket.select(sorted({*range(len(bucket.theta))} - {*disordered}))
     if bucket.theta:
         call_fused_adamw(bucket, lr, weight_decay)
-
-
-def runs_fused(settings: dict[str, Any], params: Sequence[Tensor]) -> bool:
-    """Whether torch's fused kernel moves parameters of one device and type.
-
-    It does where ``fused`` asks for it, and where neither ``fused`` nor ``foreach`` is set and torch has it for them.
-    Only float64 is then left to torch's own choice: there it is precision that counts, and AdamW called with the same
-    arguments takes the same kernel, so that the trajectories agree to the last digit.
-    """
-    if settings["fused"] is not None or settings["foreach"] is not None:
-        return bool(settings["fused"])
-    return (
-        params[0].device.type in _get_fused_kernels_supported_devices()
-        and params[0].dtype in FUSED_TYPES
-        and all(type(p) in (Tensor, torch.nn.Parameter) or is_sharded(p) for p in params)
-    )
 
 
 def call_adamw(

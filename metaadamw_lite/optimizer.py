@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metaadamw_lite.batches import Batches
+from metaadamw_lite.buckets import Bucket, gather, moments_of, runs_fused
 from metaadamw_lite.checks import (
     NotFiniteError,
     check_choice,
@@ -29,7 +30,7 @@ from metaadamw_lite.checks import (
     check_supported,
     without_numpy,
 )
-from metaadamw_lite.fast import Bucket, measure, move, runs_fused
+from metaadamw_lite.fast import measure, move
 from metaadamw_lite.features import (
     FeatureConfig,
     constant,
@@ -53,7 +54,7 @@ from metaadamw_lite.meta import (
     refuse_another_loss,
 )
 from metaadamw_lite.modulator import Modulator
-from metaadamw_lite.sharding import local, local_gradient, sum_over_shards
+from metaadamw_lite.sharding import sum_over_shards
 from metaadamw_lite.state import pack, unpack
 from metaadamw_lite.surroundings import as_found
 from metaadamw_lite.triton_step import DeviceStep, is_available
@@ -276,7 +277,8 @@ class MetaAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = self._gather(to_move=True)
+        self._follow_param_groups()
+        buckets = gather(self.param_groups, self._members, self.state, to_move=True)
         if not buckets:
             return loss
         if not self._step_on_device(buckets):
@@ -302,49 +304,6 @@ class MetaAdamW(torch.optim.AdamW):
             self.alpha, self.beta = factors
         return factors is not None
 
-    def _gather(self, gradients: Mapping[Tensor, Tensor] | None = None, to_move: bool = False) -> list[Bucket]:
-        """The tensors that have a gradient, with their moments.
-
-        Args:
-            gradients: to be used instead of those in ``.grad``.
-            to_move: create the state of parameters that have none.
-
-        Raises:
-            RuntimeError: for a sparse gradient, before any state is created.
-        """
-        self._follow_param_groups()
-        number, sharded = self._members.number, self._members.sharded
-        buckets: dict[tuple[int, int, torch.device, torch.dtype], Bucket] = {}
-        for index, group in enumerate(self.param_groups):
-            sign = -1 if group["maximize"] and gradients is None else 1
-            for p in group["params"]:
-                g = p.grad if gradients is None else gradients.get(p)
-                if g is None:
-                    continue
-                if g.is_sparse:
-                    raise RuntimeError(
-                        f"a parameter of shape {tuple(p.shape)} has a sparse gradient; MetaAdamW, like AdamW, needs "
-                        "dense ones (for nn.Embedding: sparse=False)"
-                    )
-                key = index, number[p], p.device, p.dtype  # one call of a fused kernel takes one device and type
-                if key not in buckets:
-                    buckets[key] = Bucket(group, number[p], sign)
-                bucket = buckets[key]
-                bucket.params.append(p)
-                bucket.theta.append(local(p) if sharded else p)
-                bucket.g.append(local_gradient(g, p) if sharded else g)
-        for bucket in buckets.values():
-            fused = to_move and runs_fused(bucket.settings, bucket.params)
-            for p in bucket.params:
-                if to_move:
-                    bucket.step.append(self._state_of(p, fused, bucket.settings["amsgrad"])["step"])
-                m, v, max_v = self._moments(p)
-                bucket.m.append(m)
-                bucket.v.append(v)
-                if bucket.settings["amsgrad"]:
-                    bucket.max_v.append(max_v)
-        return list(buckets.values())
-
     def _factors(self, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
         """α and β, each (G,)."""
         f = self._group_features(buckets)
@@ -363,21 +322,6 @@ class MetaAdamW(torch.optim.AdamW):
         modulation = phi(f.to(self._phi_device, self._phi_dtype))
         return modulation.alpha.detach(), modulation.beta.detach()
 
-    def _state_of(self, p: Tensor, fused: bool, amsgrad: bool) -> dict[str, Tensor]:
-        """Moments and step count of a parameter, created at its first step in the form that torch's kernels take."""
-        state: dict[str, Tensor] = self.state[p]
-        if "step" not in state or "exp_avg" not in state:  # others (a wrapper) may keep entries of theirs here
-            wide = not fused and torch.get_default_dtype() == torch.float64
-            dtype, device = torch.float64 if wide else torch.float32, p.device if fused else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=dtype, device=device)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if amsgrad and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if fused and p.device.type != "cpu" and state["step"].device != p.device:  # of a run without the fused kernel
-            state["step"] = state["step"].to(p.device, torch.float32)
-        return state
-
     def features(self) -> Tensor:
         """The feature matrix F that Φ would see now (section 3.3), shape (G, D), from the gradients in ``.grad``.
 
@@ -386,8 +330,13 @@ class MetaAdamW(torch.optim.AdamW):
         Raises:
             RuntimeError: for sparse gradients.
         """
-        with torch.no_grad():
-            return self._group_features(self._gather()).to(self._phi_device, self._phi_dtype)
+        self._follow_param_groups()
+        return self._features(None)
+
+    @torch.no_grad()
+    def _features(self, gradients: Mapping[Tensor, Tensor] | None) -> Tensor:
+        buckets = gather(self.param_groups, self._members, self.state, gradients)
+        return self._group_features(buckets).to(self._phi_device, self._phi_dtype)
 
     def _group_features(self, buckets: Sequence[Bucket]) -> Tensor:
         params = [p for bucket in buckets for p in bucket.params]
@@ -405,13 +354,6 @@ class MetaAdamW(torch.optim.AdamW):
             measured = torch.cat([measured, sums[:, 5:] / sizes.unsqueeze(1)], dim=1)
         time = time_feature(self._t, self._total_steps)
         return group_features(self._feature_config, self._members.groups, members, measured, time)
-
-    def _moments(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """This process's part of m, v and the largest v of a parameter; zeros before its first step."""
-        state = self.state.get(p, {})
-        zero = local(p).new_zeros(()).expand_as(local(p)) if "exp_avg" not in state else None
-        m, v, max_v = (state.get(name, zero) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
-        return local(m), local(v), local(max_v)
 
     # ---------------------------------------------------------------- the meta-update (Algorithm 2)
 
@@ -493,9 +435,7 @@ class MetaAdamW(torch.optim.AdamW):
             g = evaluate.gradient_of_used(loss1, params)  # line 7
             if not g:
                 raise ValueError("the loss on batch1 contains no parameter of this optimizer; is it the right model?")
-            with torch.no_grad():
-                f = self._group_features(self._gather(g)).to(self._phi_device, self._phi_dtype)  # line 9
-            modulation = self.modulator(f)  # line 10
+            modulation = self.modulator(self._features(g))  # lines 9 and 10
             step = self._hypothetical_step(g, dict(zip(params, theta, strict=True)))  # lines 12 to 17
             if objective != "gradient":
                 # Not under no_grad: some modules take another path there, and the difference would show it.
@@ -523,7 +463,7 @@ class MetaAdamW(torch.optim.AdamW):
         """The step that would be taken now with gradients ``g``, as a function of α and β (line 14)."""
         used = [(p, group) for group in self.param_groups for p in group["params"] if p in g]
         params, settings = [p for p, _ in used], [group for _, group in used]
-        m, v, max_v = (list(column) for column in zip(*map(self._moments, params), strict=True))
+        m, v, max_v = (list(column) for column in zip(*(moments_of(p, self.state) for p in params), strict=True))
         counts = [self.state.get(p, {}).get("step") for p in params]
         groups = [self._members.number[p] for p in params]
         return HypotheticalStep.of(

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metaadamw_lite.fast import Bucket, has_no_gaps, in_one_order, memory_order
+from metaadamw_lite.buckets import Bucket
+from metaadamw_lite.fast import has_no_gaps, in_one_order, memory_order
 from metaadamw_lite.features import FeatureConfig, constant, structure
 from metaadamw_lite.folded import in_one_buffer
 from metaadamw_lite.groups import ModulationGroup

@@ -10,6 +10,7 @@ from conftest import assert_same, feature_settings, groups_of, phi_of, tiny, tra
 from torch import nn
 
 from metaadamw_lite import MetaAdamW, fast, reference
+from metaadamw_lite.buckets import gather
 from metaadamw_lite.fast import BLOCK
 from metaadamw_lite.features import TensorState, zero_counts
 from metaadamw_lite.folded import FoldedModulator
@@ -92,7 +93,7 @@ def test_statistics_are_those_of_the_readable_version(version):
     for step in range(3):
         give_gradients(model, step)
         expected = readable_features(optimizer)
-        carried = optimizer._group_features(optimizer._gather())
+        carried = optimizer._group_features(gather(optimizer.param_groups, optimizer._members, optimizer.state))
         torch.testing.assert_close(carried, expected, rtol=2e-6, atol=rounding)
         torch.testing.assert_close(optimizer.features().double(), expected, rtol=2e-6, atol=rounding)
         optimizer.step()
@@ -464,7 +465,7 @@ def test_statistics_on_a_gpu_are_the_same():
     optimizer = MetaAdamW(model.named_parameters(), lr=0.01, fused=True)
     for step in range(3):
         give_gradients(model, step)
-        buckets = optimizer._gather()
+        buckets = gather(optimizer.param_groups, optimizer._members, optimizer.state)
         states = [TensorState(*state) for b in buckets for state in zip(b.theta, b.g, b.m, b.v, strict=True)]
         there, here = (x.clone() for x in (fast.measure_on_device(states), fast.measure(buckets)))
         for sums in (there, here):  # of ⟨g, m⟩ the cosine counts

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaadamw_lite import MetaAdamW, triton_step
-from metaadamw_lite.fast import Bucket
+from metaadamw_lite.buckets import Bucket
 from metaadamw_lite.features import (
     FEATURE_VERSIONS,
     FeatureConfig,

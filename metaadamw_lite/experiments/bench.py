@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from metaadamw_lite import MetaAdamW, optimizer
+from metaadamw_lite.buckets import Bucket, gather
 from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
 from metaadamw_lite.experiments.records import environment, expanded, expanded_folder, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
 from metaadamw_lite.experiments.training import check_device
-from metaadamw_lite.fast import Bucket
 
 DEPTHS = (8, 16, 32, 64, 128)
 """Layers of Φ for which a step and a meta-update are timed."""
@@ -435,7 +435,8 @@ def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
                 noting = timed(getattr(owner, name), inside[part], device)
                 stack.enter_context(patch.object(owner, name, noting))
             whole = in_turns({name: o.step for name, o in made.items()}, device, seconds)
-        alone = in_turns({"⟨g, m⟩ alone": partial(read_once, ours._gather())}, device, seconds / 4)
+        buckets = gather(ours.param_groups, ours._members, ours.state)
+        alone = in_turns({"⟨g, m⟩ alone": partial(read_once, buckets)}, device, seconds / 4)
         inside["kernel"] = list(
             np.reshape(inside["kernel"], (len(inside["factors"]), -1)).sum(axis=1)
         )  # of all buckets
