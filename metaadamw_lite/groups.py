@@ -88,7 +88,8 @@ def places_by_class(model: nn.Module) -> dict[Tensor, Place]:
     """The place of every parameter of a model; layer types by module class first and by name second."""
     named = list(model.named_parameters())
     shapes = {name: shape_of(p) for name, p in named}
-    types = [_type_by_class(name, model) or _type_by_name(name, shapes, by_shape=False) for name in shapes]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    types = [_type_by_class(name, modules) or _type_by_name(name, shapes, by_shape=False) for name in shapes]
     positions = depths(list(shapes))
     return {p: Place(t, depth) for (_, p), t, depth in zip(named, types, positions, strict=True)}
 
@@ -128,14 +129,14 @@ def _models(named: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]
     return [list(part.items()) for part in parts]
 
 
-def _type_by_class(name: str, model: nn.Module) -> str | None:
+def _type_by_class(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Walk from the module that owns the parameter outwards; the first class that says something decides.
 
     The model itself is not asked by its class name: an ``AttentionClassifier`` may contain anything.
     """
     path = name.split(".")[:-1]
     while True:
-        module = model.get_submodule(".".join(path))
+        module = modules[".".join(path)]
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             return "embedding"
         if isinstance(module, _NORMS):

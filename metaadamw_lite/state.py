@@ -78,7 +78,8 @@ def unpack(optimizer: "MetaAdamW", state_dict: Mapping[str, Any]) -> tuple[dict[
     mine = describe(optimizer)
     meta = fit_meta(restore_containers(meta, mine) if isinstance(meta, Mapping) else meta, mine)
     check_moments(plain, optimizer.param_groups)
-    check_steps(plain, meta["t"])
+    if "meta" not in state_dict:
+        check_steps(plain, meta["t"])
     for group in plain.get("param_groups", ()):
         check_settings({**optimizer.defaults, **group})
     for group in plain.get("param_groups", ()):
@@ -180,14 +181,15 @@ def check_moments(saved: Mapping[str, Any], param_groups: Sequence[Mapping[str, 
 
 
 def check_steps(saved: Mapping[str, Any], t: int) -> None:
-    """No parameter of a saved state has taken more steps than the optimizer.
+    """No parameter of a state that went through a distributed checkpoint has taken more steps than the optimizer.
 
     ``torch.distributed.checkpoint`` completes a state of AdamW by the entry "meta" of the optimizer that loads it.
 
     Raises:
         ValueError: if one has.
     """
-    steps = [float(state["step"]) for state in saved.get("state", {}).values() if "step" in state]
+    states = [saved.get("state", {}).get(number, {}) for group in saved["param_groups"] for number in group["params"]]
+    steps = [float(state["step"]) for state in states if "step" in state]
     if steps and max(steps) > t:
         raise ValueError(
             f"the state has parameters that have taken {max(steps):.0f} steps, where Φ has seen {t}: its entry "

@@ -246,3 +246,21 @@ def test_a_state_saved_by_the_first_version_goes_on(batches):
     then = {"head": model.head.weight, "alpha": optimizer.alpha, "beta": optimizer.beta, "losses": torch.tensor(losses)}
     # Since then sums are taken in another order, and the step is computed by other kernels.
     torch.testing.assert_close(then, saved["afterwards"], rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+def test_a_state_with_moments_and_entries_of_others_is_loaded_again(batches):
+    """Moments of an AdamW that has gone further, and what a wrapper keeps beside the parameters'."""
+    model, again = tiny(), tiny()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, batches[:3])
+    optimizer = MetaAdamW(model.named_parameters())
+    optimizer.state.update(adamw.state)
+    optimizer.state["of a wrapper"], optimizer.state["count"] = {"step": 1000}, 3
+    train(model, optimizer, batches[3:4])
+    resumed = MetaAdamW(again.named_parameters(), seed=1)
+    resumed.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(model.state_dict())
+    for m, o in ((model, optimizer), (again, resumed)):
+        train(m, o, batches[4:6])
+    assert_same(again.state_dict(), model.state_dict())
+    assert resumed.state["count"] == 3
