@@ -24,7 +24,7 @@ from conftest import assert_same
 from filelock import FileLock
 
 from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, lope_study, records, report, studies, training
-from metaadamw_lite.experiments.__main__ import main
+from metaadamw_lite.experiments.__main__ import main, parser
 from metaadamw_lite.experiments.datasets import DataError, DataFile, fetch
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import (
@@ -905,3 +905,12 @@ def test_a_task_named_twice_is_meant_once(tmp_path):
     assert study_runs("main/lite", tmp_path, ["etth1", "etth1"]) == study_runs("main/lite", tmp_path, ["etth1"])
     with pytest.raises(ValueError, match="imdb-symmetric40"):
         study_runs("together", tmp_path, ["imdb-symmetric40"])
+
+
+@pytest.mark.parametrize(("has_gpu", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_runs_go_to_a_gpu_where_there_is_one(has_gpu, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert training.pick_device("auto") == expected
+    assert training.pick_device("cpu") == "cpu"
+    for command in (["run", "etth1", "--optimizer", "adamw"], ["sweep", "smoke"], ["bench"]):
+        assert parser().parse_args(command).device == "auto"

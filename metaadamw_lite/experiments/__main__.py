@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     state = commands.add_parser("status", help="what is recorded, what is missing")
     state.add_argument("study", nargs="?", help="one study in detail (default: how much there is of each)")
     for command in (one, many):
-        command.add_argument("--device", default="cpu", help="as torch names it (default: cpu)")
+        command.add_argument("--device", default="auto", help="as torch names it (default: a GPU where there is one)")
     for command in (one, many, state):
         command.add_argument(
             "--results",
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     bench = commands.add_parser("bench", help="what MetaAdamW costs beside torch's fused AdamW")
-    bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench.add_argument("--device", default="auto", help="as torch names it (default: a GPU where there is one)")
     bench.add_argument("--reference", metavar="PATH", help="a clone of the authors' released code")
     bench.add_argument("--json", metavar="FILE", help="write the record here")
     bench.add_argument("--seconds", type=float, default=6.0, help="how long each contest goes on (default: 6)")

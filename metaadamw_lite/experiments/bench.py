@@ -33,7 +33,7 @@ from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
 from metaadamw_lite.experiments.records import environment, expanded, expanded_folder, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
-from metaadamw_lite.experiments.training import check_device
+from metaadamw_lite.experiments.training import pick_device
 
 DEPTHS = (8, 16, 32, 64, 128)
 """Layers of Φ for which a step and a meta-update are timed."""
@@ -505,7 +505,7 @@ def run_bench(device: str, reference: str | None, json_file: str | None, seconds
     """Measure, print the table and write the record.
 
     Args:
-        device: as torch names it.
+        device: as torch names it, or "auto".
         reference: folder of the authors' released code, as typed; None to do without.
         json_file: where the record goes, as typed; None for nowhere.
         seconds: how long each contest goes on.
@@ -513,7 +513,7 @@ def run_bench(device: str, reference: str | None, json_file: str | None, seconds
     Raises:
         ValueError, OSError: for what cannot be measured or written, before anything is measured.
     """
-    check_device(device)
+    place = torch.device(pick_device(device))
     check_not_negative(seconds=seconds)
     released_code = None if reference is None else expanded_folder(reference, "--reference")
     path = None if json_file is None else expanded(json_file, "--json")
@@ -521,7 +521,7 @@ def run_bench(device: str, reference: str | None, json_file: str | None, seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; --json takes a file")
-    record = measure_all(torch.device(device), released_code, seconds)
+    record = measure_all(place, released_code, seconds)
     if path is not None:
         write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")

@@ -27,9 +27,9 @@ from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
     RunInProgressError,
     abandoned,
-    check_device,
     forget_abandoned,
     made_with,
+    pick_device,
     run,
     run_settings,
 )
@@ -219,7 +219,7 @@ def sweep(
     tasks: Sequence[str] | None = None,
     jobs: int | None = None,
     scheduler: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = True,
 ) -> list[RunKey]:
     """Make all runs of a study that have no record, several at once, and return those that could not be made.
@@ -234,7 +234,7 @@ def sweep(
             cluster's workers.
         scheduler: address of a Dask scheduler to send the runs to, instead of processes on this machine. Its workers
             must see ``results`` under the same path.
-        device: where the runs compute; on a CPU each has one thread.
+        device: where the runs compute, as ``run`` takes it; on a CPU each has one thread.
         progress: show a bar over the runs of the study, with the time that is left.
 
     Raises:
@@ -245,8 +245,8 @@ def sweep(
             it begins a run.
     """
     check_count(jobs=1 if jobs is None else jobs)
-    if scheduler is None:
-        check_device(device)
+    if scheduler is None:  # else each worker picks its own
+        device = pick_device(device)
     results = results.resolve()
     errors: dict[RunKey, str] = {}
     busy: set[RunKey] = set()
