@@ -914,3 +914,13 @@ def test_runs_go_to_a_gpu_where_there_is_one(has_gpu, expected, monkeypatch):
     assert training.pick_device("cpu") == "cpu"
     for command in (["run", "etth1", "--optimizer", "adamw"], ["sweep", "smoke"], ["bench"]):
         assert parser().parse_args(command).device == "auto"
+
+
+def test_a_chapter_starts_without_the_tasks_and_their_packages():
+    code = (
+        "import sys; import metaadamw_lite.experiments.notebook, metaadamw_lite.experiments.figures\n"
+        "print([m for m in ('torchvision', 'datasets', 'peft', 'cleanlab', 'sacrebleu') if m in sys.modules])\n"
+        "from metaadamw_lite.experiments import TASKS; print(*TASKS)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "etth1 wikitext2 multi30k cifar10 imdb"]
