@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from metaadamw_lite.checks import NotFiniteError, check_count, check_not_negative
 from metaadamw_lite.precision import KeepsFloat32
 from metaadamw_lite.sharding import reshard
+from metaadamw_lite.surroundings import Surroundings, same_random_numbers
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 """From logits (N, C) and labels (N,), int64, to losses (N,): ``partial(F.cross_entropy, reduction="none")``, say."""
@@ -135,8 +136,10 @@ class LiLAW(KeepsFloat32):
     def meta_step(self, model: nn.Module, val_batch: Mapping[str, Any] | Iterable[Any], loss_fn: SampleLoss) -> float:
         """One step of α, δ and β down the weighted loss on a validation batch; returns that loss before the step.
 
-        The model is evaluated in eval mode and without gradients; it, its modes and its buffers stay as they are. It
-        may be frozen. ``torch.no_grad`` and autocast around the call are allowed.
+        The model is evaluated in eval mode and without gradients. Its modes, its buffers and its other state (as far
+        as ``Surroundings`` looks at it) stay as they are, and so do the global random number generators. Its parameters
+        are not copied: a forward pass in eval mode must not write to them. The model may be frozen. ``torch.no_grad``
+        and autocast around the call are allowed.
 
         Args:
             model: from inputs to logits, or to an output that has them.
@@ -155,6 +158,8 @@ class LiLAW(KeepsFloat32):
             )
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; it must be an nn.Module that returns logits")
+        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+            raise ValueError("model has lazy layers, whose shapes are not known yet; run it once first")
         scalars = [x for x in (self.alpha, self.delta, self.beta) if x.requires_grad]
         if not scalars:
             raise ValueError(
@@ -266,18 +271,25 @@ def _losses(logits: Tensor, targets: Tensor, loss_fn: SampleLoss) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block with the model in eval mode; every module gets its own mode back, whatever the block does.
+    """Run one forward pass with the model in eval mode, and leave modes and state as found, even if it raises.
+
+    State is everything that ``Surroundings`` puts back but parameters, and the global random number generators.
 
     Copies of the weights, autocast's and those that ``fully_shard`` gathers, are from before the last step of an
     optimizer, or without gradients: they neither come into the block nor out of it.
     """
     modes = [(module, module.training) for module in model.modules()]
+    params = list(model.parameters())
+    surroundings = Surroundings(model, params)
+    surroundings.put_back()  # before the first forward pass, as before each, it has nothing to do
     torch.clear_autocast_cache()
     model.eval()
     try:
-        yield
+        with same_random_numbers([x.device for x in (*params, *model.buffers())]):
+            yield
     finally:
         for module, training in modes:
             module.training = training
         torch.clear_autocast_cache()
         reshard(model)
+        surroundings.put_back()

@@ -183,6 +183,9 @@ def _obstacle_to_adapting(base: nn.Module) -> str | None:
         return f"its weight has shape {tuple(weight.shape)}; (d_out, d_in) is needed, whole and not empty"
     if any(p.is_complex() for p in params):
         return "its weight is complex; real numbers are needed"
+    raw = base._parameters.get("weight")
+    if type(raw) is nn.Parameter and weight is None and _is_plain_map(base) and not base._forward_pre_hooks:
+        return f"its weight is {raw.dtype}, by which an nn.Linear without a forward of its own cannot multiply"
     return None
 
 
@@ -258,6 +261,8 @@ class LoPE:
     ) -> "LoPE":
         """Put adapters beside some linear layers of a model, in place, and freeze the rest; stage I begins.
 
+        A layer that has several names gets one adapter, under all of them, also where only one name is a target.
+
         Args:
             model: any module.
             target_modules: names of layers, or their last parts: "q_proj" means every layer of that name.
@@ -287,8 +292,10 @@ class LoPE:
         if not found:
             raise ValueError("target_modules is empty; at least one name is needed")
         found = {name: module for name, module in named.items() if name in found}  # in the model's order
+        targets = set(found.values())
+        places = {name: module for name, module in named.items() if module in targets}  # under names not found, too
         obstacles = {
-            name: _obstacle_to_replacing(name, named, found) or _obstacle_to_adapting(m) for name, m in found.items()
+            name: _obstacle_to_replacing(name, named, places) or _obstacle_to_adapting(m) for name, m in places.items()
         }
         _refuse("adapted", obstacles)
         flags = {p: p.requires_grad for p in model.parameters()}
@@ -306,9 +313,9 @@ class LoPE:
             p.requires_grad_(False)
             p.grad = None  # an optimizer would go on moving it
         layers: dict[str, LoPELinear] = {}
-        for name, module in found.items():
+        for name, module in places.items():
             _put(model, name, adapted[module])
-            if adapted[module] not in layers.values():
+            if name in found and adapted[module] not in layers.values():
                 layers[name] = adapted[module]
         lope = cls(model, layers)
         if poisoning:
@@ -358,18 +365,30 @@ class LoPE:
 
         Raises:
             ValueError: where it is not exact, where the base has no plain weight to fold the adapter into (it is
-                quantised, sharded, or computed from other parameters), where hooks would see something else, or where
-                the sum is not finite. All such layers are named, and nothing is changed.
+                quantised, sharded, or computed from other parameters), where the model uses the base without the
+                adapter, too, where hooks would see something else, or where the sum is not finite. All such layers are
+                named, and nothing is changed.
         """
+        named = dict(self.model.named_modules(remove_duplicate=False))
         names = {
             name: module
-            for name, module in self.model.named_modules(remove_duplicate=False)
+            for name, module in named.items()
             if isinstance(module, LoPELinear) and module in self.layers.values()
         }
-        obstacles = {
-            name: _obstacle_to_merging(layer) if layer in names.values() else "it is no longer in the model"
-            for name, layer in self.layers.items()
-        }
+        bare = {}  # the names of all modules that are reached in another way than as the base of an adapter
+        for name, module in named.items():
+            parent, _, leaf = name.rpartition(".")
+            if leaf != "base" or parent not in names:
+                bare[module] = name
+
+        def obstacle(layer: LoPELinear) -> str | None:
+            if layer not in names.values():
+                return "it is no longer in the model"
+            if layer.base in bare:
+                return f"its base is also {bare[layer.base]}, where no adapter is"
+            return _obstacle_to_merging(layer)
+
+        obstacles = {name: obstacle(layer) for name, layer in self.layers.items()}
         _refuse("merged", obstacles)
         merged: dict[str, Tensor] = {}
         with torch.no_grad(), torch.inference_mode(False):

@@ -1,10 +1,12 @@
 """LiLAW in scripts that exist: models in low precision, outputs and batches of other kinds, frozen models, modes."""
 
 import copy
+import random
 from collections import UserDict, namedtuple
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -356,6 +358,150 @@ def test_a_step_after_a_meta_step_moves_what_fully_shard_trains(one_process):
         with torch.no_grad():
             logits[wrap] = model(x)
     torch.testing.assert_close(*logits.values())
+
+
+# ---------------------------------------------------------------- the model's state
+
+
+class Metric(nn.Module):
+    """As those of ``torchmetrics`` are: sums in attributes, which are no buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.total, self.count, self.seen = torch.zeros(()), 0, []
+
+    def forward(self, x):
+        self.total += x.sum()
+        self.count += len(x)
+        self.seen.append(x)
+        return x
+
+
+class Stateful(Classifier):
+    """Each forward pass moves one kind of state; the logits depend on most kinds."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.metric = kind, Metric()
+        self.register_buffer("n", torch.ones(()))
+        self.h, self.own = torch.ones(8), torch.Generator().manual_seed(0)
+        self.rate = 1.0
+        self.tables = {"list": [1.0], "tensor": torch.ones(())}
+
+    def forward(self, x, scale=1.0):
+        h = self.body(x)
+        if self.kind == "buffer":
+            self.n += 1
+        elif self.kind == "buffer that is replaced":
+            self.n = self.n + 1
+        elif self.kind == "hidden state":
+            self.h = torch.tanh(h.detach().mean(0) + self.h)
+        elif self.kind == "hidden state in place":
+            self.h.mul_(0.5)
+        elif self.kind == "number":
+            self.rate *= 0.5
+        elif self.kind == "container":
+            self.tables["list"].append(2.0)
+            self.tables["tensor"] += 1
+        elif self.kind == "new attribute":
+            self.last = h.detach()
+        elif self.kind == "generator":
+            h = h + torch.randn(h.shape, generator=self.own)
+        elif self.kind == "global random numbers":
+            h = h + torch.randn_like(h) + random.random() + float(np.random.rand())  # noqa: NPY002
+        elif self.kind == "metric":
+            self.metric(h.detach())
+        return self.head((h * self.n + self.h).relu() * self.rate + sum(self.tables["list"]) * self.tables["tensor"])
+
+
+def state_of(model):
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    return copy.deepcopy(
+        {
+            "buffers": dict(model.named_buffers()),
+            "attributes": [
+                model.h,
+                model.rate,
+                model.tables["list"],
+                model.tables["tensor"],
+                getattr(model, "last", None),
+            ],
+            "metric": [model.metric.total, model.metric.count, len(model.metric.seen)],
+            "generators": [model.own.get_state(), torch.get_rng_state(), torch.from_numpy(numpy_state[1].copy())],
+            "others": [random.getstate(), numpy_state[2]],
+        }
+    )
+
+
+LOGITS_DEPEND_ON = [
+    "buffer",
+    "buffer that is replaced",
+    "hidden state",
+    "hidden state in place",
+    "number",
+    "container",
+    "generator",
+    "global random numbers",
+]
+
+
+def broken(logits, labels):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("kind", [*LOGITS_DEPEND_ON, "new attribute", "metric"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_meta_step_leaves_the_models_state_as_found(kind, fails):
+    model, lilaw = Stateful(kind), LiLAW(lr=0.1)
+    before = state_of(model)
+    model(batch()[0])
+    moved = state_of(model)
+    with pytest.raises(AssertionError):
+        assert_same(moved, before)
+    before = state_of(model)  # in the middle of training
+    for seed in range(2):
+        if fails:
+            refused(ZeroDivisionError, model, loss_fn=broken)
+        else:
+            lilaw.meta_step(model, batch(seed), cross_entropy)
+        assert_same(state_of(model), before)
+
+
+@pytest.mark.parametrize("kind", LOGITS_DEPEND_ON)
+def test_training_with_meta_steps_at_rest_is_training_without(kind):
+    runs = []
+    for with_meta_steps in (False, True):
+        model, lilaw = Stateful(kind), LiLAW(lr=0)
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for seed in range(3):
+            x, y = batch(seed)
+            optimizer.zero_grad()
+            lilaw.loss(model(x), y, cross_entropy).backward()
+            optimizer.step()
+            if with_meta_steps:
+                lilaw.meta_step(model, batch(9), cross_entropy)
+        runs.append([p.detach().clone() for p in model.parameters()])
+    assert_same(*runs)
+
+
+def test_a_model_whose_shapes_are_not_known_yet_is_refused_and_stays_so():
+    model = Classifier()
+    model.body = nn.LazyLinear(8)
+    refused(ValueError, model, match="lazy")
+    assert isinstance(model.body, nn.LazyLinear)
+    model(batch()[0])
+    after_a_step(model)
+
+
+def test_a_lilaw_that_the_model_holds_goes_on():
+    model = Classifier()
+    model.lilaw = LiLAW(lr=0.1)
+    _, after = after_a_step(model, lilaw=model.lilaw)
+    assert_same(after, after_a_step()[1])
+    assert model.lilaw.steps == 1
 
 
 # ---------------------------------------------------------------- frozen models, no_grad and inference_mode

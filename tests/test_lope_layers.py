@@ -98,6 +98,13 @@ def without_parameters():
     return layer
 
 
+def raw(dtype):
+    """Numbers that a forward of the layer's own would have to turn into others; ``nn.Linear``'s does not."""
+    layer = linear()
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    return layer
+
+
 def scripted():
     return torch.jit.script(nn.Sequential(linear()))
 
@@ -118,6 +125,8 @@ CANNOT_BE_ADAPTED = {
     "adapted": lambda: LoPELinear(linear()),
     "inside of attention": lambda: nn.MultiheadAttention(32, 2),
     "scripted": scripted,
+    "float8": lambda: raw(torch.float8_e4m3fn),
+    "int8": lambda: raw(torch.int8),
 }
 
 
@@ -356,6 +365,11 @@ def late_hook(model, lope):
     model.middle.register_forward_hook(lambda module, args, output: output)
 
 
+def late_alias(model, lope):
+    """Another name, under which the layer has no adapter, and would have one by the merge."""
+    model.other = nn.Sequential(model.middle.base)
+
+
 def late_replacement(model, lope):
     model.middle = linear()
 
@@ -387,6 +401,7 @@ def different_experts(model, lope):
         late_weight_norm,
         late_pruning,
         late_hook,
+        late_alias,
         late_replacement,
         a_number_that_is_none,
         too_large,
@@ -405,6 +420,59 @@ def test_merging_changes_all_layers_or_none(change):
     assert everything(model) == before
     torch.testing.assert_close(values(model), numbers, rtol=0, atol=0, equal_nan=True)
     assert lope.layers == layers
+
+
+class Twice(Chain):
+    """The second layer has a second name, below another module, and the forward pass takes it by both."""
+
+    def __init__(self, middle, width=32):
+        super().__init__(middle, width)
+        self.other = nn.ModuleDict({"middle_too": middle})
+
+    def forward(self, x):
+        return super().forward(x) + self.other["middle_too"](x)
+
+
+class FirstByTheOtherName(Twice):
+    def __init__(self, middle, width=32):
+        super().__init__(middle, width)
+        del self.middle
+        self.middle = middle  # now behind ``other``
+
+
+@pytest.mark.parametrize("target", ["middle", "middle_too"])
+@pytest.mark.parametrize("kind", [Twice, FirstByTheOtherName])
+def test_a_layer_of_two_names_has_one_adapter_under_both(kind, target):
+    model, x = kind(linear()), inputs()
+    lope = adapters(model, [target])
+    assert list(lope.layers) == ["other.middle_too" if target == "middle_too" else "middle"]
+    assert model.middle is model.other["middle_too"] is next(iter(lope.layers.values()))
+    expected = model(x)
+    lope.merge()
+    torch.testing.assert_close(model(x), expected)
+    assert type(model.middle) is nn.Linear
+    assert model.middle is model.other["middle_too"]
+
+
+def test_a_second_name_where_no_adapter_can_be_is_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 2)})
+    model["out"] = model["attention"].out_proj
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"attention\.out_proj cannot be adapted"):
+        LoPE.wrap(model, ["out"])
+    assert everything(model) == before
+
+
+def test_float8_is_adapted_where_something_else_widens_it():
+    model, x = Chain(raw(torch.float8_e4m3fn)), inputs()
+
+    def forward(x, layer=model.middle):
+        return nn.functional.linear(x, layer.weight.float(), layer.bias)
+
+    model.middle.forward = forward
+    expected = model(x)
+    LoPE.wrap(model, TARGETS)
+    assert_same(model(x), expected)
 
 
 def test_all_layers_that_cannot_be_merged_are_named():
