@@ -6,6 +6,7 @@
 import copy
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -27,10 +28,23 @@ def pack(optimizer: "MetaAdamW", state_dict: dict[str, Any]) -> dict[str, Any]:
     groups = [{name: without_numpy(value) for name, value in group.items()} for group in state_dict["param_groups"]]
     # Distributed checkpoints keep parameter groups, drop entries that they do not know at the top, and want all tensors
     # on one device.
-    if groups and "torch.distributed.checkpoint.state_dict" in sys.modules:
+    if groups and is_for_distributed_checkpoint():
         device = next(optimizer._parameters()).device
         groups[0]["meta"] = tree_map_only(Tensor, lambda x: x.to(device) if x.ndim else x, meta)
     return {**state_dict, "param_groups": groups, "meta": meta}
+
+
+def is_for_distributed_checkpoint() -> bool:
+    """Whether ``torch.distributed.checkpoint.state_dict`` asks for a state: it does not say so, but its frame shows.
+
+    In other states parameter groups are AdamW's.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def describe(optimizer: "MetaAdamW") -> dict[str, Any]:
