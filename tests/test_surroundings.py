@@ -363,6 +363,17 @@ def test_requires_grad_that_a_loss_changes_is_left_as_found():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_batch_whose_gradient_a_loss_takes_is_left_as_found():
+    model, batches = nn.Linear(4, 3), samples(3)
+    optimizer = MetaAdamW(model.named_parameters())
+
+    def loss_fn(model, batch):
+        return cross_entropy(model, (batch[0].requires_grad_(True), batch[1]))
+
+    optimizer.update_attention(model, batches[0], batches[1], loss_fn, batches[2])
+    assert not any(x.requires_grad for x, _ in batches)
+
+
 READ_ONLY = {
     "frombuffer": lambda: np.frombuffer(b"12345678", dtype=np.uint8),
     "broadcast": lambda: np.broadcast_to(np.ones(1), (5,)),
