@@ -7,6 +7,7 @@ in them, which are not copied.
 import copy
 from collections import UserDict, UserList, deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -52,6 +53,18 @@ class Batches:
         else:
             for key, item in _items(x):
                 self._keep(f"{name}{key}", item, seen)
+
+    @contextmanager
+    def as_found(self) -> Iterator[None]:
+        """Leave ``requires_grad`` and ``grad`` of the tensors as they are, which a gradient penalty changes."""
+        leaves = [(x.x, x.x.requires_grad, x.x.grad) for x in self._saved.values() if x.x.is_leaf]
+        try:
+            yield
+        finally:
+            for x, requires_grad, grad in leaves:
+                x.grad = grad
+                if x.is_leaf and x.requires_grad != requires_grad:
+                    x.requires_grad_(requires_grad)
 
     def refuse_counted_writes(self) -> None:
         """A RuntimeError if torch has counted a write to a tensor. No device is waited for."""

@@ -423,7 +423,7 @@ class MetaAdamW(torch.optim.AdamW):
         if double_backward and evaluate.processes:
             raise ValueError("double_backward is for checking, and does not work with several processes")
         batches = Batches(batch1=batch1, batch2=batch2, val_batch=val_batch)
-        with torch.enable_grad(), as_found(model, params, also) as (theta, surroundings):  # lines 1 to 4
+        with torch.enable_grad(), batches.as_found(), as_found(model, params, also) as (theta, surroundings):
             evaluate.put_back, evaluate.check = surroundings.put_back, batches.refuse_counted_writes
             if not self._loss_is_repeatable:
                 twice = [evaluate.value("batch1", batch1) for _ in range(2)]

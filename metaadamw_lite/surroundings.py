@@ -52,16 +52,18 @@ def as_found(
     parts = [local(p) for p in params]
     theta = [part.detach().clone() for part in parts]
     everywhere = {id(p): p for p in (*(p for root in roots for p in root.parameters()), *params)}
-    grads = [(p, p.grad) for p in everywhere.values()]
+    grads = [(p, p.grad, p.requires_grad) for p in everywhere.values()]
     modes = [(module, module.training) for root in roots for module in root.modules()]
     surroundings = Surroundings(model, params, also)
     try:
-        for p, _ in grads:
+        for p, _, _ in grads:
             p.grad = None
         yield theta, surroundings
     finally:
-        for p, grad in grads:
+        for p, grad, requires_grad in grads:
             p.grad = grad
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
         for module, training in modes:
             module.training = training
         for root in roots:
@@ -100,7 +102,7 @@ class Surroundings:
         self._values: list[Saved] = []
         self._frozen: list[Watched] = []
         self._seen = {id(p) for p in params}
-        self._memory_of_theta = {_memory(p) for p in params} - {0}
+        self._memory_of_theta = [memory for p in params if (memory := _memory(p))]
         self._is_new = True
         roots = [model, *(x for x in _listed(also) if isinstance(x, nn.Module))]
         self._room = 2 * sum(p.numel() for p in params)
@@ -115,10 +117,10 @@ class Surroundings:
         for prefix, module in modules:
             self._tables.append((module, dict(module._buffers), set(_non_persistent(module) or ())))
             for buffer in module._buffers.values():
-                if buffer is not None and not self._is_known(buffer):
+                if buffer is not None and not self._is_known(buffer) and not self._is_theta(buffer):
                     self._values.append(Saved(buffer))
             for name, p in module._parameters.items():
-                if p is not None and not self._is_known(p):
+                if p is not None and not self._is_known(p) and not self._is_theta(p):
                     others.append((f"{prefix}.{name}" if prefix else name, p))
         for name, p in sorted(others, key=lambda other: other[1].numel()):
             if p.numel() <= self._room:
@@ -155,15 +157,15 @@ class Surroundings:
         if x is None or type(x) in (bool, int, float, str):
             return False
         if isinstance(x, Tensor):
-            # What shares memory with θ has to follow it to θ′.
-            if not self._is_known(x) and _memory(x) not in self._memory_of_theta:
+            if not self._is_known(x) and not self._is_theta(x):
                 self._values.append(Saved(x))
         elif isinstance(x, nn.Module):
             self._keep_modules([x])
         elif isinstance(x, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
             self._generators.append((x, _state_of(x)))
         elif isinstance(x, np.ndarray):
-            self._arrays.append((x, x.copy()))
+            if x.flags.writeable and not self._is_theta(x):  # a data set mapped from a file is not to be copied
+                self._arrays.append((x, x.copy()))
         elif isinstance(x, list | deque | dict | set):
             if not self._is_known(x):
                 self._containers.append((x, dict(x) if isinstance(x, dict) else set(x) if isinstance(x, set) else [*x]))
@@ -183,6 +185,13 @@ class Surroundings:
         known = id(x) in self._seen
         self._seen.add(id(x))
         return known
+
+    def _is_theta(self, x: Tensor | np.ndarray[Any, Any]) -> bool:
+        """Whether a tensor or an array shares memory with θ, and so has to follow it to θ′."""
+        if isinstance(x, Tensor):
+            memory = _memory(x)
+            return memory is not None and memory in self._memory_of_theta
+        return any(x.ctypes.data in memory for memory in self._memory_of_theta)
 
     def refuse_changes(self) -> None:
         """A RuntimeError if a parameter has changed that was too large to be copied. It stays as it is."""
@@ -219,7 +228,7 @@ class Surroundings:
         for container, content in self._containers:
             _refill(container, content)
         for array, before in self._arrays:
-            if array.shape == before.shape:
+            if array.shape == before.shape and array.flags.writeable:
                 array[...] = before
         for generator, state in self._generators:
             _set_state(generator, state)
@@ -360,7 +369,7 @@ def same_random_numbers(devices: Sequence[torch.device]) -> Iterator[None]:
 
 def _fingerprint(x: Tensor) -> Tensor:
     """Two numbers that change with a dense tensor's content, of whatever type, and with its order."""
-    content = x.detach().reshape(-1).view(torch.uint8)
+    content = x.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
     width = min(4096, max(1, content.numel()))
     whole = content[: content.numel() // width * width].reshape(-1, width)
     rows, columns = whole.sum(dim=1), whole.sum(dim=0)
@@ -393,11 +402,15 @@ def _bytes(x: Tensor) -> Tensor:
     return storage[first : first + length * x.element_size()]
 
 
-def _memory(x: Tensor) -> int:
-    """Where the memory of a tensor begins; 0 for one that has none of its own."""
+def _memory(x: Tensor) -> range | None:
+    """The addresses of a tensor's memory; None for one that has none of its own."""
     x = local(x)
     is_plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and not is_traceable_wrapper_subclass(x)
-    return x.untyped_storage().data_ptr() if is_plain and x.layout == torch.strided and not x.is_nested else 0
+    if not is_plain or x.layout != torch.strided or x.is_nested:
+        return None
+    storage = x.untyped_storage()
+    first = storage.data_ptr()
+    return range(first, first + storage.nbytes()) if first else None
 
 
 def _read(truths: Sequence[Tensor]) -> list[bool]:

@@ -318,6 +318,95 @@ def test_an_attribute_that_shares_memory_with_a_parameter_follows_it():
 # ---------------------------------------------------------------- state elsewhere
 
 
+class Aliased(nn.Module):
+    """A layer whose weight has a second name."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        if kind == "frozen":
+            self.alias = nn.Parameter(self.layer.weight.data, requires_grad=False)
+        elif kind == "buffer":
+            self.register_buffer("alias", self.layer.weight.data)
+        elif kind == "array":
+            self.alias = self.layer.weight.detach().numpy()
+        elif kind == "view of an array":
+            self.alias = [self.layer.weight.detach().numpy()[1:]]
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "buffer", "array", "view of an array"])
+def test_a_second_name_of_a_trained_weight_follows_it_to_the_next_parameters(kind):
+    def after(kind):
+        torch.manual_seed(0)
+        model = Aliased(kind)
+        optimizer = MetaAdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=0.1)
+        batches = samples(3)
+        cross_entropy(model, batches[0]).backward()
+        optimizer.step()
+        return optimizer.update_attention(model, batches[0], batches[1], cross_entropy, batches[2])
+
+    assert_same(after(kind), after("none"))
+
+
+def test_requires_grad_that_a_loss_changes_is_left_as_found():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    optimizer = MetaAdamW(model[0].named_parameters())
+
+    def loss_fn(model, batch):
+        model[1].requires_grad_(False)
+        return cross_entropy(model, batch)
+
+    optimizer.update_attention(model, *samples(2), loss_fn, samples(3)[2])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_batch_whose_gradient_a_loss_takes_is_left_as_found():
+    model, batches = nn.Linear(4, 3), samples(3)
+    optimizer = MetaAdamW(model.named_parameters())
+
+    def loss_fn(model, batch):
+        return cross_entropy(model, (batch[0].requires_grad_(True), batch[1]))
+
+    optimizer.update_attention(model, batches[0], batches[1], loss_fn, batches[2])
+    assert not any(x.requires_grad for x, _ in batches)
+
+
+READ_ONLY = {
+    "frombuffer": lambda: np.frombuffer(b"12345678", dtype=np.uint8),
+    "broadcast": lambda: np.broadcast_to(np.ones(1), (5,)),
+}
+
+
+@pytest.mark.parametrize("make", READ_ONLY.values(), ids=READ_ONLY)
+def test_an_array_that_cannot_be_written_to_is_no_obstacle(make):
+    def build():
+        model = nn.Sequential(nn.Linear(4, 3))
+        model.table = make()
+        return model
+
+    assert_same(run(build, True)[:2], run(build, False)[:2])
+
+
+LAZY_VIEWS = {
+    "conjugate": lambda: torch.randn(50, 50, dtype=torch.complex64).conj(),
+    "negative": lambda: torch.randn(50, 50, dtype=torch.complex64).conj().imag,
+    "expanded": lambda: torch.ones(1).expand(9000),
+}
+
+
+@pytest.mark.parametrize("make", LAZY_VIEWS.values(), ids=LAZY_VIEWS)
+def test_a_large_frozen_weight_that_is_a_view_is_no_obstacle(make):
+    def build():
+        model = nn.Sequential(nn.Linear(4, 3))
+        model.frozen = nn.Parameter(make(), requires_grad=False)
+        return model
+
+    assert_same(run(build, True)[1], run(build, False)[1])
+
+
 class Queue:
     def __init__(self):
         self.rows = torch.zeros(20, 3)
