@@ -8,13 +8,13 @@ import copy
 from collections import UserDict, UserList, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from metaadamw_lite.surroundings import Saved, differ, is_record, put_back, writes_to
+from metaadamw_lite.surroundings import Saved, attributes_of, differ, is_record, put_back, writes_to
 
 
 class Batches:
@@ -104,6 +104,8 @@ def _copied(x: Any, made: dict[int, Any]) -> Any:
         if all(a is b for a, b in zip(items, x, strict=True)):
             return x  # and so are classes that take other arguments, such as a PackedSequence
         return type(x)._make(items) if hasattr(x, "_make") else type(x)(items)
+    if isinstance(x, MappingProxyType):  # which cannot be copied, and only read
+        return MappingProxyType(_copied(dict(x), made))
     if not _is_container(x):
         return x
     twin = made[id(x)] = copy.copy(x)
@@ -115,7 +117,7 @@ def _copied(x: Any, made: dict[int, Any]) -> Any:
         for i, item in enumerate(x):
             twin[i] = _copied(item, made)
     if not isinstance(x, set):
-        for name, item in _attributes(x):
+        for name, item in attributes_of(x):
             if (other := _copied(item, made)) is not item:
                 object.__setattr__(twin, name, other)
     return twin
@@ -124,13 +126,7 @@ def _copied(x: Any, made: dict[int, Any]) -> Any:
 def _is_container(x: Any) -> bool:
     if isinstance(x, Tensor | nn.Module | type):
         return False
-    return isinstance(x, dict | list | deque | set | Mapping | UserDict | UserList) or is_record(x) or is_dataclass(x)
-
-
-def _attributes(x: Any) -> list[tuple[str, Any]]:
-    """What a container holds in attributes (all that a ``UserDict`` or a dataclass has)."""
-    slots = [f.name for f in fields(x)] if is_dataclass(x) and not hasattr(x, "__dict__") else []
-    return [*getattr(x, "__dict__", {}).items(), *((name, getattr(x, name)) for name in slots if hasattr(x, name))]
+    return isinstance(x, dict | list | deque | set | Mapping | UserDict | UserList) or is_record(x)
 
 
 def _items(x: Any) -> list[tuple[str, Any]]:
@@ -143,4 +139,4 @@ def _items(x: Any) -> list[tuple[str, Any]]:
         return [(f"[{i}]", item) for i, item in enumerate(x)]
     if isinstance(x, set):
         return [("", item) for item in x]
-    return [(f".{name}", item) for name, item in _attributes(x)] if _is_container(x) else []
+    return [(f".{name}", item) for name, item in attributes_of(x)] if _is_container(x) else []

@@ -9,7 +9,7 @@ import random
 from collections import UserDict, UserList, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from inspect import isroutine
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +95,7 @@ class Surroundings:
     def __init__(self, model: nn.Module, params: Sequence[Tensor], also: Any = ()) -> None:
         self._tables: list[tuple[nn.Module, dict[str, Tensor | None], set[str]]] = []
         self._attributes: list[tuple[dict[str, Any], int, dict[str, Any]]] = []
+        self._slots: list[tuple[Any, str, Any]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         self._generators: list[tuple[Any, Any]] = []
@@ -138,8 +139,11 @@ class Surroundings:
             self._keep(x)
 
     def _keep_object(self, x: Any) -> None:
-        """Keep the state of one object of ``also``."""
+        """Keep the state of one object of ``also``, and of those in it where it is a container."""
         if self._keep(x):
+            for item in x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple | deque | set) else ():
+                if hasattr(item, "__dict__") and not self._is_known(item):
+                    self._keep_object(item)
             return
         is_instance = not isinstance(x, type)
         if is_instance and hasattr(x, "state_dict") and hasattr(x, "load_state_dict"):
@@ -174,9 +178,17 @@ class Surroundings:
         elif isinstance(x, tuple):
             for item in x:
                 self._keep(item)
+        elif isinstance(x, bytearray):
+            self._containers.append((x, [*x]))
         elif is_record(x):
-            if not self._is_known(x):
+            if self._is_known(x):
+                return True
+            if hasattr(x, "__dict__"):
                 self._keep_attributes(vars(x))
+            else:
+                self._slots += [(x, name, value) for name, value in attributes_of(x)]
+                for _, value in attributes_of(x):
+                    self._keep(value)
         else:
             return False
         return True
@@ -225,6 +237,8 @@ class Surroundings:
             if len(attributes) != length:
                 for name in set(attributes) - set(own) - _OF_EVERY_MODULE:
                     del attributes[name]
+        for x, name, value in self._slots:
+            object.__setattr__(x, name, value)
         for container, content in self._containers:
             _refill(container, content)
         for array, before in self._arrays:
@@ -348,7 +362,13 @@ def parts_of(x: Tensor) -> list[Tensor]:
 def is_record(x: Any) -> bool:
     """Whether an object only holds others, under names: a dataclass, a namespace, a dict or list of ``collections``."""
     known = is_dataclass(x) and not isinstance(x, type)
-    return hasattr(x, "__dict__") and (known or isinstance(x, SimpleNamespace | UserDict | UserList))
+    return known or isinstance(x, SimpleNamespace | UserDict | UserList)
+
+
+def attributes_of(x: Any) -> list[tuple[str, Any]]:
+    """The attributes of an object, also of a dataclass that keeps its fields in slots."""
+    slots = [f.name for f in fields(x)] if is_dataclass(x) and not hasattr(x, "__dict__") else []
+    return [*getattr(x, "__dict__", {}).items(), *((name, getattr(x, name)) for name in slots if hasattr(x, name))]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections import UserDict, deque, namedtuple
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,6 +88,7 @@ EMPTIED = {
     "OrderedDict": (lambda x, y: collections.OrderedDict(x=x, y=y), lambda b: (b["x"], b.popitem()[1])),
     "dataclass": (lambda x, y: Record(x, [y]), lambda b: (b.x, b.labels.pop())),
     "slots": (lambda x, y: Slotted(x, [y]), lambda b: (b.x, b.labels.pop())),
+    "read-only mapping": (lambda x, y: MappingProxyType({"x": x, "y": [y]}), lambda b: (b["x"], b["y"].pop())),
     "namespace": (lambda x, y: SimpleNamespace(x=x, y=[y]), lambda b: (vars(b).pop("x"), b.y.pop())),
 }
 
@@ -97,12 +98,12 @@ def test_a_loss_may_empty_the_containers_of_its_batch(kind):
     build, empty = EMPTIED[kind]
     model = nn.Linear(4, 3)
     batches = [build(*pair) for pair in samples(3)]
-    before = copy.deepcopy(batches[0])
+    before = str(batches[0])
     optimizer = MetaAdamW(model.named_parameters())
     optimizer.update_attention(
         model, batches[0], batches[1], lambda model, b: cross_entropy(model, empty(b)), batches[0]
     )
-    assert str(batches[0]) == str(before)
+    assert str(batches[0]) == before
 
 
 WRITES = {
@@ -440,6 +441,12 @@ def outside():
         "dict": (lambda: {"n": 0}, lambda o, h: (o.update(n=o["n"] + 1), o["n"])[1]),
         "with a state": (Saving, lambda o, h: (o.push(h.detach().mean(0)), o.rows.sum())[1]),
         "with attributes": (Queue, lambda o, h: (o.push(h.detach().mean(0)), o.rows.sum())[1]),
+        "in a dict": (
+            lambda: {"queue": Queue()},
+            lambda o, h: (o["queue"].push(h.detach().mean(0)), o["queue"].rows.sum())[1],
+        ),
+        "with slots": (lambda: Slotted(0, []), lambda o, h: (setattr(o, "x", o.x + 1), o.labels.append(1), o.x)[2]),
+        "bytes": (bytearray, lambda o, h: (o.append(1), len(o))[1]),
     }
 
 
