@@ -130,7 +130,7 @@ def _is_container(x: Any) -> bool:
 
 
 def _items(x: Any) -> list[tuple[str, Any]]:
-    """What a container holds, each with the end of its name: ``["labels"]``, ``[0]`` or ``.mask``."""
+    """The items of a container, each with the end of its name: ``["labels"]``, ``[0]`` or ``.mask``."""
     if isinstance(x, Mapping):
         return [(f"[{key!r}]", item) for key, item in x.items()]
     if isinstance(x, tuple) and hasattr(x, "_fields"):

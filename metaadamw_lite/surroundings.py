@@ -1,4 +1,4 @@
-"""What a meta-update must leave as it found it: parameters, gradients, modes, and the state beside them.
+"""Leave as found whatever a meta-update touches: parameters, gradients, modes, and the state beside them.
 
 ``as_found`` puts back all but torch's, Python's and NumPy's own random number generators, which ``same_random_numbers``
 does for each loss. Nothing here knows of Φ or of the paper.

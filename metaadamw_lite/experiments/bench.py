@@ -1,4 +1,4 @@
-"""What MetaAdamW costs beside torch's fused AdamW: ``python -m metaadamw_lite.experiments bench``.
+"""Measure the cost of MetaAdamW beside torch's fused AdamW: ``python -m metaadamw_lite.experiments bench``.
 
 Every number is a ratio of times (or of peak memory) that were measured in turns in one run: baseline, ours, baseline,
 ours, … Give the machine nothing else to do meanwhile. Seconds depend on the machine and are there to judge the ratios.

@@ -1,4 +1,4 @@
-"""What the commands share: output that any terminal, file or pipe takes, and exit codes."""
+"""Shared by the commands: output that any terminal, file or pipe takes, and exit codes."""
 
 import codecs
 import io

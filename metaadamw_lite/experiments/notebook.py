@@ -11,7 +11,7 @@ import torch
 from metaadamw_lite.experiments.figures import use_style
 
 PAPERMILLS_OWN = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}
-"""What papermill adds with ``--inject-paths``, ``--inject-output-path`` and ``--inject-input-path``."""
+"""Parameters that papermill adds with ``--inject-paths``, ``--inject-output-path`` and ``--inject-input-path``."""
 
 
 def start(cells: Sequence[str]) -> None:
