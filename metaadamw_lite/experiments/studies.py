@@ -1,5 +1,6 @@
 """Which runs belong together, and making all that have no record yet."""
 
+import math
 import os
 import tempfile
 import threading
@@ -22,7 +23,8 @@ from metaadamw_lite.checks import check_choice, check_count
 from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
 from metaadamw_lite.experiments.lope_study import NOISE
-from metaadamw_lite.experiments.records import RunKey, read_record
+from metaadamw_lite.experiments.paired import improvements_by_seed, pairs_needed
+from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
     RunInProgressError,
@@ -97,11 +99,54 @@ def tasks_of(name: str) -> list[str]:
     return {"lilaw": [*NOISY], "together": [SENSITIVITY_TASK], "lope": [*NOISE]}.get(name, [*TASKS])
 
 
-def _main(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _main(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    """The first seeds of all tasks; then, of shortened runs, as many as the power asks for, the cheapest task first."""
     for seed in SEEDS:
         for task in tasks:
             for protocol in PROTOCOLS:
                 yield from (RunKey(task, arm, protocol, profile, seed) for arm in ARMS)
+    if profile != "lite":
+        return
+    further = []
+    for task in tasks:
+        pairs = [[RunKey(task, arm, "paper", profile, seed) for arm in ARMS[1::-1]] for seed in SEEDS]
+        records = [[_record_of(key, results) for key in pair] for pair in pairs]
+        first = [[r for r in pair if r is not None] for pair in records]
+        if all(len(pair) == 2 for pair in first):
+            results_of = pd.DataFrame([[_metric(r) for r in pair] for pair in first], dtype=float)
+            gains = improvements_by_seed(results_of[0], results_of[1], TASKS[task].lower_is_better)
+            seconds = sum(epoch["seconds"] for pair in first for r in pair for epoch in r["epochs"])
+            further.append((seconds, task, seeds_by_power(task, gains)))
+    for _, task, planned in sorted(further, key=lambda f: f[0]):
+        for seed in planned["paper"][len(SEEDS) :]:
+            for protocol in PROTOCOLS:
+                if seed in planned[protocol]:
+                    yield from (RunKey(task, arm, protocol, profile, seed) for arm in ARMS)
+
+
+def seeds_by_power(task: str, first: "pd.Series[float]") -> dict[str, range]:
+    """The seeds of shortened runs of the main study that tell the paper's gain from none with a power of 80 %.
+
+    Args:
+        task: whose gain.
+        first: the gains of MetaAdamW over AdamW in percent in the pairs of the first five seeds, under ``paper``.
+
+    Returns:
+        By protocol: 10 to 40 under ``paper``, half as many under ``clean``; the first five while one is missing.
+
+    Raises:
+        FileNotFoundError: outside a checkout, where the paper's gain is not at hand.
+    """
+    if len(first) < len(SEEDS):
+        return dict.fromkeys(PROTOCOLS, SEEDS)
+    needed = pairs_needed(first, papers_gain(task))
+    return {"paper": range(needed), "clean": range(math.ceil(needed / 2))}
+
+
+def _metric(record: dict[str, Any]) -> float:
+    """The best validation metric of a run; NaN for one that failed or has no finite epoch."""
+    metric = None if record["status"] == "failed" or record["best"] is None else record["best"]["metric"]
+    return math.nan if metric is None else float(metric)
 
 
 def _baseline(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
@@ -128,14 +173,13 @@ def best_variant(search: Sequence[RunKey], results: Path) -> str | None:
     A variant with a run that failed, or has no finite epoch, is not chosen.
     """
     better = min if TASKS[search[0].task].lower_is_better else max
-    metrics: dict[str, list[float | None]] = {}
+    metrics: dict[str, list[float]] = {}
     for key in search:
         record = _record_of(key, results)
         if record is None:
             return None
-        ended = record["status"] != "failed" and record["best"] is not None
-        metrics.setdefault(key.variant, []).append(record["best"]["metric"] if ended else None)
-    means = {v: fmean(x for x in of_v if x is not None) for v, of_v in metrics.items() if None not in of_v}
+        metrics.setdefault(key.variant, []).append(_metric(record))
+    means = {variant: fmean(of_it) for variant, of_it in metrics.items() if not any(map(math.isnan, of_it))}
     return better(means, key=lambda v: means[v]) if means else None
 
 
