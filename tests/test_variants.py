@@ -22,6 +22,7 @@ from metaadamw_lite.experiments.studies import (
 )
 from metaadamw_lite.experiments.task import PROFILES
 from metaadamw_lite.experiments.training import make_optimizer, run
+from metaadamw_lite.experiments.variant import Variant
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
     ARMS,
@@ -254,6 +255,27 @@ def test_names_of_the_variants():
     assert [*EXCHANGED] == [phi_of(seed) for seed in SEEDS]
     assert 5e-4 in LEARNING_RATES
     assert list(LEARNING_RATES) == sorted(LEARNING_RATES)
+
+
+def test_a_variant_needs_nothing_but_its_entry_in_the_registry(tmp_path, monkeypatch):
+    """Whatever its name is: neither which optimizer it has nor whether Φ is trained is read from there."""
+    sgd = Variant(lambda s: replace(s, lr=1e-3), lambda model, s, *_: torch.optim.SGD(model.parameters(), lr=s.lr))
+    monkeypatch.setitem(VARIANTS, "adamw-in-name-only", sgd)
+    made = run(RunKey("etth1", "adamw-in-name-only", "paper", "smoke", 0), tmp_path, progress=False)
+    assert (made["status"], made["settings"]["lr"], "trace" in made) == ("finished", 1e-3, False)
+    monkeypatch.setitem(VARIANTS, "adamw-at-rest", Variant(lambda s: replace(s, lr=1e-3), updates=False))
+    resting = run(RunKey("etth1", "adamw-at-rest", "paper", "smoke", 0), tmp_path, progress=False)
+    assert (resting["meta_updates"], len(resting["trace"]) > 0) == ([], True)
+
+
+def test_a_variant_that_is_an_arm_by_another_name_is_refused(monkeypatch):
+    settings = TASKS["etth1"].settings("paper")
+    for arm in ARMS:
+        monkeypatch.setitem(VARIANTS, "alias", VARIANTS[arm])
+        with pytest.raises(ValueError, match=f"'alias', which is what '{arm}' is on this task"):
+            changed(settings, "alias")
+    monkeypatch.setitem(VARIANTS, "alias", Variant(make=lambda *_: None))
+    assert changed(settings, "alias") == settings
 
 
 def test_an_exchanged_phi_is_that_of_the_other_seed_and_nothing_else_is():

@@ -46,7 +46,7 @@ from metaadamw_lite.experiments.records import (
     write_record,
 )
 from metaadamw_lite.experiments.task import Batch, Measured, Score, Settings, Task
-from metaadamw_lite.experiments.variants import changed, phi_of
+from metaadamw_lite.experiments.variants import VARIANTS, changed, phi_of
 
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
@@ -235,21 +235,17 @@ def forget_abandoned(key: RunKey, results: Path) -> None:
 
 
 def make_optimizer(
-    variant: str, model: nn.Module, settings: Settings, total_steps: int, seed: int
-) -> torch.optim.AdamW:
+    variant: str, model: nn.Module, settings: Settings, total_steps: int, seed: int, *source: dict[str, Any]
+) -> torch.optim.Optimizer:
     """The optimizer of a variant, with the settings that are the variant's. Φ's random start follows the run's seed,
     unless the variant has another's.
+
+    Args:
+        variant: one of ``VARIANTS``.
+        model, settings, total_steps, seed: of the run.
+        source: the record that the optimizer is made from, where the variant has a source.
     """
-    common: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
-    if variant.startswith("adamw"):
-        return torch.optim.AdamW(model.parameters(), **common)
-    arguments = {"seed": seed, **settings.metaadamw}
-    return MetaAdamW(model.named_parameters(), **common, **arguments, total_steps=total_steps)
+    return VARIANTS[variant].make(model, settings, total_steps, seed, *source)
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:
@@ -407,7 +403,7 @@ class _Run:
                 if looking:
                     self._trace(t, self.optimizer)
                 due = epoch >= settings.warmup_epochs and t % settings.meta_every == 0
-                if self.key.variant != "metaadamw-frozen" and due:
+                if VARIANTS[self.key.variant].updates and due:
                     with in_meta.running():
                         self._meta_update(t, self.optimizer, meta_batches)
             bar.update()
