@@ -11,6 +11,8 @@ from torch.nn.utils import parameters_to_vector
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments import TASKS, training
+from metaadamw_lite.experiments.ladder import LADDER
+from metaadamw_lite.experiments.null import NULL
 from metaadamw_lite.experiments.records import RunKey, write_record
 from metaadamw_lite.experiments.studies import (
     SEARCH_SEEDS,
@@ -251,7 +253,8 @@ def test_names_of_the_variants():
     assert at_learning_rate(5e-4) == "adamw"
     assert {"adamw-lr0.000125", "adamw-lr0.00025", "adamw-lr0.001", "adamw-lr0.008"} < set(VARIANTS)
     assert len(set(VARIANTS)) == len(VARIANTS)
-    assert set(VARIANTS) == {*ARMS, *ABLATIONS, *map(at_learning_rate, LEARNING_RATES), *EXCHANGED, *WEIGHTED}
+    rates = map(at_learning_rate, LEARNING_RATES)
+    assert {*ARMS, *ABLATIONS, *rates, *EXCHANGED, *WEIGHTED, *NULL, *LADDER} <= set(VARIANTS)
     assert [*EXCHANGED] == [phi_of(seed) for seed in SEEDS]
     assert 5e-4 in LEARNING_RATES
     assert list(LEARNING_RATES) == sorted(LEARNING_RATES)
@@ -359,7 +362,10 @@ def test_the_smoke_study_has_every_variant_of_every_task(tmp_path):
     for task in TASKS:
         rates = {at_learning_rate(lr) for lr in LEARNING_RATES}
         others = {name for name in EXCHANGED if name != phi_of(0)}
-        assert {key.variant for key in runs if key.task == task} == {*ARMS, *changing(task), *rates, *others}
+        expected = {*ARMS, *changing(task), *rates, *others}
+        expected |= {key.variant for s in ("null", "ladder") for key in study_runs(s, tmp_path) if key.task == task}
+        expected -= {name for name in NULL if name.endswith("-phi1000")}.symmetric_difference(NULL)
+        assert {key.variant for key in runs if key.task == task} == expected
         clean = {key.variant for key in runs if (key.task, key.protocol) == (task, "clean")}
         assert clean == set(ARMS)
 

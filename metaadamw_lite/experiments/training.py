@@ -533,7 +533,10 @@ class _Run:
         return self._training_score(model, batch).loss
 
     def _movement(self, optimizer: MetaAdamW) -> dict[str, Any]:
-        """How far Φ is from its random start: in weights (relative norm), in log σ², and in the factors it gives."""
+        """How far Φ is from its random start: in weights, in log σ², and in the factors it gives.
+
+        The distance in weights is relative to the norm of the start; infinite where that is zero.
+        """
         assert self.phi_at_start is not None
         with torch.no_grad():
             now, start = (
@@ -550,7 +553,7 @@ class _Run:
 
     def _trace(self, t: int, optimizer: MetaAdamW) -> None:
         def rounded(x: Tensor) -> list[float]:
-            return [round(value, 5) for value in x.tolist()]
+            return [float(f"{value:.6g}") for value in x.tolist()]  # factors on a log scale may be tiny
 
         self.history["trace"].append({"step": t, "alpha": rounded(optimizer.alpha), "beta": rounded(optimizer.beta)})
 
@@ -650,6 +653,9 @@ class _Run:
             ]
             record["meta_updates"] = self.history["meta_updates"]
             record["trace"] = self.history["trace"]
+            if VARIANTS[self.key.variant].keeps_phi:
+                phi = nn.utils.parameters_to_vector(self.optimizer.modulator.parameters())
+                record["phi"] = [float(f"{value:.8g}") for value in phi.tolist()]
         return record
 
     def _found_wrong(self, samples: SampleHistory | None) -> dict[str, Any]:

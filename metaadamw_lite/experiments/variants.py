@@ -1,5 +1,5 @@
 """The registry of variants: the three arms, one for each cell of Table 3, AdamW at other learning rates, MetaAdamW with
-the Φ of another seed, and arms with LiLAW.
+the Φ of another seed, arms with LiLAW, and the tables of the studies that have a file of their own.
 
 ``VARIANTS`` has all of them. A variant of the ablation changes exactly one factor; where a task has the variant's value
 anyway, it *is* ``metaadamw`` there, and there is no such run.
@@ -8,6 +8,8 @@ anyway, it *is* ``metaadamw`` there, and there is no such run.
 from dataclasses import dataclass, replace
 
 from metaadamw_lite.checks import check_choice
+from metaadamw_lite.experiments.ladder import LADDER
+from metaadamw_lite.experiments.null import NULL
 from metaadamw_lite.experiments.task import Settings
 from metaadamw_lite.experiments.variant import Change, Variant, adamw, arguments
 from metaadamw_lite.features import FeatureConfig
@@ -156,6 +158,8 @@ VARIANTS = {
     **{name: Variant(_rate(lr), adamw) for name, lr in TUNED.items()},
     **EXCHANGED,
     **WEIGHTED,
+    **NULL,
+    **LADDER,
 }
 """Every variant, by the name that runs and records have. Studies with variants of their own add a table here."""
 
