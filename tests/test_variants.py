@@ -13,6 +13,8 @@ from torch.nn.utils import parameters_to_vector
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments import TASKS, training
+from metaadamw_lite.experiments.ladder import LADDER
+from metaadamw_lite.experiments.null import NULL
 from metaadamw_lite.experiments.paired import pairs_needed
 from metaadamw_lite.experiments.records import RunKey, write_record
 from metaadamw_lite.experiments.studies import (
@@ -25,6 +27,7 @@ from metaadamw_lite.experiments.studies import (
 )
 from metaadamw_lite.experiments.task import PROFILES
 from metaadamw_lite.experiments.training import make_optimizer, run
+from metaadamw_lite.experiments.variant import Variant
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
     ARMS,
@@ -253,10 +256,32 @@ def test_names_of_the_variants():
     assert at_learning_rate(5e-4) == "adamw"
     assert {"adamw-lr0.000125", "adamw-lr0.00025", "adamw-lr0.001", "adamw-lr0.008"} < set(VARIANTS)
     assert len(set(VARIANTS)) == len(VARIANTS)
-    assert set(VARIANTS) == {*ARMS, *ABLATIONS, *map(at_learning_rate, LEARNING_RATES), *EXCHANGED, *WEIGHTED}
+    rates = map(at_learning_rate, LEARNING_RATES)
+    assert {*ARMS, *ABLATIONS, *rates, *EXCHANGED, *WEIGHTED, *NULL, *LADDER} <= set(VARIANTS)
     assert [*EXCHANGED] == [phi_of(seed) for seed in SEEDS]
     assert 5e-4 in LEARNING_RATES
     assert list(LEARNING_RATES) == sorted(LEARNING_RATES)
+
+
+def test_a_variant_needs_nothing_but_its_entry_in_the_registry(tmp_path, monkeypatch):
+    """Whatever its name is: neither which optimizer it has nor whether Φ is trained is read from there."""
+    sgd = Variant(lambda s: replace(s, lr=1e-3), lambda model, s, *_: torch.optim.SGD(model.parameters(), lr=s.lr))
+    monkeypatch.setitem(VARIANTS, "adamw-in-name-only", sgd)
+    made = run(RunKey("etth1", "adamw-in-name-only", "paper", "smoke", 0), tmp_path, progress=False)
+    assert (made["status"], made["settings"]["lr"], "trace" in made) == ("finished", 1e-3, False)
+    monkeypatch.setitem(VARIANTS, "adamw-at-rest", Variant(lambda s: replace(s, lr=1e-3), updates=False))
+    resting = run(RunKey("etth1", "adamw-at-rest", "paper", "smoke", 0), tmp_path, progress=False)
+    assert (resting["meta_updates"], len(resting["trace"]) > 0) == ([], True)
+
+
+def test_a_variant_that_is_an_arm_by_another_name_is_refused(monkeypatch):
+    settings = TASKS["etth1"].settings("paper")
+    for arm in ARMS:
+        monkeypatch.setitem(VARIANTS, "alias", VARIANTS[arm])
+        with pytest.raises(ValueError, match=f"'alias', which is what '{arm}' is on this task"):
+            changed(settings, "alias")
+    monkeypatch.setitem(VARIANTS, "alias", Variant(make=lambda *_: None))
+    assert changed(settings, "alias") == settings
 
 
 def test_an_exchanged_phi_is_that_of_the_other_seed_and_nothing_else_is():
@@ -391,7 +416,10 @@ def test_the_smoke_study_has_every_variant_of_every_task(tmp_path):
     for task in TASKS:
         rates = {at_learning_rate(lr) for lr in LEARNING_RATES}
         others = {name for name in EXCHANGED if name != phi_of(0)}
-        assert {key.variant for key in runs if key.task == task} == {*ARMS, *changing(task), *rates, *others}
+        expected = {*ARMS, *changing(task), *rates, *others}
+        expected |= {key.variant for s in ("null", "ladder") for key in study_runs(s, tmp_path) if key.task == task}
+        expected -= {name for name in NULL if name.endswith("-phi1000")}.symmetric_difference(NULL)
+        assert {key.variant for key in runs if key.task == task} == expected
         clean = {key.variant for key in runs if (key.task, key.protocol) == (task, "clean")}
         assert clean == set(ARMS)
 

@@ -315,12 +315,12 @@ def power(difference: PairedDifference, gain: float) -> float:
 
     Args:
         difference: the pairs at hand.
-        gain: in the unit of ``difference``; its sign does not matter.
+        gain: in the unit of ``difference``; its sign does not matter. NaN where none is named.
 
     Returns:
-        The power at p < 0.05, two-sided and without a correction; NaN with fewer than three pairs.
+        The power at p < 0.05, two-sided and without a correction; NaN with fewer than three pairs or without a gain.
     """
-    if difference.seeds < ENOUGH_SEEDS:
+    if difference.seeds < ENOUGH_SEEDS or math.isnan(gain):
         return math.nan
     return float(_power(difference.std, gain, np.array([difference.seeds]))[0])
 

@@ -21,8 +21,10 @@ from tqdm import tqdm
 
 from metaadamw_lite.checks import check_choice, check_count
 from metaadamw_lite.experiments import NOISY, TASKS
+from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
 from metaadamw_lite.experiments.lope_study import NOISE
+from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi, trained_phi
 from metaadamw_lite.experiments.paired import improvements_by_seed, pairs_needed
 from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record
 from metaadamw_lite.experiments.task import PROTOCOLS
@@ -48,6 +50,9 @@ from metaadamw_lite.experiments.variants import (
 
 FEW_SEEDS = range(3)
 """Of ``lilaw`` and ``lope``, which have many arms and kinds of noise."""
+NULL_SEEDS = range(2)
+"""Of ``null``, for each of its many Φ's."""
+LADDER_SEEDS = range(10)
 SEARCH_SEEDS = range(100, 102)
 """For the search of a learning rate; no run that is reported has one of them."""
 
@@ -56,12 +61,16 @@ STUDIES = {
     "baseline": "AdamW with a learning rate that was searched for",
     "ablation": "Table 3: every row that differs from MetaAdamW, under the paper's protocol",
     "exchange": "MetaAdamW with the random start of Φ of each other seed, under the paper's protocol",
+    "null": "32 fresh Φ's that no other run has, never trained, and on WikiText-2 also trained",
+    "ladder": "is the Transformer needed? One learned α, one for each group, an MLP, Φ",
     "lilaw": "AdamW with and without LiLAW on wrong labels, and LiLAW's own settings",
     "together": "AdamW and MetaAdamW, each with and without LiLAW, on wrong labels",
     "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
     "smoke": "everything once, in seconds, on synthetic data",
 }
 STUDIES_OF_PAPER = ("main", "baseline", "ablation", "exchange")
+STUDIES_OF_PHI = ("null", "ladder")
+"""Of random, constant and learned factors: in the profile "lite" only, under the paper's protocol."""
 STUDIES_OF_RELATIVES = ("lilaw", "together", "lope")
 SENSITIVITY_TASK = "cifar10-symmetric40"
 TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
@@ -73,7 +82,8 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
     """The runs of a study, in the order in which they are wanted: whole comparisons first, seed by seed.
 
     Args:
-        study: the name of one of ``STUDIES``, all but "smoke" with "/paper" or "/lite" for one profile only.
+        study: the name of one of ``STUDIES``, all but "smoke" with "/paper" or "/lite" for one profile only
+            (``STUDIES_OF_PHI`` have only "/lite").
         results: folder of the records: the second half of ``baseline``, the runs with the best learning rate, is known
             only when its search is done.
         tasks: only these; None for all.
@@ -82,21 +92,25 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
         ValueError: for an unknown study, profile or task.
     """
     name, _, profile = study.partition("/")
-    allowed = [s for n in STUDIES for s in ([n] if n == "smoke" else [n, f"{n}/paper", f"{n}/lite"])]
-    check_choice("study", study, allowed)
+    check_choice("study", study, [s for n in STUDIES for s in (n, *(f"{n}/{p}" for p in _profiles(n) if p != "smoke"))])
     known = tasks_of(name)
     tasks = known if tasks is None else list(dict.fromkeys(tasks))
     for task in tasks:
         check_choice("task", task, known)
-    profiles = ["smoke"] if name == "smoke" else [profile] if profile else ["paper", "lite"]
-    return [key for p in profiles for key in _RUNS[name](p, tasks, results)]
+    return [key for p in ([profile] if profile else _profiles(name)) for key in _RUNS[name](p, tasks, results)]
+
+
+def _profiles(name: str) -> list[str]:
+    """The profiles that a study has runs of."""
+    return ["smoke"] if name == "smoke" else ["lite"] if name in STUDIES_OF_PHI else ["paper", "lite"]
 
 
 def tasks_of(name: str) -> list[str]:
     """The tasks that a study has runs of."""
     if name == "smoke":
         return [*TASKS, *NOISY, *NOISE]
-    return {"lilaw": [*NOISY], "together": [SENSITIVITY_TASK], "lope": [*NOISE]}.get(name, [*TASKS])
+    few = {name: ["wikitext2", "etth1", "cifar10"] for name in ("null", "ladder")}
+    return {"lilaw": [*NOISY], "together": [SENSITIVITY_TASK], "lope": [*NOISE], **few}.get(name, [*TASKS])
 
 
 def _main(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
@@ -197,6 +211,27 @@ def _exchange(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
             yield from (RunKey(task, phi_of(other), "paper", profile, seed) for other in SEEDS if other != seed)
 
 
+def _null(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    """Φ by Φ, so that the spread over the Φ's is known before all are run; the arms are those of ``main``."""
+    for seed in NULL_SEEDS:
+        yield from (RunKey(task, arm, "paper", profile, seed) for task in tasks for arm in ARMS)
+    for phi in PHI_SEEDS:
+        for task in tasks:
+            kinds = (frozen_phi, trained_phi) if task == "wikitext2" else (frozen_phi,)
+            yield from (RunKey(task, kind(phi), "paper", profile, seed) for seed in NULL_SEEDS for kind in kinds)
+
+
+def _ladder(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    """AdamW and the rungs, then AdamW at its best rate where that is known from ``baseline``."""
+    for seed in LADDER_SEEDS:
+        for task in tasks:
+            yield from (RunKey(task, variant, "paper", profile, seed) for variant in ("adamw", *LADDER))
+    for task in tasks:
+        best = best_variant(search_runs(task, "paper", profile), results)
+        if best not in (None, "adamw"):
+            yield from (RunKey(task, best, "paper", profile, seed) for seed in LADDER_SEEDS)
+
+
 def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
     for seed in FEW_SEEDS:
         for task in tasks:
@@ -227,6 +262,10 @@ def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey
         *_together(profile, [t for t in wrong if t == SENSITIVITY_TASK], results),
     ]
     runs += _lope(profile, [t for t in tasks if t in NOISE], results)
+    for name in STUDIES_OF_PHI:
+        runs += _RUNS[name](profile, [t for t in tasks_of(name) if t in tasks], results)
+    more_phis = {kind(phi) for phi in PHI_SEEDS[1:] for kind in (frozen_phi, trained_phi)}
+    runs = [key for key in runs if key.variant not in more_phis]
     yield from dict.fromkeys(key for key in runs if key.seed == 0)
 
 
@@ -235,6 +274,8 @@ _RUNS = {
     "baseline": _baseline,
     "ablation": _ablation,
     "exchange": _exchange,
+    "null": _null,
+    "ladder": _ladder,
     "lilaw": _lilaw,
     "together": _together,
     "lope": _lope,
@@ -437,7 +478,7 @@ def status(results: Path, studies: Sequence[str] = STUDIES_OF_PAPER) -> pd.DataF
     """
     rows = {}
     for name in studies:
-        for profile in ("paper", "lite"):
+        for profile in _profiles(name):
             study = f"{name}/{profile}"
             keys = {task: study_runs(study, results, [task]) for task in tasks_of(name)}
             rows[study] = {t: f"{len(k) - len(missing(k, results))}/{len(k)}" for t, k in keys.items()}
