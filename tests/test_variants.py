@@ -1,9 +1,11 @@
 """The named variants of an experiment, and which runs make up a study."""
 
 import csv
+import math
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import assert_same, tiny
@@ -11,6 +13,9 @@ from torch.nn.utils import parameters_to_vector
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments import TASKS, training
+from metaadamw_lite.experiments.ladder import LADDER
+from metaadamw_lite.experiments.null import NULL
+from metaadamw_lite.experiments.paired import pairs_needed
 from metaadamw_lite.experiments.records import RunKey, write_record
 from metaadamw_lite.experiments.studies import (
     SEARCH_SEEDS,
@@ -22,6 +27,7 @@ from metaadamw_lite.experiments.studies import (
 )
 from metaadamw_lite.experiments.task import PROFILES
 from metaadamw_lite.experiments.training import make_optimizer, run
+from metaadamw_lite.experiments.variant import Variant
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
     ARMS,
@@ -250,10 +256,32 @@ def test_names_of_the_variants():
     assert at_learning_rate(5e-4) == "adamw"
     assert {"adamw-lr0.000125", "adamw-lr0.00025", "adamw-lr0.001", "adamw-lr0.008"} < set(VARIANTS)
     assert len(set(VARIANTS)) == len(VARIANTS)
-    assert set(VARIANTS) == {*ARMS, *ABLATIONS, *map(at_learning_rate, LEARNING_RATES), *EXCHANGED, *WEIGHTED}
+    rates = map(at_learning_rate, LEARNING_RATES)
+    assert {*ARMS, *ABLATIONS, *rates, *EXCHANGED, *WEIGHTED, *NULL, *LADDER} <= set(VARIANTS)
     assert [*EXCHANGED] == [phi_of(seed) for seed in SEEDS]
     assert 5e-4 in LEARNING_RATES
     assert list(LEARNING_RATES) == sorted(LEARNING_RATES)
+
+
+def test_a_variant_needs_nothing_but_its_entry_in_the_registry(tmp_path, monkeypatch):
+    """Whatever its name is: neither which optimizer it has nor whether Φ is trained is read from there."""
+    sgd = Variant(lambda s: replace(s, lr=1e-3), lambda model, s, *_: torch.optim.SGD(model.parameters(), lr=s.lr))
+    monkeypatch.setitem(VARIANTS, "adamw-in-name-only", sgd)
+    made = run(RunKey("etth1", "adamw-in-name-only", "paper", "smoke", 0), tmp_path, progress=False)
+    assert (made["status"], made["settings"]["lr"], "trace" in made) == ("finished", 1e-3, False)
+    monkeypatch.setitem(VARIANTS, "adamw-at-rest", Variant(lambda s: replace(s, lr=1e-3), updates=False))
+    resting = run(RunKey("etth1", "adamw-at-rest", "paper", "smoke", 0), tmp_path, progress=False)
+    assert (resting["meta_updates"], len(resting["trace"]) > 0) == ([], True)
+
+
+def test_a_variant_that_is_an_arm_by_another_name_is_refused(monkeypatch):
+    settings = TASKS["etth1"].settings("paper")
+    for arm in ARMS:
+        monkeypatch.setitem(VARIANTS, "alias", VARIANTS[arm])
+        with pytest.raises(ValueError, match=f"'alias', which is what '{arm}' is on this task"):
+            changed(settings, "alias")
+    monkeypatch.setitem(VARIANTS, "alias", Variant(make=lambda *_: None))
+    assert changed(settings, "alias") == settings
 
 
 def test_an_exchanged_phi_is_that_of_the_other_seed_and_nothing_else_is():
@@ -313,6 +341,57 @@ def test_the_main_study_goes_seed_by_seed(tmp_path):
     assert {key.source for key in runs} == {"real"}
 
 
+def first_pairs(task, gains, results, seconds=1.0):
+    """Write the records of the first seeds of the main study under ``paper``, with these gains in percent."""
+    for seed, gain in zip(SEEDS, gains, strict=True):
+        better = 1 - gain / 100 if TASKS[task].lower_is_better else 1 + gain / 100
+        for arm, metric in (("adamw", 2.0), ("metaadamw", None if math.isnan(gain) else 2 * better)):
+            record(metric, RunKey(task, arm, "paper", "lite", seed), results, [{"seconds": seconds}])
+
+
+def seeds_of(task, results, protocol="paper"):
+    runs = study_runs("main/lite", results)
+    assert len(set(runs)) == len(runs), "no run twice"
+    mine = [key for key in runs if (key.task, key.protocol) == (task, protocol)]
+    adamw, ours, control = ([key.seed for key in mine if key.variant == arm] for arm in ARMS)
+    assert adamw == ours == control
+    return adamw
+
+
+@pytest.mark.parametrize("task", ["etth1", "imdb"])
+def test_the_main_study_goes_on_until_the_papers_gain_would_be_found(task, tmp_path):
+    gains = [9.0, -8.0, 4.0, -3.0, 6.0] if task == "etth1" else [25.0, -20.0, 10.0, -9.0, 18.0]
+    first_pairs(task, gains, tmp_path)
+    needed = pairs_needed(pd.Series(gains), {"etth1": 4.26, "imdb": 11.08}[task])
+    assert 10 < needed < 40
+    assert seeds_of(task, tmp_path) == list(range(needed))
+    assert seeds_of(task, tmp_path, "clean") == list(range(math.ceil(needed / 2)))
+    assert seeds_of("cifar10", tmp_path) == list(SEEDS), "each task by its own pairs"
+    assert {key.seed for key in study_runs("main/paper", tmp_path)} == set(SEEDS), "whole runs have five seeds"
+
+
+def test_the_main_study_asks_for_no_more_before_the_first_pairs_are_whole(tmp_path):
+    first_pairs("etth1", [1.0, 2.0, 1.5, 1.0, 2.0], tmp_path)
+    assert seeds_of("etth1", tmp_path) == list(range(10))
+    RunKey("etth1", "adamw", "paper", "lite", 3).path(tmp_path).unlink()
+    assert seeds_of("etth1", tmp_path) == list(SEEDS)
+
+
+def test_a_pair_that_is_lost_tells_nothing_of_the_spread(tmp_path):
+    first_pairs("etth1", [9.0, -8.0, math.nan, -3.0, 6.0], tmp_path)
+    assert len(seeds_of("etth1", tmp_path)) == pairs_needed(pd.Series([9.0, -8.0, -3.0, 6.0]), 4.26)
+
+
+def test_further_seeds_come_after_all_first_ones_the_cheapest_task_first(tmp_path):
+    first_pairs("etth1", [1.0, 2.0, 1.5, 1.0, 2.0], tmp_path, seconds=30.0)
+    first_pairs("imdb", [1.0, 2.0, 1.5, 1.0, 2.0], tmp_path, seconds=3.0)
+    runs = study_runs("main/lite", tmp_path)
+    assert [key.seed for key in runs[:150]] == [seed for seed in SEEDS for _ in range(30)]
+    further = list(dict.fromkeys(key.task for key in runs[150:]))
+    assert further == ["imdb", "etth1"]
+    assert [key.seed for key in runs[150:] if key.task == "imdb"] == [seed for seed in range(5, 10) for _ in range(3)]
+
+
 def test_a_study_without_a_profile_has_both(tmp_path):
     for name in ("main", "baseline", "ablation", "exchange"):
         both = study_runs(name, tmp_path)
@@ -337,7 +416,10 @@ def test_the_smoke_study_has_every_variant_of_every_task(tmp_path):
     for task in TASKS:
         rates = {at_learning_rate(lr) for lr in LEARNING_RATES}
         others = {name for name in EXCHANGED if name != phi_of(0)}
-        assert {key.variant for key in runs if key.task == task} == {*ARMS, *changing(task), *rates, *others}
+        expected = {*ARMS, *changing(task), *rates, *others}
+        expected |= {key.variant for s in ("null", "ladder") for key in study_runs(s, tmp_path) if key.task == task}
+        expected -= {name for name in NULL if name.endswith("-phi1000")}.symmetric_difference(NULL)
+        assert {key.variant for key in runs if key.task == task} == expected
         clean = {key.variant for key in runs if (key.task, key.protocol) == (task, "clean")}
         assert clean == set(ARMS)
 
@@ -361,9 +443,9 @@ def test_unknown_tasks_are_quoted(tmp_path):
 # ---------------------------------------------------------------- the search for a learning rate
 
 
-def record(metric, key, results):
+def record(metric, key, results, epochs=()):
     best = None if metric is None else {"epoch": 1, "val_loss": 1.0, "metric": metric}
-    content = {"settings": {}, "status": "finished", "data": "made", "epochs": [], "environment": {}}
+    content = {"settings": {}, "status": "finished", "data": "made", "epochs": list(epochs), "environment": {}}
     content |= {"best": best, "test": None}
     return write_record(content, key, results)
 

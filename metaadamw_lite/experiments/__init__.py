@@ -12,7 +12,8 @@
 * ``datasets``  where data files come from, how they are checked and kept
 * ``training``  one run, from the seed to the record
 * ``records``   what a run leaves behind
-* ``variants``  the named changes to a task's settings: arms, ablations, learning rates
+* ``variant``   what a variant is: a change to a task's settings, and an optimizer; ``variants`` has all of them
+* ``null``, ``ladder``  variants of the studies of random, constant and learned factors
 * ``studies``   which runs belong together, and running all that are missing
 * ``report``    tables made from records; ``paired`` has the statistics, ``claims`` the verdicts on the paper's claims
 * ``released``  the logs that come with the released code

@@ -10,6 +10,7 @@ from metaadamw_lite.experiments.lope_study import ARMS, NOISE
 from metaadamw_lite.experiments.records import RunKey, default_results, expanded_folder, strays
 from metaadamw_lite.experiments.studies import (
     STUDIES,
+    STUDIES_OF_PHI,
     STUDIES_OF_RELATIVES,
     ends,
     status,
@@ -113,7 +114,7 @@ def _do(args: argparse.Namespace) -> int:
     elif args.study:
         print(status_lines(args.study, results))
     else:
-        tables = [status(results), status(results, STUDIES_OF_RELATIVES).T]
+        tables = [status(results), status(results, STUDIES_OF_PHI), status(results, STUDIES_OF_RELATIVES).T]
         print("\n\n".join(table.to_string() for table in tables))
     return 0
 

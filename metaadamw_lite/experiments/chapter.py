@@ -97,10 +97,11 @@ class Evidence:
     def conclusion(self) -> str:
         """What the records say about the paper's claim, and what they cannot say (Markdown)."""
         lines = []
-        for protocol, profile in self.profiles.items():
+        for protocol in self.profiles:
             d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
-            says = report.noted(f"the claim that MetaAdamW is better: **{paired.verdict(d)}**", profile, d.pairs)
-            lines.append(f"* Protocol `{protocol}`: {d}; {says}.")
+            says = self._noted(f"the claim that MetaAdamW is better: **{paired.verdict(d)}**", protocol, d)
+            chance = report.percent(report.power_for_paper(self.task.name, d))
+            lines.append(f"* Protocol `{protocol}`: {d}; {says}; power for a gain as the paper's: {chance}.")
         if self.profiles["paper"] == "paper":
             whole = self._pairs("paper", "paper")
             arms = [
@@ -120,6 +121,12 @@ class Evidence:
                 f"main/paper --task {self.task.name}` makes the whole ones."
             )
         return "\n".join(lines)
+
+    def _noted(self, text: str, protocol: str, difference: paired.PairedDifference) -> str:
+        """A statement on a difference under a protocol, with ``report.noted``'s notes."""
+        profile = self.profiles[protocol]
+        planned = report.planned_pairs(self.task.name, self._all, protocol, profile)
+        return report.noted(text, profile, difference.pairs, planned)
 
     def _pairs(self, protocol: str, profile: str) -> pd.DataFrame:
         """The outcomes of MetaAdamW ("arm") and AdamW ("baseline") by seed, and the "gain" in percent."""
@@ -172,7 +179,7 @@ class Evidence:
     def comparisons(self) -> pd.DataFrame:
         """The arms against each other, paired by seed."""
         short = {**figures.LABELS, "metaadamw-frozen": "untrained Φ"}
-        return self._named(report.comparison_table(self.runs, self.task.lower_is_better, short))
+        return self._named(report.comparison_table(self.task.name, self.runs, short))
 
     def last_epoch(self) -> str:
         """The comparisons of the last epochs instead of the best ones, under the paper's protocol (Markdown)."""
@@ -181,7 +188,7 @@ class Evidence:
         for arm, baseline in report.PAIRS:
             d = report.compare(last, "paper", arm, baseline, self.task.lower_is_better)
             who = f"{figures.LABELS[arm]} against {figures.LABELS[baseline]}"
-            says = report.noted(paired.verdict(d), self.profiles["paper"], d.pairs)
+            says = self._noted(paired.verdict(d), "paper", d)
             lines.append(f"* Last epoch, {who}: {d}; better: {says}")
         return "\n".join(lines)
 
@@ -219,7 +226,8 @@ class Evidence:
         return self._titled(figures.plot_movement(self._movement))
 
     def by_seed(self) -> pd.DataFrame:
-        """Every pair: what the arms report, MetaAdamW's gain over AdamW in percent, and its mean α over the run."""
+        """Every pair: what the arms report, MetaAdamW's gain over AdamW in percent, and its α, the mean over the run in
+        which a group counts by its parameters."""
         table = self.runs.pivot(index=["protocol", "seed"], columns="variant", values="outcome")
         table = table.reindex(columns=list(ARMS)).rename(columns=figures.LABELS)
         gains = {protocol: self._pairs(protocol, profile)["gain"] for protocol, profile in self.profiles.items()}
@@ -235,15 +243,20 @@ class Evidence:
         return self._named(self._factors().join(moved.map("{:.0e}".format).rename(columns=names)))
 
     def _factors(self) -> pd.DataFrame:
-        traced = report.factors_frame(self.records)
-        trained = traced[traced["variant"] == "metaadamw"].groupby(["protocol", "seed"])
-        return pd.DataFrame(
-            {
-                f"{s} ({how})": trained[c].agg(how)
-                for c, s in (("alpha", "α"), ("beta", "β"))
-                for how in ("min", "mean", "max")
+        """Smallest, mean and largest factor of each run; in the mean a group counts by its parameters."""
+        traced, keys = report.factors_frame(self.records), ["protocol", "seed"]
+        traced = traced[traced["variant"] == "metaadamw"]
+        runs = traced.groupby(keys)
+        columns: dict[str, pd.Series[float]] = {}
+        for name, symbol in (("alpha", "α"), ("beta", "β")):
+            weighted = (traced[name] * traced["parameters"]).groupby([traced[k] for k in keys]).sum()
+            mean = weighted / runs["parameters"].sum()
+            columns |= {
+                f"{symbol} (min)": runs[name].min(),
+                f"{symbol} (mean)": mean,
+                f"{symbol} (max)": runs[name].max(),
             }
-        ).round(3)
+        return pd.DataFrame(columns).round(3)
 
     def factors_statement(self) -> str:
         """What the factors did, in a few sentences for each profile (Markdown)."""
@@ -256,8 +269,9 @@ class Evidence:
             low, high = table["α (mean)"].min(), table["α (mean)"].max()
             says.append(
                 f"In {equal.sum()} of {len(table)} `{profile}` runs all groups had the same α, to within 0.1, from "
-                f"beginning to end. The mean α of a run lay between {low:.2f} and {high:.2f}. Meta-learning changed α "
-                f"by up to about {moved['alpha_moved']:.2g} and β by up to about {moved['beta_moved']:.2g}."
+                f"beginning to end. The mean α of a run (weighted by parameters) lay between {low:.2f} and {high:.2f}. "
+                f"Meta-learning changed α by up to about {moved['alpha_moved']:.2g} and β by up to about "
+                f"{moved['beta_moved']:.2g}."
             )
         return " ".join(says)
 
@@ -269,7 +283,8 @@ class Evidence:
             rows[protocol] = {
                 "paper (1 seed)": f"{self.paper['improvement_percent']:+.2f} %" if protocol == "paper" else "–",
                 "ours (paired)": report.noted(str(d), profile),
-                "MetaAdamW improves on AdamW": report.noted(paired.verdict(d), profile, d.pairs),
+                "power for the paper's gain": report.percent(report.power_for_paper(self.task.name, d)),
+                "MetaAdamW improves on AdamW": self._noted(paired.verdict(d), protocol, d),
             }
         return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
 

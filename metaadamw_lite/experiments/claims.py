@@ -1,6 +1,6 @@
 """The claims of the three papers, each with its number, ours, and the verdict that the records give by a rule."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,27 +11,61 @@ from metaadamw_lite.experiments import TASKS, lilaw_report, lope_report, paired,
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     NEVER,
+    PairedDifference,
     corrected,
     improvement,
+    improvements_by_seed,
+    p_value,
     paired_difference,
     pairs_by_seed,
-    verdict,
+    power,
+    verdict_after,
     worse,
 )
 from metaadamw_lite.experiments.relatives import Records
 from metaadamw_lite.experiments.studies import study_runs
 from metaadamw_lite.experiments.task import PROTOCOLS
-from metaadamw_lite.experiments.variants import ABLATIONS
+from metaadamw_lite.experiments.variants import ABLATIONS, SEEDS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the records have on a claim.
+
+    Attributes:
+        ours: our number, as text.
+        says: the verdict, where it takes more than one test or none.
+        test: the difference that decides, positive in favour of the claim; None with ``says``.
+        opposite: what a difference against the claim means.
+        profile, planned: of the pairs of ``test``, for ``report.noted``.
+    """
+
+    ours: str
+    says: str = NEVER
+    test: PairedDifference | None = None
+    opposite: str = "it is worse"
+    profile: str = "paper"
+    planned: int = len(SEEDS)
+
+    def verdict(self, correction: PairedDifference) -> str:
+        """The verdict of ``test``, given the same after ``corrected``."""
+        assert self.test is not None
+        says = verdict_after(self.test, correction).replace("it is worse", self.opposite)
+        return report.noted(says, self.profile, self.test.pairs, self.planned)
 
 
 def claims_table() -> pd.DataFrame:
     """One row for each claim on MetaAdamW in ``data/paper/claims.csv``, with our number, the verdict and the evidence.
 
+    A claim that one test decides is judged by its p after Holm's correction over all such rows, "p (Holm)", and by that
+    of equivalence, "p (equivalent, Holm)". "power" is that of the uncorrected test to tell an effect of the claimed
+    size from none, with the pairs at hand.
+
     How the kinds of claims are judged, under the paper's protocol:
 
     * improvement: MetaAdamW against AdamW, paired by seed; ``all``: such a claim must hold on all tasks.
     * ablation: the variant's change against MetaAdamW; the claim is that the variant is worse.
-    * no gain: that the variant is not better by as much as ``high`` percent, by Student's interval.
+    * no gain: that the variant is not better by as much as ``high`` percent.
     * necessary: the same for every variant of a task that takes something away, after Holm's correction.
     * epochs, longer: fewer, or more, epochs than AdamW until early stopping, paired by seed.
     * earlier: how many epochs earlier than AdamW MetaAdamW is as good as AdamW's best, paired by seed; where it never
@@ -39,14 +73,30 @@ def claims_table() -> pd.DataFrame:
     * trained: MetaAdamW against itself with an untrained Φ, on all tasks, under both protocols.
     * memory, time, update, updates, frequent, statistics, module: the bench's record against the range that the paper
       gives.
+
+    Claims over tasks (``all``, ``trained``) are corrected over the tasks of a protocol.
     """
     claims = pd.read_csv(report.repository() / "data" / "paper" / "claims.csv", dtype=str)
     main = report.table_of_tasks()
     control = {p: report.table_of_tasks(baseline="metaadamw-frozen", protocol=p) for p in PROTOCOLS}
-    judged = [_judged(claim, main, control) for _, claim in claims.iterrows()]
-    ours, says = ([j[k] for j in judged] for k in (0, 1))
-    links = claims["evidence"].map(chapter_link)
-    return claims[["section", "claim"]].assign(paper=claims["number"], ours=ours, verdict=says, evidence=links)
+    findings = pd.Series([_found(claim, main, control) for _, claim in claims.iterrows()], index=claims.index)
+    tests = findings.map(lambda f: f.test).dropna()
+    after = corrected(tests)
+    says = findings.map(lambda f: f.says)
+    says[after.index] = [f.verdict(d) for f, d in zip(findings[after.index], after, strict=True)]
+    claimed = claims["number"].str.extract(r"^([+-][\d.]+) %$")[0].astype(float)[tests.index]
+    powers = pd.Series([power(d, x) for d, x in zip(tests, claimed, strict=True)], index=tests.index, dtype=float)
+    return claims[["section", "claim"]].assign(
+        paper=claims["number"],
+        ours=findings.map(lambda f: f.ours),
+        power=powers.reindex(claims.index).map(report.percent),
+        **{
+            "p (Holm)": after.map(lambda d: d.p).reindex(claims.index).map(p_value),
+            "p (equivalent, Holm)": after.map(lambda d: d.p_equivalent).reindex(claims.index).map(p_value),
+        },
+        verdict=says,
+        evidence=claims["evidence"].map(chapter_link),
+    )
 
 
 def chapter_link(page: Any) -> str:
@@ -64,75 +114,72 @@ KINDS = (
 """Of claims; ``claims_table`` says what each is."""
 
 
-def _judged(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.DataFrame]) -> tuple[str, str]:
-    """What we have on a claim, and the verdict."""
+def _found(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.DataFrame]) -> Finding:
+    """What we have on a claim."""
     kind, task = claim["kind"], claim["task"]
     check_choice("kind (of a claim)", kind, KINDS)
     if kind in COSTS:
-        return _judged_cost(claim)
+        return _found_cost(claim)
     if kind in ("all", "trained"):
-        return _judged_over_tasks({"paper": main} if kind == "all" else control)
+        return _found_over_tasks({"paper": main} if kind == "all" else control)
     if task not in main.index:
-        return "–", NEVER
+        return Finding("–")
     if kind == "improvement":
-        d, profile = main.loc[task, ["difference", "profile"]]
+        d, profile, planned = main.loc[task, ["difference", "profile", "planned"]]
         ours = report.noted(str(d), profile)
         if profile == "paper" and d.seeds >= ENOUGH_SEEDS:
             gain = float(report.paper_table(2).loc[task, "improvement_percent"])
             ours += f"; one more pair, as the paper's with {gain:+.2f} %: {d.one_more}"
-        return ours, report.noted(verdict(d), profile, d.pairs)
+        return Finding(ours, test=d, profile=profile, planned=planned)
     if kind in ("ablation", "no gain"):
-        return _judged_ablation(task, claim["variant"], None if kind == "ablation" else float(claim["high"]))
+        return _found_ablation(task, claim["variant"], None if kind == "ablation" else float(claim["high"]))
     if kind == "necessary":
-        return _judged_parts(task)
+        return _found_parts(task)
     runs = report.main_runs(task)
     if report.best_evidence(runs, "paper") == "lite":  # when a shortened run stops says nothing about a whole one
-        return "–", NEVER
-    return _judged_optimum(task) if kind == "earlier" else _judged_length(task, kind, runs)
+        return Finding("–")
+    return _found_optimum(task) if kind == "earlier" else _found_length(task, kind, runs)
 
 
-def _judged_over_tasks(tables: dict[str, pd.DataFrame]) -> tuple[str, str]:
+def _found_over_tasks(tables: dict[str, pd.DataFrame]) -> Finding:
     """A claim about all tasks, under some protocols: how often which verdict."""
     ours, says = [], []
     for protocol, table in tables.items():
         where = f", `{protocol}`" if len(tables) > 1 else ""
-        rows = list(zip(table.index, table["difference"], table["profile"], strict=True))
-        verdicts = [report.noted(verdict(d), profile, d.pairs) for _, d, profile in rows]
+        verdicts = []
+        columns = (table[name] for name in ("difference", "profile", "planned"))
+        for task, correction, d, profile, planned in zip(
+            table.index, corrected(table["difference"]), *columns, strict=True
+        ):
+            verdicts.append(report.noted(verdict_after(d, correction), profile, d.pairs, planned))
+            chance = report.percent(report.power_for_paper(str(task), d))
+            what = f"{d}; power for the paper's gain: {chance}" if chance != "–" else str(d)
+            ours.append(f"{TASKS[str(task)].title}{where}: {report.noted(what, profile)}")
         count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
-        ours += [f"{TASKS[str(t)].title}{where}: {report.noted(str(d), profile)}" for t, d, profile in rows]
         says.append(f"of {len(TASKS)} tasks{where}: " + "; ".join(f"{v} on {n}" for v, n in count.items()))
-    return "<br>".join(ours), "<br>".join(says)
+    return Finding("<br>".join(ours), "<br>".join(says))
 
 
-def _judged_ablation(task: str, variant: str, gain: float | None) -> tuple[str, str]:
+def _found_ablation(task: str, variant: str, gain: float | None) -> Finding:
     """Is the variant worse than MetaAdamW, or not better by some gain? Whole runs count, where there are enough."""
     runs = report.outcomes(report.runs_frame(report.recorded(task)))
+    lower_is_better = TASKS[task].lower_is_better
     for profile in ("paper", "lite"):
         outcome = runs[runs["profile"] == profile]
-        d = report.compare(outcome, "paper", variant, "metaadamw", TASKS[task].lower_is_better)
+        arm, metaadamw = report.by_seed(outcome, "paper", variant, "metaadamw")
+        d = improvement(arm, metaadamw, lower_is_better)
         if d.pairs < ENOUGH_SEEDS:
             continue
-        if gain is None:
-            says = worse(d)
-            if not says.startswith("not ") and profile == "lite" and abs(d.mean) <= _rounding(task):
-                says += ", by no more than rounding makes"
-        elif d.lost:
-            says = verdict(d)
-        else:
-            inside = f"not decided: a gain of {gain:g} % is inside Student's interval"
-            says = "holds" if d.t_high < gain else "does not hold: it helps" if d.t_low > gain else inside
         guessing = "; these accuracies are hardly above guessing" if report.near_chance(task, outcome) else ""
-        return report.noted(str(d), profile) + guessing, report.noted(says, profile, d.pairs)
-    return "–", NEVER
+        ours = report.noted(str(d), profile) + guessing
+        if gain is None:
+            return Finding(ours, test=d.reversed(), opposite="it is better", profile=profile)
+        short_of = paired_difference(gain - improvements_by_seed(arm, metaadamw, lower_is_better), "points")
+        return Finding(ours, test=short_of, opposite="it helps", profile=profile)
+    return Finding("–")
 
 
-def _rounding(task: str) -> float:
-    """By how many percent the last bits changed a shortened run of the task at most; NaN where that is not known."""
-    runs = report.repeated_runs(task)
-    return float(100 * (runs["again"] / runs["first"] - 1).abs().max())
-
-
-def _judged_optimum(task: str) -> tuple[str, str]:
+def _found_optimum(task: str) -> Finding:
     """Is MetaAdamW as good as AdamW's best in an earlier epoch?"""
     records = report.main_records(task, "paper", "paper")
     reached = report.time_to_best(records, TASKS[task].lower_is_better)
@@ -140,23 +187,22 @@ def _judged_optimum(task: str) -> tuple[str, str]:
     d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
     seeds = [{r["run"]["seed"] for r in records if r["run"]["variant"] == arm} for arm in ("metaadamw", "adamw")]
     d = replace(d, lost=len(set.intersection(*seeds)) - len(reached))  # those without a finite epoch
-    says = report.noted(verdict(d).replace("it is worse", "it is later or never"), "paper", d.pairs)
     often = (reached["MetaAdamW, epoch"] < reached["AdamW, epoch"]).sum()
-    return f"{d}; positive is earlier ({often} of {len(reached)} pairs); never counts as epoch {never}", says
+    ours = f"{d}; positive is earlier ({often} of {len(reached)} pairs); never counts as epoch {never}"
+    return Finding(ours, test=d, opposite="it is later or never")
 
 
-def _judged_length(task: str, kind: str, runs: pd.DataFrame) -> tuple[str, str]:
+def _found_length(task: str, kind: str, runs: pd.DataFrame) -> Finding:
     """Does MetaAdamW take fewer epochs until it stops ("epochs"), or more ("longer")?"""
     runs = runs[runs["profile"] == "paper"]
     whole = runs["status"].isin(["finished", "stopped early"])  # a run that diverges is not one that took less time
     arm, baseline = report.by_seed(runs.assign(outcome=runs["epochs"].where(whole)), "paper", "metaadamw", "adamw")
     d = improvement(arm, baseline, lower_is_better=False)
-    says = verdict(d.reversed()) if kind == "epochs" else verdict(d)
     limit = TASKS[task].settings("paper").epochs
     pairs = pairs_by_seed(arm, baseline)
     cut = f"{int((pairs == limit).to_numpy().sum())} of {pairs.size} runs went on to the last epoch allowed, {limit}"
-    says = report.noted(says.replace("it is worse", "it is the other way round"), "paper", d.pairs)
-    return f"epochs: {d}; {cut}", says
+    claimed = d.reversed() if kind == "epochs" else d
+    return Finding(f"epochs: {d}; {cut}", test=claimed, opposite="it is the other way round")
 
 
 REMOVALS = (
@@ -172,7 +218,7 @@ REMOVALS = (
 """The rows of Table 3 that take something away, where they are not a task's own setting."""
 
 
-def _judged_parts(task: str) -> tuple[str, str]:
+def _found_parts(task: str) -> Finding:
     """Every row of a task's Table 3 that is run and takes something away: is it worse, after Holm's correction?"""
     found = {}
     for profile in ("paper", "lite"):
@@ -182,18 +228,18 @@ def _judged_parts(task: str) -> tuple[str, str]:
     profile = max(found, key=lambda p: len(found[p]))  # "paper" once it has as many rows
     differences = found[profile]
     if differences.empty:
-        return "–", NEVER
+        return Finding("–")
     verdicts = corrected(differences).map(worse).value_counts()
     counts = "; ".join(f"{v} for {n}" for v, n in verdicts.items())
     says = report.noted(f"after Holm's correction: {counts}", profile, min(d.pairs for d in differences))
-    return f"taken away one at a time: {len(differences)}", says
+    return Finding(f"taken away one at a time: {len(differences)}", says)
 
 
-def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
+def _found_cost(claim: "pd.Series[Any]") -> Finding:
     """The range that the paper gives (columns "low" and "high") against what the bench measured on a CPU."""
     record = report.bench_record()
     if record is None:
-        return "–", NEVER
+        return Finding("–")
     found, text = _measured_cost(claim["kind"], record)
     low, high = float(claim["low"]), float(claim["high"])
     ours, says = [], []
@@ -204,7 +250,7 @@ def _judged_cost(claim: "pd.Series[Any]") -> tuple[str, str]:
         counts = pd.Series(where).value_counts()
         of = f" for {{}} of {len(values)}" if len(values) > 1 else ""
         says.append(f"{what}: " + ", ".join(f"{v}{of.format(n)}" for v, n in counts.items()))
-    return "<br>".join(ours), "<br>".join(says)
+    return Finding("<br>".join(ours), "<br>".join(says))
 
 
 def _measured_cost(kind: str, record: dict[str, Any]) -> "tuple[dict[str, pd.Series[float]], str]":

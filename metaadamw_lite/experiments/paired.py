@@ -1,7 +1,8 @@
 """Pairs of runs with the same seed: their differences, with intervals, tests and what these say about a claim.
 
 Arms with the same seed share weights, batches and dropout masks, so only their difference is evidence. Intervals and
-tests come from scipy, Holm's correction from statsmodels. Nothing here reads a file.
+tests come from scipy; equivalence tests, power, Holm's correction and the analysis of variance from statsmodels.
+Nothing here reads a file.
 """
 
 import math
@@ -12,14 +13,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import DescrStatsW
 
 CONFIDENCE = 0.95
+
+EQUIVALENT = 1.0
+"""Percent up to which a difference makes no difference."""
+
+POWER = 0.8
+"""How likely a study is to find the paper's gain, if it is there."""
+
+FEWEST_PAIRS, MOST_PAIRS = 10, 40
+"""Between these ``pairs_needed`` answers: fewer give no interval to rely on, more are not to be had."""
 
 ENOUGH_SEEDS = 3
 """Pairs that an interval needs."""
 
 NEVER = "not yet tested"
+SAME = f"equivalent (±{EQUIVALENT:g} %)"
 
 
 def signed(x: float) -> str:
@@ -44,6 +60,9 @@ class PairedDifference:
             is a percentage; a factor of two is 69. With the arms exchanged it only changes its sign, which the mean of
             relative differences does not: with a large spread each arm can look worse than the other.
         p_log: of a t-test on these logarithms.
+        p_equivalent: of two one-sided t-tests (TOST) against a mean outside of ±1 %, the larger of both; NaN in other
+            units.
+        std: standard deviation over the pairs; NaN with fewer than two.
         lost: pairs that do not count, since a run of theirs has no finite result. With any, nothing is decided: those
             that are left may be left because they went well.
     """
@@ -59,6 +78,8 @@ class PairedDifference:
     t_high: float = float("nan")
     log_ratio: float = float("nan")
     p_log: float = float("nan")
+    p_equivalent: float = float("nan")
+    std: float = float("nan")
     lost: int = 0
 
     def __str__(self) -> str:
@@ -128,10 +149,11 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
 def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDifference:
     """The mean of some differences, one for each seed, with its interval and tests; NaN is a pair that is lost."""
     values = np.sort(differences.dropna().to_numpy()) + 0.0  # which makes 0 of −0; the bootstrap minds the order
-    low = high = t_low = t_high = p = p_wilcoxon = float("nan")
+    low = high = t_low = t_high = p = p_equivalent = p_wilcoxon = float("nan")
     if len(values) >= ENOUGH_SEEDS and np.ptp(values) <= 1e-12 * np.abs(values).max():  # no spread but rounding
-        low = high = t_low = t_high = float(values.mean())  # no test is defined without any
+        low = high = t_low = t_high = float(values.mean())  # no t-test is defined without any: sign tests
         p = 2 * 0.5 ** len(values) if low else 1.0
+        p_equivalent = 0.5 ** len(values) if abs(low) < EQUIVALENT else 1.0
     elif len(values) >= ENOUGH_SEEDS:
         test = stats.ttest_1samp(values, 0)
         p = float(test.pvalue)
@@ -140,11 +162,23 @@ def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDiffe
             (values,), np.mean, confidence_level=CONFIDENCE, rng=np.random.default_rng(0)
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
+        p_equivalent = float(DescrStatsW(values).ttost_mean(-EQUIVALENT, EQUIVALENT)[0])
     if len(values) >= ENOUGH_SEEDS and values.any():
         p_wilcoxon = float(stats.wilcoxon(values).pvalue)
-    mean = float(values.mean()) if len(values) else float("nan")
-    lost = len(differences) - len(values)
-    return PairedDifference(mean, low, high, p, len(values), p_wilcoxon, unit, t_low, t_high, lost=lost)
+    return PairedDifference(
+        mean=float(values.mean()) if len(values) else float("nan"),
+        low=low,
+        high=high,
+        p=p,
+        seeds=len(values),
+        p_wilcoxon=p_wilcoxon,
+        unit=unit,
+        t_low=t_low,
+        t_high=t_high,
+        p_equivalent=p_equivalent if unit == "%" else float("nan"),
+        std=float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
+        lost=len(differences) - len(values),
+    )
 
 
 def pairs_by_seed(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> pd.DataFrame:
@@ -169,17 +203,32 @@ def verdict(difference: PairedDifference) -> str:
     """What a paired difference says about the claim "it is better".
 
     A decision takes both an interval without zero and p < 0.05, since with a handful of seeds the bootstrap interval
-    alone is too narrow.
+    alone is too narrow. A difference that is smaller than ±1 % by the equivalence test is no improvement, also where it
+    can be told from zero.
     """
     if difference.lost:
         return f"not decided: {difference.lost} of {difference.pairs} pairs lost"
     if np.isnan(difference.low):
         return NEVER
+    told = difference.p < 1 - CONFIDENCE and not difference.low <= 0 <= difference.high
+    if difference.p_equivalent < 1 - CONFIDENCE:
+        return f"{SAME}, though not zero" if told else SAME
     if not (difference.low or difference.high):
         return "not decided: identical results"
-    if difference.p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:
+    if not told:
         return "not decided: cannot be told from chance"
     return "holds" if difference.low > 0 else "does not hold: it is worse"
+
+
+def verdict_after(difference: PairedDifference, correction: PairedDifference) -> str:
+    """The verdict by corrected p-values; what only the uncorrected ones decide is not decided, and said to be so.
+
+    Args:
+        difference: as it was tested.
+        correction: the same from ``corrected``.
+    """
+    before, says = verdict(difference), verdict(correction)
+    return says if says == before or says.startswith(SAME) else "not decided after the correction"
 
 
 def worse(difference: PairedDifference) -> str:
@@ -194,9 +243,13 @@ def better_and_worse(differences: "pd.Series[Any]") -> tuple[int, int]:
 
 
 def corrected(differences: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Some ``PairedDifference``, with p after Holm's correction for their number, so that ``verdict`` goes by it."""
-    p = holm(differences.map(lambda d: d.p).astype(float))
-    judged = [replace(d, p=q) for d, q in zip(differences, p, strict=True)]
+    """Some ``PairedDifference``, with ``p`` and ``p_equivalent`` after Holm's correction, for ``verdict`` to go by.
+
+    Tests of a difference are one family, tests of equivalence another.
+    """
+    families = ([getattr(d, name) for d in differences] for name in ("p", "p_equivalent"))
+    p, p_equivalent = (holm(pd.Series(family, dtype=float)) for family in families)
+    judged = [replace(d, p=q, p_equivalent=e) for d, q, e in zip(differences, p, p_equivalent, strict=True)]
     return pd.Series(judged, index=differences.index, dtype=object)
 
 
@@ -252,3 +305,148 @@ def over_tasks(improvements: "dict[str, pd.Series[float]]") -> dict[str, Estimat
             low, high = float(interval.low), float(interval.high)
         result[name] = Estimate(value, low, high)
     return result
+
+
+# ---------------------------------------------------------------- how many pairs a question takes
+
+
+def power(difference: PairedDifference, gain: float) -> float:
+    """How likely the t-test of these pairs is to tell a mean of ``gain`` from zero, if their spread is the true one.
+
+    Args:
+        difference: the pairs at hand.
+        gain: in the unit of ``difference``; its sign does not matter. NaN where none is named.
+
+    Returns:
+        The power at p < 0.05, two-sided and without a correction; NaN with fewer than three pairs or without a gain.
+    """
+    if difference.seeds < ENOUGH_SEEDS or math.isnan(gain):
+        return math.nan
+    return float(_power(difference.std, gain, np.array([difference.seeds]))[0])
+
+
+def pairs_needed(first: "pd.Series[float]", gain: float) -> int:
+    """How many pairs tell a mean of ``gain`` from zero with a power of 80 %, by the spread of the first ones.
+
+    Args:
+        first: their differences; NaN is a pair that is lost.
+        gain: in the same unit.
+
+    Returns:
+        A number from 10 to 40; 40 also where fewer than two pairs have a result.
+    """
+    counts = np.arange(FEWEST_PAIRS, MOST_PAIRS)
+    enough = _power(float(first.std()), gain, counts) >= POWER
+    return int(counts[enough.argmax()]) if enough.any() else MOST_PAIRS
+
+
+def _power(std: float, gain: float, pairs: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """The power of a paired t-test for each number of pairs."""
+    effect = min(abs(gain) / std if std else math.inf, 6.0)  # from which three pairs have a power of 0.995
+    solver, error = TTestPower(), 1 - CONFIDENCE
+    both = solver.power(effect, pairs, error)
+    right = solver.power(effect, pairs, error / 2, alternative="larger")
+    # Far out, scipy has no number for the part with the wrong sign, which is nothing there.
+    return np.asarray(np.where(np.isnan(both), right, both))
+
+
+# ---------------------------------------------------------------- spread, and where it comes from
+
+
+def spread_ratio(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> Estimate:
+    """How many times the standard deviation over seeds of an arm is that of a baseline.
+
+    Args:
+        arm, baseline: results by seed; only seeds with two finite ones count.
+
+    Returns:
+        The ratio with Pitman's and Morgan's interval, which is exact for normal pairs and minds that the arms are
+        correlated; NaN with fewer than three pairs, or without any spread in one of them.
+    """
+    pairs = pairs_by_seed(arm, baseline).dropna()
+    n = len(pairs)
+    if n < ENOUGH_SEEDS or not (pairs.std() > 0).all():
+        return Estimate(math.nan, math.nan, math.nan)
+    x, y = (pairs[name] / pairs[name].std() for name in ("arm", "baseline"))
+    ratio = float(pairs["arm"].std() / pairs["baseline"].std())
+    # It holds the ratios ω by which arm / ω + baseline and arm / ω − baseline have no correlation that a test sees.
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, n - 2)
+    wide = 1 + 2 * max(0.0, 1 - float(x.corr(y)) ** 2) * t**2 / (n - 2)
+    factor = math.sqrt(wide + math.sqrt(wide**2 - 1))
+    return Estimate(ratio, ratio / factor, ratio * factor)
+
+
+def share_of_phi(gains: pd.DataFrame) -> Estimate:
+    """Which share of the variance of gains is Φ's, from runs in which every Φ meets every run seed.
+
+    The mixed model gain = run seed (fixed) + Φ (random) + rest (random), by a two-way analysis of variance. Two run
+    seeds cannot tell how much run seeds vary, so the share is that of the variance among runs of one seed.
+
+    Args:
+        gains: a row for each Φ, a column for each run seed. A Φ with a run that is lost does not count.
+
+    Returns:
+        The intraclass correlation (Shrout and Fleiss, 1979: ICC(3, 1)) with its exact interval for normal effects. Zero
+        where Φ makes no difference; below zero if chance has it so.
+
+    Raises:
+        ValueError: with fewer than two whole rows, or than two columns.
+    """
+    whole = gains.dropna()
+    rows, columns = whole.shape
+    if rows < 2 or columns < 2:
+        raise ValueError(f"{rows} Φ's have a result with each of {columns} run seeds; at least 2 and 2 are needed")
+    cells = whole.set_axis(range(columns), axis=1).reset_index(drop=True).rename_axis("phi").reset_index()
+    long = cells.melt("phi", var_name="seed", value_name="gain").astype({"gain": float})
+    variance = anova_lm(ols("gain ~ C(phi) + C(seed)", long).fit())
+    f = float(variance.loc["C(phi)", "F"])
+    degrees = variance.loc[["C(phi)", "Residual"], "df"].to_numpy()
+    apart = stats.f.ppf((1 + CONFIDENCE) / 2, *degrees), 1 / stats.f.ppf((1 + CONFIDENCE) / 2, *degrees[::-1])
+    value, low, high = (float((x - 1) / (x - 1 + columns)) for x in (f, f / apart[0], f / apart[1]))
+    return Estimate(value, low, high)
+
+
+def share_as_good(gains: pd.DataFrame, gain: float) -> Estimate:
+    """Which share of the runs of random Φ's gains at least so much.
+
+    Args:
+        gains: a row for each Φ, a column for each run seed; a run that is lost gains less than anything.
+        gain: of the paper, in the same unit.
+
+    Returns:
+        The share with its exact interval (Clopper and Pearson), by which all runs of a Φ count as one.
+    """
+    value = float((gains >= gain).to_numpy().mean())
+    low, high = proportion_confint(value * len(gains), len(gains), 1 - CONFIDENCE, method="beta")
+    return Estimate(value, float(low), float(high))
+
+
+def expected_best(gains: pd.DataFrame, draws: int) -> Estimate:
+    """The largest gain that so many draws of a random Φ have, on average: what a search among them finds by itself.
+
+    Args:
+        gains: a row for each Φ, a column for each run seed; the runs are drawn from with replacement.
+        draws: k.
+
+    Returns:
+        The mean of the best of k with a bootstrap interval that draws Φ's anew. No draw is better than the best run, so
+        with k near the number of runs it is rather too small.
+    """
+    table = gains.dropna(how="all").to_numpy(dtype=float)
+
+    def best(rows: "np.ndarray[Any, Any]") -> float:
+        values = np.sort(table[rows].ravel())
+        values = values[~np.isnan(values)]
+        return float(values @ np.diff((np.arange(len(values) + 1) / len(values)) ** draws))
+
+    rows = np.arange(len(table))
+    interval = stats.bootstrap(
+        (rows,),
+        best,
+        n_resamples=2000,
+        vectorized=False,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(best(rows), float(interval.low), float(interval.high))

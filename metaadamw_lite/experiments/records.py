@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from metaadamw_lite.checks import check_choice, check_seed
@@ -37,6 +38,31 @@ def checkout() -> Path | None:
     """The checkout that the current directory is in, the first folder up with ``data/paper``; None outside one."""
     here = Path.cwd().resolve()
     return next((folder for folder in (here, *here.parents) if (folder / "data" / "paper").is_dir()), None)
+
+
+def repository() -> Path:
+    """The checkout that the current directory is in, with the paper's tables and the committed records.
+
+    Raises:
+        FileNotFoundError: outside a checkout.
+    """
+    folder = checkout()
+    if folder is None:
+        raise FileNotFoundError(f"{Path.cwd()} is not inside a checkout of metaadamw_lite (no data/paper above it)")
+    return folder
+
+
+def paper_table(number: int) -> pd.DataFrame:
+    """A table of the paper: 2, 4 and 5 indexed by task, 1 by parameter, 3 by factor and value (as printed, text)."""
+    index = {1: ["parameter"], 3: ["factor", "value"]}.get(number, ["task"])
+    dtype = str if number in (1, 3) else None
+    return pd.read_csv(repository() / "data" / "paper" / f"table{number}.csv", index_col=index, dtype=dtype)
+
+
+def papers_gain(task: str) -> float:
+    """By how many percent MetaAdamW improves on AdamW in the paper's Table 2."""
+    table: Any = paper_table(2)
+    return float(table.loc[task, "improvement_percent"])
 
 
 def default_results() -> Path:

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -37,10 +36,11 @@ def corrected_table(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.D
         table: with any columns beside that one.
         control: rows that are no part of the question; they are neither corrected nor counted.
     """
-    p = table["difference"].map(lambda d: d.p)
-    corrected = paired.holm(p.where(~table.index.isin(list(control))))
-    verdicts = [judged(d, q) for d, q in zip(table["difference"], corrected.fillna(p), strict=True)]
-    return table.assign(p_holm=corrected, verdict=verdicts)
+    asked = ~table.index.isin(list(control))
+    after = table["difference"].copy()
+    after[asked] = paired.corrected(after[asked])
+    verdicts = [judged(d, c) for d, c in zip(table["difference"], after, strict=True)]
+    return table.assign(p_holm=after.map(lambda d: d.p).where(asked), verdict=verdicts)
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -63,10 +63,9 @@ def student(difference: PairedDifference) -> str:
     return f"{difference.mean_text} {difference.t_interval if enough else difference.interval}"
 
 
-def judged(difference: PairedDifference, corrected: float) -> str:
-    """The verdict on "it is better" by a corrected p, once all seeds that were planned are there."""
+def judged(difference: PairedDifference, correction: PairedDifference) -> str:
+    """The verdict on "it is better" by corrected p-values, once all seeds that were planned are there."""
     planned = len(FEW_SEEDS)
     if difference.pairs < planned:
         return f"{NEVER}: {difference.seeds} of {planned} seeds"
-    before, says = paired.verdict(difference), paired.verdict(replace(difference, p=corrected))
-    return says if says == before else "not decided after the correction"
+    return paired.verdict_after(difference, correction)

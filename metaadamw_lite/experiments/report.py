@@ -6,7 +6,6 @@
 import itertools
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
+    MOST_PAIRS,
     NEVER,
     PairedDifference,
     better_and_worse,
@@ -26,10 +26,14 @@ from metaadamw_lite.experiments.paired import (
     improvements_by_seed,
     p_value,
     pairs_by_seed,
+    power,
+    spread_ratio,
     verdict,
 )
-from metaadamw_lite.experiments.records import checkout, read_records
-from metaadamw_lite.experiments.studies import best_variant, search_runs, tasks_of
+from metaadamw_lite.experiments.records import paper_table as paper_table
+from metaadamw_lite.experiments.records import papers_gain, read_records
+from metaadamw_lite.experiments.records import repository as repository
+from metaadamw_lite.experiments.studies import best_variant, search_runs, seeds_by_power, tasks_of
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
@@ -44,25 +48,6 @@ from metaadamw_lite.experiments.variants import (
 
 OF_REAL_DATA = ("lite", "paper")
 """Profiles that are reported; the third, "smoke", runs on made-up data."""
-
-
-def repository() -> Path:
-    """The checkout that the current directory is in, whose records are reported.
-
-    Raises:
-        FileNotFoundError: outside a checkout.
-    """
-    folder = checkout()
-    if folder is None:
-        raise FileNotFoundError(f"{Path.cwd()} is not inside a checkout of metaadamw_lite (no data/paper above it)")
-    return folder
-
-
-def paper_table(number: int) -> pd.DataFrame:
-    """A table of the paper: 2, 4 and 5 indexed by task, 1 by parameter, 3 by factor and value (as printed, text)."""
-    index = {1: ["parameter"], 3: ["factor", "value"]}.get(number, ["task"])
-    dtype = str if number in (1, 3) else None
-    return pd.read_csv(repository() / "data" / "paper" / f"table{number}.csv", index_col=index, dtype=dtype)
 
 
 def recorded(task: str) -> list[dict[str, Any]]:
@@ -148,13 +133,13 @@ def epochs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def factors_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each traced step, group and run that has factors: step, group, alpha, beta."""
+    """One row for each traced step, group and run that has factors: step, group, parameters (how many), alpha, beta."""
     rows = []
     for record in records:
-        names = [group["name"] for group in record.get("groups", [])]
+        groups = [{"group": g["name"], "parameters": g["parameters"]} for g in record.get("groups", [])]
         for point in record.get("trace", []):
-            for name, alpha, beta in zip(names, point["alpha"], point["beta"], strict=True):
-                rows.append({**record["run"], "step": point["step"], "group": name, "alpha": alpha, "beta": beta})
+            for group, alpha, beta in zip(groups, point["alpha"], point["beta"], strict=True):
+                rows.append({**record["run"], "step": point["step"], **group, "alpha": alpha, "beta": beta})
     return pd.DataFrame(rows)
 
 
@@ -261,6 +246,11 @@ def by_seed(outcome: pd.DataFrame, protocol: str, *arms: str) -> "list[pd.Series
     return [part[part["variant"] == arm].set_index("seed")["outcome"].astype(float) for arm in arms]
 
 
+def percent(share: float) -> str:
+    """A share for a table, in whole percent; a dash for NaN."""
+    return "–" if np.isnan(share) else f"{share:.0%}"
+
+
 PAIRS = (("metaadamw", "adamw"), ("metaadamw-frozen", "adamw"), ("metaadamw", "metaadamw-frozen"))
 """The comparisons that every chapter makes: an arm and its baseline."""
 
@@ -283,8 +273,9 @@ def near_chance(task: str, outcome: pd.DataFrame) -> bool:
     return bool(100 * accuracy.mean() < 100 / classes + ABOVE_CHANCE)
 
 
-def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[str, str]) -> pd.DataFrame:
+def comparison_table(task: str, outcome: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     """The paired comparisons of the three arms under both protocols, one row each with its 95 % interval, as text."""
+    lower_is_better = TASKS[task].lower_is_better
     rows = []
     for protocol in PROTOCOLS:
         for arm, baseline in PAIRS:
@@ -297,6 +288,8 @@ def comparison_table(outcome: pd.DataFrame, lower_is_better: bool, labels: dict[
                     "t interval": d.t_interval,
                     "p (t)": p_value(d.p),
                     "p (Wilcoxon)": p_value(d.p_wilcoxon),
+                    "p (TOST, ±1 %)": p_value(d.p_equivalent),
+                    "power": percent(power_for_paper(task, d)),
                     "log ratio": d.log_text if d.seeds else "–",
                     "seeds": d.seeds,
                     "better?": verdict(d).split(":")[0],
@@ -329,8 +322,10 @@ def table_of_tasks(
         profiles: by task; None for the best that these two arms can be compared by.
 
     Returns:
-        Indexed by task: profile, seeds, the two means and standard deviations, "difference" (a ``PairedDifference``),
-        "last" (the same for the last epochs' validation metric), p, p_wilcoxon, p after Holm over the tasks, and the
+        Indexed by task: profile, seeds, "planned" (as many as there should be), the two means and standard deviations,
+        "spread" (the ratio of the latter, an ``Estimate``), "difference" (a ``PairedDifference``), "power" (for the
+        paper's gain, with these pairs), "last" (the difference of the last epochs' validation metric), p, p_wilcoxon,
+        p_equivalent, the first and the third after Holm over the tasks (p_holm, p_equivalent_holm), and the
         improvements by seed.
 
     Raises:
@@ -352,21 +347,24 @@ def table_of_tasks(
         rows[name] = {
             "profile": profile,
             "seeds": d.seeds,
+            "planned": planned_pairs(name, runs, protocol, profile),
             "baseline_mean": pairs["baseline"].mean(),
             "baseline_std": pairs["baseline"].std(),
             "arm_mean": pairs["arm"].mean(),
             "arm_std": pairs["arm"].std(),
+            "spread": spread_ratio(first, second),
             "difference": d,
+            "power": power_for_paper(name, d),
             "last": compare(last, protocol, arm, baseline, task.lower_is_better),
             "p": d.p,
             "p_wilcoxon": d.p_wilcoxon,
+            "p_equivalent": d.p_equivalent,
             "improvements": improvements_by_seed(first, second, task.lower_is_better).dropna(),
         }
     if not rows:
         raise FileNotFoundError("no run is recorded; make them by `sweep main/lite`")
     table = pd.DataFrame.from_dict(rows, orient="index")
-    table["p_holm"] = holm(table["p"])
-    return table
+    return table.assign(p_holm=holm(table["p"]), p_equivalent_holm=holm(table["p_equivalent"]))
 
 
 def improvements_frame(table: pd.DataFrame) -> pd.DataFrame:
@@ -516,27 +514,6 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
     return table.assign(paper=printed[task], p_holm=holm(tested))
 
 
-def repeated_runs(task: str) -> pd.DataFrame:
-    """What shortened runs gave "first" and "again": the same computation, with sums added up in another order.
-
-    From ``data/rounding.csv``, which chapter 11 explains.
-
-    Returns:
-        Indexed by variant and seed: the best metric of both; no rows for a task of which no run was repeated.
-
-    Raises:
-        ValueError: for an unknown task.
-    """
-    check_choice("task", task, TASKS)
-    runs = pd.read_csv(repository() / "data" / "rounding.csv").query("task == @task")
-    again = runs["revision"].isin(runs["revision"].tail(1))
-    parts = {
-        name: runs[which].set_index(["variant", "seed"])["metric"]
-        for name, which in (("first", ~again), ("again", again))
-    }
-    return pd.DataFrame(parts)
-
-
 def movement_table(task: str, profile: str) -> pd.DataFrame:
     """How far meta-learning moved the factors in MetaAdamW and in each variant of Table 3, under the paper's protocol.
 
@@ -619,7 +596,29 @@ def main_runs(task: str) -> pd.DataFrame:
 
 def _of_main_study(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of a task's three arms, with the study's seeds (AdamW has runs with the seeds of its search, too)."""
-    return [r for r in records if r["run"]["variant"] in ARMS and r["run"]["seed"] in SEEDS]
+    return [r for r in records if r["run"]["variant"] in ARMS and r["run"]["seed"] < MOST_PAIRS]
+
+
+def planned_pairs(task: str, runs: pd.DataFrame, protocol: str, profile: str) -> int:
+    """How many pairs of the main study are planned: five whole ones; of shortened ones as many as the power asks for.
+
+    Args:
+        task: which.
+        runs: from ``main_runs``, of the task.
+        protocol: "paper" or "clean".
+        profile: "paper" or "lite".
+    """
+    if profile == "paper":
+        return len(SEEDS)
+    first = outcomes(runs[(runs["profile"] == profile) & runs["seed"].isin(SEEDS)])
+    arm, baseline = by_seed(first, "paper", "metaadamw", "adamw")
+    gains = improvements_by_seed(arm, baseline, TASKS[task].lower_is_better)
+    return len(seeds_by_power(task, gains)[protocol])
+
+
+def power_for_paper(task: str, difference: PairedDifference) -> float:
+    """How likely these pairs are to tell a gain as the paper's on the task from none; NaN with fewer than three."""
+    return power(difference, papers_gain(task))
 
 
 def bench_record(device: str = "cpu") -> dict[str, Any] | None:
@@ -631,14 +630,20 @@ def bench_record(device: str = "cpu") -> dict[str, Any] | None:
     return record
 
 
-def noted(text: str, profile: str, pairs: int = len(SEEDS)) -> str:
-    """A statement, with a note where it rests on shortened runs, or on fewer seeds of the main study than planned.
+def noted(text: str, profile: str, pairs: int | None = None, planned: int = len(SEEDS)) -> str:
+    """A statement, with a note where it rests on shortened runs, or on fewer pairs than planned.
 
     A verdict that is given before all are there may be another one with the next seed.
+
+    Args:
+        text: the statement; that something is not tested needs no note.
+        profile: of its runs.
+        pairs: how many there are; None for no note on that.
+        planned: how many there should be.
     """
     if text.startswith(NEVER):
         return text
     notes = ["lite runs"] if profile == "lite" else []
-    if pairs < len(SEEDS):
-        notes.append(f"interim: {pairs} of {len(SEEDS)} planned seeds")
+    if pairs is not None and pairs < planned:
+        notes.append(f"interim: {pairs} of {planned} planned seeds")
     return f"{text} ({'; '.join(notes)})" if notes else text

@@ -1,5 +1,6 @@
 """Which runs belong together, and making all that have no record yet."""
 
+import math
 import os
 import tempfile
 import threading
@@ -20,9 +21,12 @@ from tqdm import tqdm
 
 from metaadamw_lite.checks import check_choice, check_count
 from metaadamw_lite.experiments import NOISY, TASKS
+from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
 from metaadamw_lite.experiments.lope_study import NOISE
-from metaadamw_lite.experiments.records import RunKey, read_record
+from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi, trained_phi
+from metaadamw_lite.experiments.paired import improvements_by_seed, pairs_needed
+from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
     RunInProgressError,
@@ -46,6 +50,9 @@ from metaadamw_lite.experiments.variants import (
 
 FEW_SEEDS = range(3)
 """Of ``lilaw`` and ``lope``, which have many arms and kinds of noise."""
+NULL_SEEDS = range(2)
+"""Of ``null``, for each of its many Φ's."""
+LADDER_SEEDS = range(10)
 SEARCH_SEEDS = range(100, 102)
 """For the search of a learning rate; no run that is reported has one of them."""
 
@@ -54,12 +61,16 @@ STUDIES = {
     "baseline": "AdamW with a learning rate that was searched for",
     "ablation": "Table 3: every row that differs from MetaAdamW, under the paper's protocol",
     "exchange": "MetaAdamW with the random start of Φ of each other seed, under the paper's protocol",
+    "null": "32 fresh Φ's that no other run has, never trained, and on WikiText-2 also trained",
+    "ladder": "is the Transformer needed? One learned α, one for each group, an MLP, Φ",
     "lilaw": "AdamW with and without LiLAW on wrong labels, and LiLAW's own settings",
     "together": "AdamW and MetaAdamW, each with and without LiLAW, on wrong labels",
     "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
     "smoke": "everything once, in seconds, on synthetic data",
 }
 STUDIES_OF_PAPER = ("main", "baseline", "ablation", "exchange")
+STUDIES_OF_PHI = ("null", "ladder")
+"""Of random, constant and learned factors: in the profile "lite" only, under the paper's protocol."""
 STUDIES_OF_RELATIVES = ("lilaw", "together", "lope")
 SENSITIVITY_TASK = "cifar10-symmetric40"
 TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
@@ -71,7 +82,8 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
     """The runs of a study, in the order in which they are wanted: whole comparisons first, seed by seed.
 
     Args:
-        study: the name of one of ``STUDIES``, all but "smoke" with "/paper" or "/lite" for one profile only.
+        study: the name of one of ``STUDIES``, all but "smoke" with "/paper" or "/lite" for one profile only
+            (``STUDIES_OF_PHI`` have only "/lite").
         results: folder of the records: the second half of ``baseline``, the runs with the best learning rate, is known
             only when its search is done.
         tasks: only these; None for all.
@@ -80,28 +92,75 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
         ValueError: for an unknown study, profile or task.
     """
     name, _, profile = study.partition("/")
-    allowed = [s for n in STUDIES for s in ([n] if n == "smoke" else [n, f"{n}/paper", f"{n}/lite"])]
-    check_choice("study", study, allowed)
+    check_choice("study", study, [s for n in STUDIES for s in (n, *(f"{n}/{p}" for p in _profiles(n) if p != "smoke"))])
     known = tasks_of(name)
     tasks = known if tasks is None else list(dict.fromkeys(tasks))
     for task in tasks:
         check_choice("task", task, known)
-    profiles = ["smoke"] if name == "smoke" else [profile] if profile else ["paper", "lite"]
-    return [key for p in profiles for key in _RUNS[name](p, tasks, results)]
+    return [key for p in ([profile] if profile else _profiles(name)) for key in _RUNS[name](p, tasks, results)]
+
+
+def _profiles(name: str) -> list[str]:
+    """The profiles that a study has runs of."""
+    return ["smoke"] if name == "smoke" else ["lite"] if name in STUDIES_OF_PHI else ["paper", "lite"]
 
 
 def tasks_of(name: str) -> list[str]:
     """The tasks that a study has runs of."""
     if name == "smoke":
         return [*TASKS, *NOISY, *NOISE]
-    return {"lilaw": [*NOISY], "together": [SENSITIVITY_TASK], "lope": [*NOISE]}.get(name, [*TASKS])
+    few = {name: ["wikitext2", "etth1", "cifar10"] for name in ("null", "ladder")}
+    return {"lilaw": [*NOISY], "together": [SENSITIVITY_TASK], "lope": [*NOISE], **few}.get(name, [*TASKS])
 
 
-def _main(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _main(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    """The first seeds of all tasks; then, of shortened runs, as many as the power asks for, the cheapest task first."""
     for seed in SEEDS:
         for task in tasks:
             for protocol in PROTOCOLS:
                 yield from (RunKey(task, arm, protocol, profile, seed) for arm in ARMS)
+    if profile != "lite":
+        return
+    further = []
+    for task in tasks:
+        pairs = [[RunKey(task, arm, "paper", profile, seed) for arm in ARMS[1::-1]] for seed in SEEDS]
+        records = [[_record_of(key, results) for key in pair] for pair in pairs]
+        first = [[r for r in pair if r is not None] for pair in records]
+        if all(len(pair) == 2 for pair in first):
+            results_of = pd.DataFrame([[_metric(r) for r in pair] for pair in first], dtype=float)
+            gains = improvements_by_seed(results_of[0], results_of[1], TASKS[task].lower_is_better)
+            seconds = sum(epoch["seconds"] for pair in first for r in pair for epoch in r["epochs"])
+            further.append((seconds, task, seeds_by_power(task, gains)))
+    for _, task, planned in sorted(further, key=lambda f: f[0]):
+        for seed in planned["paper"][len(SEEDS) :]:
+            for protocol in PROTOCOLS:
+                if seed in planned[protocol]:
+                    yield from (RunKey(task, arm, protocol, profile, seed) for arm in ARMS)
+
+
+def seeds_by_power(task: str, first: "pd.Series[float]") -> dict[str, range]:
+    """The seeds of shortened runs of the main study that tell the paper's gain from none with a power of 80 %.
+
+    Args:
+        task: whose gain.
+        first: the gains of MetaAdamW over AdamW in percent in the pairs of the first five seeds, under ``paper``.
+
+    Returns:
+        By protocol: 10 to 40 under ``paper``, half as many under ``clean``; the first five while one is missing.
+
+    Raises:
+        FileNotFoundError: outside a checkout, where the paper's gain is not at hand.
+    """
+    if len(first) < len(SEEDS):
+        return dict.fromkeys(PROTOCOLS, SEEDS)
+    needed = pairs_needed(first, papers_gain(task))
+    return {"paper": range(needed), "clean": range(math.ceil(needed / 2))}
+
+
+def _metric(record: dict[str, Any]) -> float:
+    """The best validation metric of a run; NaN for one that failed or has no finite epoch."""
+    metric = None if record["status"] == "failed" or record["best"] is None else record["best"]["metric"]
+    return math.nan if metric is None else float(metric)
 
 
 def _baseline(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
@@ -128,14 +187,13 @@ def best_variant(search: Sequence[RunKey], results: Path) -> str | None:
     A variant with a run that failed, or has no finite epoch, is not chosen.
     """
     better = min if TASKS[search[0].task].lower_is_better else max
-    metrics: dict[str, list[float | None]] = {}
+    metrics: dict[str, list[float]] = {}
     for key in search:
         record = _record_of(key, results)
         if record is None:
             return None
-        ended = record["status"] != "failed" and record["best"] is not None
-        metrics.setdefault(key.variant, []).append(record["best"]["metric"] if ended else None)
-    means = {v: fmean(x for x in of_v if x is not None) for v, of_v in metrics.items() if None not in of_v}
+        metrics.setdefault(key.variant, []).append(_metric(record))
+    means = {variant: fmean(of_it) for variant, of_it in metrics.items() if not any(map(math.isnan, of_it))}
     return better(means, key=lambda v: means[v]) if means else None
 
 
@@ -151,6 +209,27 @@ def _exchange(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
     for seed in SEEDS:
         for task in tasks:
             yield from (RunKey(task, phi_of(other), "paper", profile, seed) for other in SEEDS if other != seed)
+
+
+def _null(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    """Φ by Φ, so that the spread over the Φ's is known before all are run; the arms are those of ``main``."""
+    for seed in NULL_SEEDS:
+        yield from (RunKey(task, arm, "paper", profile, seed) for task in tasks for arm in ARMS)
+    for phi in PHI_SEEDS:
+        for task in tasks:
+            kinds = (frozen_phi, trained_phi) if task == "wikitext2" else (frozen_phi,)
+            yield from (RunKey(task, kind(phi), "paper", profile, seed) for seed in NULL_SEEDS for kind in kinds)
+
+
+def _ladder(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    """AdamW and the rungs, then AdamW at its best rate where that is known from ``baseline``."""
+    for seed in LADDER_SEEDS:
+        for task in tasks:
+            yield from (RunKey(task, variant, "paper", profile, seed) for variant in ("adamw", *LADDER))
+    for task in tasks:
+        best = best_variant(search_runs(task, "paper", profile), results)
+        if best not in (None, "adamw"):
+            yield from (RunKey(task, best, "paper", profile, seed) for seed in LADDER_SEEDS)
 
 
 def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
@@ -183,6 +262,10 @@ def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey
         *_together(profile, [t for t in wrong if t == SENSITIVITY_TASK], results),
     ]
     runs += _lope(profile, [t for t in tasks if t in NOISE], results)
+    for name in STUDIES_OF_PHI:
+        runs += _RUNS[name](profile, [t for t in tasks_of(name) if t in tasks], results)
+    more_phis = {kind(phi) for phi in PHI_SEEDS[1:] for kind in (frozen_phi, trained_phi)}
+    runs = [key for key in runs if key.variant not in more_phis]
     yield from dict.fromkeys(key for key in runs if key.seed == 0)
 
 
@@ -191,6 +274,8 @@ _RUNS = {
     "baseline": _baseline,
     "ablation": _ablation,
     "exchange": _exchange,
+    "null": _null,
+    "ladder": _ladder,
     "lilaw": _lilaw,
     "together": _together,
     "lope": _lope,
@@ -393,7 +478,7 @@ def status(results: Path, studies: Sequence[str] = STUDIES_OF_PAPER) -> pd.DataF
     """
     rows = {}
     for name in studies:
-        for profile in ("paper", "lite"):
+        for profile in _profiles(name):
             study = f"{name}/{profile}"
             keys = {task: study_runs(study, results, [task]) for task in tasks_of(name)}
             rows[study] = {t: f"{len(k) - len(missing(k, results))}/{len(k)}" for t, k in keys.items()}

@@ -46,7 +46,7 @@ from metaadamw_lite.experiments.records import (
     write_record,
 )
 from metaadamw_lite.experiments.task import Batch, Measured, Score, Settings, Task
-from metaadamw_lite.experiments.variants import changed, phi_of
+from metaadamw_lite.experiments.variants import VARIANTS, changed, phi_of
 
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
@@ -235,21 +235,17 @@ def forget_abandoned(key: RunKey, results: Path) -> None:
 
 
 def make_optimizer(
-    variant: str, model: nn.Module, settings: Settings, total_steps: int, seed: int
-) -> torch.optim.AdamW:
+    variant: str, model: nn.Module, settings: Settings, total_steps: int, seed: int, *source: dict[str, Any]
+) -> torch.optim.Optimizer:
     """The optimizer of a variant, with the settings that are the variant's. Φ's random start follows the run's seed,
     unless the variant has another's.
+
+    Args:
+        variant: one of ``VARIANTS``.
+        model, settings, total_steps, seed: of the run.
+        source: the record that the optimizer is made from, where the variant has a source.
     """
-    common: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
-    if variant.startswith("adamw"):
-        return torch.optim.AdamW(model.parameters(), **common)
-    arguments = {"seed": seed, **settings.metaadamw}
-    return MetaAdamW(model.named_parameters(), **common, **arguments, total_steps=total_steps)
+    return VARIANTS[variant].make(model, settings, total_steps, seed, *source)
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:
@@ -407,7 +403,7 @@ class _Run:
                 if looking:
                     self._trace(t, self.optimizer)
                 due = epoch >= settings.warmup_epochs and t % settings.meta_every == 0
-                if self.key.variant != "metaadamw-frozen" and due:
+                if VARIANTS[self.key.variant].updates and due:
                     with in_meta.running():
                         self._meta_update(t, self.optimizer, meta_batches)
             bar.update()
@@ -537,7 +533,10 @@ class _Run:
         return self._training_score(model, batch).loss
 
     def _movement(self, optimizer: MetaAdamW) -> dict[str, Any]:
-        """How far Φ is from its random start: in weights (relative norm), in log σ², and in the factors it gives."""
+        """How far Φ is from its random start: in weights, in log σ², and in the factors it gives.
+
+        The distance in weights is relative to the norm of the start; infinite where that is zero.
+        """
         assert self.phi_at_start is not None
         with torch.no_grad():
             now, start = (
@@ -554,7 +553,7 @@ class _Run:
 
     def _trace(self, t: int, optimizer: MetaAdamW) -> None:
         def rounded(x: Tensor) -> list[float]:
-            return [round(value, 5) for value in x.tolist()]
+            return [float(f"{value:.6g}") for value in x.tolist()]  # factors on a log scale may be tiny
 
         self.history["trace"].append({"step": t, "alpha": rounded(optimizer.alpha), "beta": rounded(optimizer.beta)})
 
@@ -654,6 +653,9 @@ class _Run:
             ]
             record["meta_updates"] = self.history["meta_updates"]
             record["trace"] = self.history["trace"]
+            if VARIANTS[self.key.variant].keeps_phi:
+                phi = nn.utils.parameters_to_vector(self.optimizer.modulator.parameters())
+                record["phi"] = [float(f"{value:.8g}") for value in phi.tolist()]
         return record
 
     def _found_wrong(self, samples: SampleHistory | None) -> dict[str, Any]:

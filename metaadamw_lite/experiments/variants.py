@@ -1,19 +1,18 @@
-"""The named variants of an experiment: the three arms, one for each cell of Table 3, AdamW at other learning rates,
-MetaAdamW with the Φ of another seed, and arms with LiLAW.
+"""The registry of variants: the three arms, one for each cell of Table 3, AdamW at other learning rates, MetaAdamW with
+the Φ of another seed, arms with LiLAW, and the tables of the studies that have a file of their own.
 
-Each is a change to the settings of a task (Tables 1 and 4). A variant of the ablation changes exactly one factor; where
-a task has the variant's value anyway, it *is* ``metaadamw`` there, and there is no such run.
+``VARIANTS`` has all of them. A variant of the ablation changes exactly one factor; where a task has the variant's value
+anyway, it *is* ``metaadamw`` there, and there is no such run.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from metaadamw_lite.checks import check_choice
+from metaadamw_lite.experiments.ladder import LADDER
+from metaadamw_lite.experiments.null import NULL
 from metaadamw_lite.experiments.task import Settings
+from metaadamw_lite.experiments.variant import Change, Variant, adamw, arguments
 from metaadamw_lite.features import FeatureConfig
-
-Change = Callable[[Settings], Settings]
 
 ARMS = ("adamw", "metaadamw", "metaadamw-frozen")
 """AdamW; MetaAdamW; and the control, MetaAdamW whose random Φ is never updated."""
@@ -46,11 +45,6 @@ class Ablation:
     change: Change
 
 
-def _with(**arguments: Any) -> Change:
-    """Other arguments for ``MetaAdamW``."""
-    return lambda settings: replace(settings, metaadamw={**settings.metaadamw, **arguments})
-
-
 def _features(version: str) -> Change:
     """Another feature version, with as many heads as features, as everywhere in Table 4 (heads must divide them)."""
 
@@ -58,7 +52,7 @@ def _features(version: str) -> Change:
         if settings.metaadamw["feature_version"] == version:
             return settings
         width = len(FeatureConfig(version).columns) + (4 if version == "enhanced" else 0)
-        return _with(feature_version=version, attn_heads=width)(settings)
+        return arguments(feature_version=version, attn_heads=width)(settings)
 
     return change
 
@@ -75,33 +69,33 @@ def _updates(per_epoch: int) -> Change:
 
 def _unequal(settings: Settings) -> Settings:
     equal = len(set(settings.metaadamw["huw_priorities"])) == 1
-    return _with(huw_priorities=UNEQUAL_PRIORITIES)(settings) if equal else settings
+    return arguments(huw_priorities=UNEQUAL_PRIORITIES)(settings) if equal else settings
 
 
 def _other_attention(settings: Settings) -> Settings:
     small = (settings.metaadamw["attn_layers"], settings.metaadamw["attn_hidden_dim"]) == (8, 16)
-    return _with(**OTHER_ATTENTION)(settings) if small else settings
+    return arguments(**OTHER_ATTENTION)(settings) if small else settings
 
 
 ABLATIONS: dict[str, Ablation] = {
-    "grouping-original": Ablation("Grouping strategy", "Original", _with(group_strategy="original")),
+    "grouping-original": Ablation("Grouping strategy", "Original", arguments(group_strategy="original")),
     "features-basic": Ablation("Feature version", "Basic", _features("basic")),
     "features-basic_plus": Ablation("Feature version", "Basic plus", _features("basic_plus")),
     "features-enhanced": Ablation("Feature version", "Enhanced", _features("enhanced")),
-    "objective-gradient": Ablation("Meta-learning objective", "Gradient", _with(meta_objective="gradient")),
+    "objective-gradient": Ablation("Meta-learning objective", "Gradient", arguments(meta_objective="gradient")),
     "objective-loss_decrease": Ablation(
-        "Meta-learning objective", "Loss decrease", _with(meta_objective="loss_decrease")
+        "Meta-learning objective", "Loss decrease", arguments(meta_objective="loss_decrease")
     ),
-    "objective-gen_gap": Ablation("Meta-learning objective", "Generalization gap", _with(meta_objective="gen_gap")),
-    "huw-none": Ablation("HUW priorities", "No HUW", _with(huw_priorities=None)),
-    "huw-equal": Ablation("HUW priorities", "[1.0, 1.0, 1.0]", _with(huw_priorities=(1.0, 1.0, 1.0))),
+    "objective-gen_gap": Ablation("Meta-learning objective", "Generalization gap", arguments(meta_objective="gen_gap")),
+    "huw-none": Ablation("HUW priorities", "No HUW", arguments(huw_priorities=None)),
+    "huw-equal": Ablation("HUW priorities", "[1.0, 1.0, 1.0]", arguments(huw_priorities=(1.0, 1.0, 1.0))),
     "huw-unequal": Ablation("HUW priorities", "Not [1.0, 1.0, 1.0]", _unequal),
-    "gating-on": Ablation("Feature gating", "Enable", _with(use_feature_gating=True)),
-    "gating-off": Ablation("Feature gating", "Disable", _with(use_feature_gating=False)),
+    "gating-on": Ablation("Feature gating", "Enable", arguments(use_feature_gating=True)),
+    "gating-off": Ablation("Feature gating", "Disable", arguments(use_feature_gating=False)),
     "updates-1": Ablation("Meta-update frequency", "Once per epoch", _updates(1)),
     "updates-2": Ablation("Meta-update frequency", "Approx. twice per epoch", _updates(2)),
     "updates-10": Ablation("Meta-update frequency", "Approx. 10 times per epoch", _updates(10)),
-    "attention-8x16": Ablation("Attention module", "L=8, D=16", _with(attn_layers=8, attn_hidden_dim=16)),
+    "attention-8x16": Ablation("Attention module", "L=8, D=16", arguments(attn_layers=8, attn_hidden_dim=16)),
     "attention-other": Ablation("Attention module", "Not (L=8, D=16)", _other_attention),
 }
 """Table 3: every row but the first two, which are the arms, and those that are "baseline" throughout."""
@@ -117,7 +111,7 @@ def phi_of(seed: int) -> str:
     return f"phi-seed{seed}"
 
 
-EXCHANGED: dict[str, Change] = {phi_of(seed): _with(seed=seed) for seed in SEEDS}
+EXCHANGED = {phi_of(seed): Variant(arguments(seed=seed)) for seed in SEEDS}
 """MetaAdamW whose Φ has the random start that another seed draws; weights, batches and dropout keep the run's own.
 
 So what a seed does through Φ is told from all else that it does. With the run's own seed this *is* ``metaadamw``.
@@ -132,49 +126,65 @@ def _lilaw(lr: float = LILAW["lr"], batch_size: int | None = None) -> Change:
     return lambda s: replace(s, lilaw={**LILAW, "lr": lr}, batch_size=batch_size or s.batch_size)
 
 
+def _rate(lr: float) -> Change:
+    return lambda settings: replace(settings, lr=lr)
+
+
 def _batch(size: int) -> Change:
     return lambda settings: replace(settings, batch_size=size)
 
 
-WEIGHTED: dict[str, Change] = {
-    "adamw-lilaw": _lilaw(),
-    "metaadamw-lilaw": _lilaw(),
-    "adamw-lilaw-lr0.0005": _lilaw(lr=0.0005),
-    "adamw-lilaw-lr0.05": _lilaw(lr=0.05),
-    "adamw-lilaw-lr0.5": _lilaw(lr=0.5),
-    "adamw-batch16": _batch(16),
-    "adamw-lilaw-batch16": _lilaw(batch_size=16),
-    "adamw-batch256": _batch(256),
-    "adamw-lilaw-batch256": _lilaw(batch_size=256),
+WEIGHTED = {
+    "adamw-lilaw": Variant(_lilaw(), adamw),
+    "metaadamw-lilaw": Variant(_lilaw()),
+    "adamw-lilaw-lr0.0005": Variant(_lilaw(lr=0.0005), adamw),
+    "adamw-lilaw-lr0.05": Variant(_lilaw(lr=0.05), adamw),
+    "adamw-lilaw-lr0.5": Variant(_lilaw(lr=0.5), adamw),
+    "adamw-batch16": Variant(_batch(16), adamw),
+    "adamw-lilaw-batch16": Variant(_lilaw(batch_size=16), adamw),
+    "adamw-batch256": Variant(_batch(256), adamw),
+    "adamw-lilaw-batch256": Variant(_lilaw(batch_size=256), adamw),
 }
 """The arms with LiLAW, and its sensitivity to its learning rate and to the batch size."""
 
-_TUNED = {at_learning_rate(lr): lr for lr in LEARNING_RATES if lr != Settings.lr}
-VARIANTS = (*ARMS, *ABLATIONS, *_TUNED, *EXCHANGED, *WEIGHTED)
-_CHANGES = {name: row.change for name, row in ABLATIONS.items()} | EXCHANGED | WEIGHTED
+TUNED = {at_learning_rate(lr): lr for lr in LEARNING_RATES if lr != Settings.lr}
+"""AdamW at the other learning rates of the search."""
+
+VARIANTS = {
+    "adamw": Variant(make=adamw),
+    "metaadamw": Variant(),
+    "metaadamw-frozen": Variant(updates=False),
+    **{name: Variant(row.change) for name, row in ABLATIONS.items()},
+    **{name: Variant(_rate(lr), adamw) for name, lr in TUNED.items()},
+    **EXCHANGED,
+    **WEIGHTED,
+    **NULL,
+    **LADDER,
+}
+"""Every variant, by the name that runs and records have. Studies with variants of their own add a table here."""
 
 
 def learning_rate(variant: str) -> float:
     """The learning rate of an AdamW variant."""
-    return _TUNED.get(variant, Settings.lr)
+    return TUNED.get(variant, Settings.lr)
 
 
 def changed(settings: Settings, variant: str) -> Settings:
     """The settings of a variant, from those of its task.
 
     Raises:
-        ValueError: for an unknown variant, or one that would change nothing.
+        ValueError: for an unknown variant, or one that is the same as an arm on this task.
     """
     check_choice("optimizer", variant, VARIANTS)
-    if variant in ARMS:
-        return settings
-    new = replace(settings, lr=_TUNED[variant]) if variant in _TUNED else _CHANGES[variant](settings)
-    if new == settings:
-        plain = "metaadamw" if variant in ABLATIONS or variant in EXCHANGED else "adamw"
-        raise ValueError(f"optimizer is {variant!r}, which is what {plain!r} is on this task; use that")
+    mine = VARIANTS[variant]
+    new = mine.change(settings)
+    if variant not in ARMS and new == settings:
+        for arm in ARMS:
+            if replace(mine, change=VARIANTS[arm].change) == VARIANTS[arm]:
+                raise ValueError(f"optimizer is {variant!r}, which is what {arm!r} is on this task; use that")
     return new
 
 
 def differs(settings: Settings, variant: str) -> bool:
-    """Whether a variant of the ablation changes a task's settings."""
-    return ABLATIONS[variant].change(settings) != settings
+    """Whether a variant changes a task's settings."""
+    return VARIANTS[variant].change(settings) != settings
