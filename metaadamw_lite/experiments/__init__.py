@@ -10,7 +10,7 @@
 * ``relatives``  how the studies of these two are judged
 * ``lilaw_report``, ``lope_report``  their tables and figures
 * ``datasets``  where data files come from, how they are checked and kept
-* ``training``  one run, from the seed to the record
+* ``training``  one run, from the seed to the record; ``progress`` shows how far it is
 * ``records``   what a run leaves behind
 * ``variants``  the named changes to a task's settings: arms, ablations, learning rates
 * ``studies``   which runs belong together, and running all that are missing

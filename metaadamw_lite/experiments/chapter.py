@@ -277,7 +277,7 @@ class Evidence:
         """Make one run of each arm now, in a temporary folder; return their records."""
         with tempfile.TemporaryDirectory() as folder:
             keys = [RunKey(self.task.name, arm, protocol, profile, seed) for arm in ARMS]
-            return [run(key, Path(folder), device, progress=False) for key in keys]
+            return [run(key, Path(folder), device) for key in keys]
 
     def _reference(self) -> dict[str, float]:
         return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if self.profiles["paper"] == "paper" else {}
