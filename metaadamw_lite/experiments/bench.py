@@ -489,6 +489,26 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
     ).set_index("measure")
 
 
+def is_older(name: str) -> bool:
+    """Whether a measurement of this name (see ``report.bench_records``) is an older one, kept to compare with."""
+    return "-" in name
+
+
+def heading(name: str, record: Mapping[str, Any]) -> str:
+    """Device and commit of a measurement; "before" if it is an older one."""
+    where = record["environment"]
+    return f"{where['device']} ({'before: ' if is_older(name) else ''}{where['revision']})"
+
+
+def side_by_side(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Our ratios with their quartiles, as text, in a column for each measurement."""
+    columns = []
+    for name, record in records.items():
+        ours = table([Row(**row) for row in record["rows"] if row["who"] == "ours"])
+        columns.append((ours["ratio"] + " (" + ours["quartiles"] + ")").rename(heading(name, record)))
+    return pd.concat(columns, axis=1).fillna("–")
+
+
 def measure_all(device: torch.device, reference: Path | None, seconds: float) -> dict[str, Any]:
     """Everything, as a record; ``seconds`` is how long each contest goes on."""
     rows = steps(device, reference, seconds) + meta_updates(device, reference, 3 * seconds)
