@@ -177,8 +177,9 @@ def test_a_folder_without_the_released_code_is_named(tmp_path, capsys):
     assert "nowhere has no experiments/meta_adamw.py" in capsys.readouterr().err
 
 
-def test_the_committed_record_has_every_row_and_a_clean_revision():
-    record = report.bench_record("cpu")
+@pytest.mark.parametrize("name", report.bench_records())
+def test_a_committed_record_has_every_row_and_a_clean_revision(name):
+    record = report.bench_record(name)
     assert not record["environment"]["revision"].endswith("+")
     rows = [bench.Row(**row) for row in record["rows"]]
     ours = {row.measure for row in rows if row.who == "ours"}
@@ -186,6 +187,28 @@ def test_the_committed_record_has_every_row_and_a_clean_revision():
     assert sum(measure.startswith("whole epoch") for measure in ours) == len(TASKS)
     assert all(row.ratio > 0 and row.low <= row.high for row in rows)
     assert json.dumps(record, allow_nan=False)
+
+
+def test_each_record_is_a_column_and_older_ones_say_so(tmp_path, monkeypatch):
+    def put(name, device, ratios):
+        row = {"who": "ours", "low": 1.0, "high": 9.0, "seconds": 2.0, "baseline_seconds": 1.0}
+        rows = [row | {"measure": measure, "ratio": ratio} for measure, ratio in ratios.items()]
+        theirs = rows[0] | {"who": "released code", "ratio": 99.0}
+        content = {"environment": {"device": device, "revision": name[-3:]}, "rows": [*rows, theirs]}
+        (tmp_path / "data" / "bench" / f"{name}.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(report, "repository", lambda: tmp_path)
+    (tmp_path / "data" / "bench").mkdir(parents=True)
+    put("cpu", "EPYC", {"step": 3.5, "epoch": 1.04})
+    put("h200-abc", "H200", {"epoch": 5.17, "step": 68.0})
+    table = bench.side_by_side(report.bench_records())
+    assert list(table) == ["EPYC (cpu)", "H200 (before: abc)"]
+    assert table.index.tolist() == ["step", "epoch"]
+    assert table["H200 (before: abc)"].tolist() == ["68 (1 to 9)", "5.17 (1 to 9)"]
+    put("cuda", "H200", {"step": 1.9})
+    table = bench.side_by_side(report.bench_records())
+    assert list(table) == ["EPYC (cpu)", "H200 (uda)", "H200 (before: abc)"]
+    assert table["H200 (uda)"].tolist() == ["1.9 (1 to 9)", "–"]
 
 
 def test_what_the_bench_measured_is_judged_against_the_papers_range():

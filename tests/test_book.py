@@ -139,6 +139,16 @@ def test_papermill_with_parameters_reaches_the_run(tmp_path, protocol):
     assert f"profile: smoke, protocol: {protocol}, data: synthetic" in text
 
 
+def test_a_chapter_that_trains_a_task_does_so_on_a_gpu_where_there_is_one():
+    trains = re.compile(r"\b(run|live|in_turns)\(|\bmake_optimizer\(\"")
+    found = {}
+    for notebook in NOTEBOOKS:
+        code = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+        if trains.search("\n".join(code)):
+            found[notebook.name[:2]] = papermill.inspect_notebook(notebook).get("device", {}).get("default")
+    assert found == dict.fromkeys(["02", "03", "06", "07", "08", "09", "10", "14"], '"auto"')
+
+
 def test_building_with_a_parameter_that_no_notebook_has_fails(capsys):
     assert script("build").main(["--parameters", "profil=smoke"]) == 1
     error = capsys.readouterr().err

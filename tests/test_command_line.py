@@ -241,6 +241,14 @@ STRAYS = [
     "notes.txt",
     "Thumbs.db",
     "etth1/adamw/paper-smoke-seed1.json/",
+    "etth1/adamw/paper-smoke-seed00.json",
+    "etth1/adamw/paper-smoke-synthetic-seed0.json",
+    "etth1/adamw-copy/paper-smoke-seed0.json",
+    "etth1/adamw_old/paper-smoke-seed0.json",
+    "etth1/lora/paper-smoke-seed0.json",
+    "etth1-2/adamw/paper-smoke-seed0.json",
+    "archive/adamw/paper-smoke-seed0.json",
+    "lope-noise5/adamw/paper-smoke-seed0.json",
     ".empty/",
 ]
 

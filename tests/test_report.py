@@ -524,6 +524,33 @@ def test_whole_runs_that_were_still_getting_better_are_named(monkeypatch):
     assert Evidence(TASKS["etth1"]).cut_off() == "", "when a shortened run ends says nothing"
 
 
+def test_a_page_says_how_long_its_live_run_takes_on_each_recorded_device(monkeypatch):
+    def ran(arm, seed, seconds, device, status="finished"):
+        record = made(arm, seed, [3.0, 2.0])
+        epochs = [epoch | {"seconds": seconds} for epoch in record["epochs"]]
+        where = record["environment"] | {"device": device, "threads": 1}
+        return record | {"environment": where, "epochs": epochs, "status": status}
+
+    measure = f"whole epoch, {TASKS['etth1'].title} (K_meta = {TASKS['etth1'].settings('paper').meta_every})"
+    row = {"measure": measure, "who": "ours", "baseline_seconds": 1 / 217, "seconds": 4 / 217}
+    gpu = {"environment": {"device": "H200", "device_type": "cuda", "revision": "abc"}, "rows": [row]}
+    runs = [ran("adamw", 0, 60, "EPYC"), ran("metaadamw", 0, 90, "EPYC"), ran("metaadamw", 1, 9, "EPYC", "failed")]
+    monkeypatch.setattr(report, "recorded", lambda task: runs)
+    monkeypatch.setattr(report, "bench_records", lambda: {"cpu": {"environment": {"device_type": "cpu"}}})
+    _, *lines = Evidence(TASKS["etth1"]).running_times().split("\n\n")[1].split("* ")
+    assert len(lines) == 1
+    assert "`paper`, on EPYC" in lines[0]
+    assert "2.0 to 3.0 minutes" in lines[0]
+    monkeypatch.setattr(report, "recorded", lambda task: [*runs, ran("adamw", 1, 6, "H100")])
+    monkeypatch.setattr(report, "bench_records", lambda: {"h200-abc": gpu})
+    _, *lines = Evidence(TASKS["etth1"]).running_times().split("\n\n")[1].split("* ")
+    assert len(lines) == 3
+    assert "on H100" in lines[1]
+    assert "0.2 to 0.2 minutes" in lines[1]
+    assert "on H200 with the older code of abc" in lines[2]
+    assert "1 s for an epoch's training with AdamW, 4 s with MetaAdamW" in lines[2]
+
+
 def test_a_claim_that_rests_on_guessing_says_so(monkeypatch):
     def records(accuracy):
         sizes = {"metaadamw": accuracy, "gating-off": accuracy - 0.02}

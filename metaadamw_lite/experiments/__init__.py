@@ -10,7 +10,7 @@
 * ``relatives``  how the studies of these two are judged
 * ``lilaw_report``, ``lope_report``  their tables and figures
 * ``datasets``  where data files come from, how they are checked and kept
-* ``training``  one run, from the seed to the record
+* ``training``  one run, from the seed to the record; ``progress`` shows how far it is
 * ``records``   what a run leaves behind
 * ``variant``   what a variant is: a change to a task's settings, and an optimizer; ``variants`` has all of them
 * ``null``, ``ladder``  variants of the studies of random, constant and learned factors

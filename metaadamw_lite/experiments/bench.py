@@ -25,12 +25,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from metaadamw_lite import MetaAdamW, factors, optimizer
 from metaadamw_lite.buckets import Bucket, gather
 from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
+from metaadamw_lite.experiments.progress import progress_bar
 from metaadamw_lite.experiments.records import environment, expanded, expanded_folder, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
 from metaadamw_lite.experiments.training import pick_device
@@ -254,7 +254,7 @@ def released(path: Path, model: nn.Module, batch: Any, attn_layers: int, attn_hi
 def steps(device: torch.device, reference: Path | None, seconds: float) -> list[Row]:
     """One optimizer step on models from 0.4 to 101 million parameters."""
     rows = []
-    for measure, (make, layers, width, target) in tqdm(STEPS.items(), desc="steps"):
+    for measure, (make, layers, width, target) in progress_bar(STEPS.items(), desc="steps"):
         model = make().to(device)
         give_gradients(model)
         made = optimizers(model, reference, attn_layers=layers, attn_hidden_dim=width)
@@ -368,7 +368,7 @@ def epochs(device: torch.device, seconds: float) -> list[Row]:
     Steps are a small part of training, and differences of large times would be lost in their noise.
     """
     rows = []
-    for name in tqdm(TASKS, desc="epochs"):
+    for name in progress_bar(TASKS, desc="epochs"):
         every = TASKS[name].settings("paper").meta_every
         adamw, ours = trainer(name, "AdamW", device), trainer(name, "ours", device)
         for each in (adamw, ours):
@@ -400,7 +400,7 @@ def growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
         low, median, high = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
         points.append({"kind": kind, "who": who, **at, "seconds": median, "low": low, "high": high})
 
-    for size in tqdm(SIZES, desc="growth"):
+    for size in progress_bar(SIZES, desc="growth"):
         perceptron = Perceptron(size).to(device)
         give_gradients(perceptron)
         parameters = sum(p.numel() for p in perceptron.parameters())
@@ -423,7 +423,7 @@ def growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
 def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """Where the time of a step goes: its parts, timed inside whole steps that take turns with AdamW's."""
     rows = []
-    for measure, (make, layers, width, _) in tqdm(STEPS.items(), desc="parts"):
+    for measure, (make, layers, width, _) in progress_bar(STEPS.items(), desc="parts"):
         model = make().to(device)
         give_gradients(model)
         made = optimizers(model, None, attn_layers=layers, attn_hidden_dim=width)
@@ -486,6 +486,26 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
             "result": met,
         }
     ).set_index("measure")
+
+
+def is_older(name: str) -> bool:
+    """Whether a measurement of this name (see ``report.bench_records``) is an older one, kept to compare with."""
+    return "-" in name
+
+
+def heading(name: str, record: Mapping[str, Any]) -> str:
+    """Device and commit of a measurement; "before" if it is an older one."""
+    where = record["environment"]
+    return f"{where['device']} ({'before: ' if is_older(name) else ''}{where['revision']})"
+
+
+def side_by_side(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Our ratios with their quartiles, as text, in a column for each measurement."""
+    columns = []
+    for name, record in records.items():
+        ours = table([Row(**row) for row in record["rows"] if row["who"] == "ours"])
+        columns.append((ours["ratio"] + " (" + ours["quartiles"] + ")").rename(heading(name, record)))
+    return pd.concat(columns, axis=1).fillna("–")
 
 
 def measure_all(device: torch.device, reference: Path | None, seconds: float) -> dict[str, Any]:

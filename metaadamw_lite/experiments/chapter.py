@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from metaadamw_lite.experiments import figures, paired, report
+from metaadamw_lite.experiments import bench, figures, paired, report
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.task import PROTOCOLS, Task
 from metaadamw_lite.experiments.training import run
@@ -288,11 +288,43 @@ class Evidence:
             }
         return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
 
+    def running_times(self) -> str:
+        """How long a live run takes, by what is recorded (Markdown).
+
+        Whole runs as they were; on a GPU also an epoch's training at the paper's settings, from steps that were timed.
+        """
+        took: dict[tuple[str, str, int], list[float]] = {}
+        for record in report.recorded(self.task.name):
+            if record["run"]["variant"] in ARMS and record["status"] != "failed":
+                where = record["environment"]
+                key = record["run"]["profile"], where["device"], where["threads"]
+                took.setdefault(key, []).append(sum(epoch["seconds"] for epoch in record["epochs"]) / 60)
+        lines = [
+            f"* `{profile}`, on {device} with {threads} thread{'s' if threads > 1 else ''}: {min(minutes):.1f} to "
+            f"{max(minutes):.1f} minutes for the run of one arm ({len(minutes)} recorded runs)."
+            for (profile, device, threads), minutes in took.items()
+        ]
+        settings = self.task.settings("paper")
+        steps = settings.meta_every * settings.meta_per_epoch  # of an epoch, to a few
+        for name, record in report.bench_records().items():
+            if record["environment"]["device_type"] != "cpu":
+                measure = f"whole epoch, {self.task.title} (K_meta = {settings.meta_every})"
+                row = next(row for row in record["rows"] if row["measure"] == measure and row["who"] == "ours")
+                adamw, ours = steps * row["baseline_seconds"], steps * row["seconds"]
+                code = f"{'older ' if bench.is_older(name) else ''}code of {record['environment']['revision']}"
+                lines.append(
+                    f"* `paper`, on {record['environment']['device']} with the {code}: about {adamw:.2g} s for an "
+                    f"epoch's training with AdamW, {ours:.2g} s with MetaAdamW, put together from single steps "
+                    f"([chapter 14](14_costs.ipynb)); at most {settings.epochs} epochs."
+                )
+        head = "The live run makes one run of each of the three arms. How long that takes, by what is recorded:\n\n"
+        return head + "\n".join(lines)
+
     def live(self, protocol: str, profile: str, seed: int, device: str) -> list[dict[str, Any]]:
         """Make one run of each arm now, in a temporary folder; return their records."""
         with tempfile.TemporaryDirectory() as folder:
             keys = [RunKey(self.task.name, arm, protocol, profile, seed) for arm in ARMS]
-            return [run(key, Path(folder), device, progress=False) for key in keys]
+            return [run(key, Path(folder), device) for key in keys]
 
     def _reference(self) -> dict[str, float]:
         return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if self.profiles["paper"] == "paper" else {}

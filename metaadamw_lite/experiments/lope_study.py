@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import imdb, wikitext2
 from metaadamw_lite.experiments.datasets import cache, read_table
+from metaadamw_lite.experiments.progress import progress_bar
 from metaadamw_lite.experiments.records import (
     RunKey,
     environment,
@@ -278,7 +278,7 @@ def _pretrain(model: SmallGPT, s: LoPESettings, data: Texts, device: torch.devic
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.pretrain_lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.pretrain_lr, total_steps=s.pretrain_steps)
     generator = torch.Generator().manual_seed(0)
-    bar = tqdm(range(s.pretrain_steps), desc="pretraining", disable=not progress)
+    bar = progress_bar(range(s.pretrain_steps), desc="pretraining", disable=not progress)
     for _ in bar:
         batch = rows[torch.randint(0, len(rows), (s.batch_size,), generator=generator).to(device)]
         loss = loss_of(model, batch)
@@ -333,7 +333,7 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
             noise = continuous if arm.continuous and stage == 1 else None
             batches = (
                 rows[torch.randint(0, len(rows), (s.batch_size,), generator=order).to(device)]
-                for _ in tqdm(range(steps), desc=f"{key} stage {stage}", disable=not progress)
+                for _ in progress_bar(range(steps), desc=f"{key} stage {stage}", disable=not progress)
             )
             trained = _trained(model, optimizer, batches, noise)
             entries.append({"epoch": stage, "stage": str(stage)} | trained | _tested(model, before, ends, data))

@@ -227,16 +227,23 @@ def strays(results: Path) -> list[Path]:
     return sorted(found)
 
 
-_FOLDER = re.compile(r"[a-z0-9]+([-_][a-z0-9]+|\.[0-9]+)*")
 _FILE = re.compile(
-    rf"({'|'.join(PROTOCOLS)})-({'|'.join(PROFILES)})-(synthetic-)?seed[0-9]+\.(json|ckpt|lock|(json|ckpt)\.[0-9]+\.part)"
+    rf"({'|'.join(PROTOCOLS)})-({'|'.join(PROFILES)})-((?<!smoke-)synthetic-)?seed(0|[1-9][0-9]*)"
+    r"\.(json|ckpt|lock|(json|ckpt)\.[0-9]+\.part)"
 )
 
 
 def _is_place_of_run(place: Path) -> bool:
-    """Whether TASK, TASK/VARIANT or TASK/VARIANT/FILE is spelt as the folders and files of runs are."""
-    folders, files = place.parts[:2], place.parts[2:]
-    return all(map(_FOLDER.fullmatch, folders)) and len(files) < 2 and all(map(_FILE.fullmatch, files))
+    """Whether TASK, TASK/VARIANT or TASK/VARIANT/FILE has the names of a task, a variant of it and a file of a run."""
+    from metaadamw_lite.experiments import NOISY, TASKS, lope_study  # which need this module
+    from metaadamw_lite.experiments.variants import VARIANTS
+
+    task, *variant = place.parts[:2]
+    variants = lope_study.ARMS if task in lope_study.NOISE else VARIANTS if task in (*TASKS, *NOISY) else None
+    if variants is None or any(name not in variants for name in variant):
+        return False
+    files = place.parts[2:]
+    return len(files) < 2 and all(map(_FILE.fullmatch, files))
 
 
 def is_the_machines_fault(error: Exception) -> bool:

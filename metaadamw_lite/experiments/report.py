@@ -621,13 +621,19 @@ def power_for_paper(task: str, difference: PairedDifference) -> float:
     return power(difference, papers_gain(task))
 
 
-def bench_record(device: str = "cpu") -> dict[str, Any] | None:
-    """The measurement of ``bench`` on a "cpu" or a "gpu"; None where there is no record."""
-    path = repository() / "data" / "bench" / f"{device}.json"
-    if not path.exists():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
+def bench_records() -> dict[str, dict[str, Any]]:
+    """The measurements of ``bench``, by the names of their files.
+
+    The latest are named by the kind of device ("cpu", "cuda"), older ones that are kept to compare with by device and
+    commit ("h200-1470adc").
+    """
+    paths = sorted((repository() / "data" / "bench").glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def bench_record(name: str = "cpu") -> dict[str, Any] | None:
+    """One of ``bench_records``; None where there is none of this name."""
+    return bench_records().get(name)
 
 
 def noted(text: str, profile: str, pairs: int | None = None, planned: int = len(SEEDS)) -> str:

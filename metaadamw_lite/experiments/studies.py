@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tabulate import tabulate
-from tqdm import tqdm
 
 from metaadamw_lite.checks import check_choice, check_count
 from metaadamw_lite.experiments import NOISY, TASKS
@@ -26,6 +25,7 @@ from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi, trained_phi
 from metaadamw_lite.experiments.paired import improvements_by_seed, pairs_needed
+from metaadamw_lite.experiments.progress import progress_bar
 from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
@@ -344,7 +344,7 @@ def sweep(
             pass
     with (
         _workers(scheduler, jobs, device) as outcomes,
-        tqdm(
+        progress_bar(
             total=len(runs), initial=len(runs) - len(todo), desc=study, unit="run", disable=not progress, smoothing=0
         ) as bar,
     ):
@@ -361,7 +361,7 @@ def sweep(
                         busy.add(key)
                     else:
                         errors[key] = outcome
-                        tqdm.write(f"{key}: {outcome}")
+                        bar.write(f"{key}: {outcome}")
             except TerminatedWorkerError as error:  # all workers end with one that is killed
                 killed = [key for key in todo if key not in errors and abandoned(key, results)]
                 if not killed and unexplained:
@@ -369,7 +369,7 @@ def sweep(
                 unexplained = not killed  # or another sweep has taken its run in the meantime
                 errors |= dict.fromkeys(killed, _KILLED)
                 if killed:
-                    tqdm.write(f"{_KILLED} (out of memory?) while these went on: {', '.join(map(str, killed))}")
+                    bar.write(f"{_KILLED} (out of memory?) while these went on: {', '.join(map(str, killed))}")
             runs = study_runs(study, results, tasks)  # a search that is done has added runs
             todo = [key for key in missing(runs, results) if key not in errors]
             bar.total, bar.n = len(runs), len(runs) - len(todo) - len(errors)  # other sweeps make runs, too

@@ -34,6 +34,7 @@ from metaadamw_lite.experiments import NOISY, TASKS, lope_study
 from metaadamw_lite.experiments.lope_study import LoPESettings
 from metaadamw_lite.experiments.mislabels import SampleHistory, detection
 from metaadamw_lite.experiments.noise import corrupted
+from metaadamw_lite.experiments.progress import progress_bar
 from metaadamw_lite.experiments.records import (
     RunKey,
     default_results,
@@ -342,7 +343,7 @@ class _Run:
         """Train until the last epoch, an early stop or a loss that is not finite; return the record."""
         reset_peak_memory(self.device)
         self._resume()
-        with tqdm(
+        with progress_bar(
             total=self.settings.epochs * self.steps_per_epoch,
             initial=len(self.history["epochs"]) * self.steps_per_epoch,
             desc=str(self.key),
