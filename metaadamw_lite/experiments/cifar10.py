@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models import ResNet, resnet18
+from torchvision.models.resnet import BasicBlock
 
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments.datasets import Table, data_folder, prepared, read_table
@@ -35,6 +36,8 @@ from metaadamw_lite.experiments.task import (
 # ---------------------------------------------------------------- data
 
 CLASSES, SHARDS = 10, 3
+SIZE = 32
+"""Pixels of an image's side, unless the settings' data have another number under "size", which divides it."""
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -84,8 +87,9 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     tenth of the training part validates, and the official test part is the test part.
 
     Returns:
-        Batches (image, class): images of shape (N, 3, 32, 32), uint8; classes of shape (N,), 0 to 9. If the settings
-        ask for the labels of people (CIFAR-10N), those of the training part are these; ``truth`` has the true ones.
+        Batches (image, class): images of shape (N, 3, size, size), uint8; classes of shape (N,), 0 to 9. If the
+        settings ask for the labels of people (CIFAR-10N), those of the training part are these; ``truth`` has the true
+        ones.
 
     Raises:
         ValueError: for an unknown protocol or source.
@@ -94,10 +98,11 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
     if source == "real":
-        train, test = (prepared(pixels_of_the_tables, tables, tables is TRAIN) for tables in (TRAIN, TEST))
+        size = settings.data.get("size", SIZE)
+        train, test = (prepared(pixels_of_the_tables, tables, tables is TRAIN, size) for tables in (TRAIN, TEST))
     else:
         train, test = (
-            pixels(synthetic_images(settings.data.get("images", 2_000), settings.data.get("size", 32), s))
+            pixels(synthetic_images(settings.data.get("images", 2_000), settings.data.get("size", SIZE), s))
             for s in (1, 2)
         )
     images, truth = train
@@ -123,9 +128,13 @@ def stand_in_for_people(labels: Any) -> Any:
     return symmetric(labels, 10, 0.4, seed=0)
 
 
-def pixels_of_the_tables(train: bool) -> tuple[Any, Any]:
-    """The pixels and classes of the real data's train or test part."""
-    return pixels(pd.concat([read_table(table) for table in (TRAIN if train else TEST)]))
+def pixels_of_the_tables(train: bool, size: int) -> tuple[Any, Any]:
+    """The pixels and classes of the real data's train or test part, in images of a smaller size if need be."""
+    images, labels = pixels(pd.concat([read_table(table) for table in (TRAIN if train else TEST)]))
+    if size == SIZE:
+        return images, labels
+    squares = images.reshape(*images.shape[:2], size, SIZE // size, size, SIZE // size)
+    return squares.mean(axis=(3, 5)).round().astype(np.uint8), labels
 
 
 def pixels(frame: pd.DataFrame) -> tuple[Any, Any]:
@@ -167,12 +176,20 @@ class Standardised(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """torchvision's ResNet-18 for small images: a 3 × 3 first convolution, no pooling after it, dropout at the end."""
+    """torchvision's ResNet-18 for small images: a 3 × 3 first convolution, no pooling after it, dropout at the end.
 
-    def __init__(self, dropout: float) -> None:
+    Args:
+        dropout: on the output.
+        width: channels of the first of four stages; each has twice as many as the one before.
+        blocks: of each stage.
+    """
+
+    def __init__(self, dropout: float, width: int = 64, blocks: int = 2) -> None:
         super().__init__()
         self.net = resnet18(num_classes=CLASSES)
-        self.net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        if (width, blocks) != (64, 2):
+            resize(self.net, width, blocks)
+        self.net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.net.maxpool = nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.standardised = Standardised()
@@ -181,6 +198,18 @@ class ResNet18(nn.Module):
         """Scores (N, 10) from images (N, 3, 32, 32) of bytes."""
         scores: Tensor = self.dropout(self.net(self.standardised(images)))
         return scores
+
+
+def resize(net: ResNet, width: int, blocks: int) -> None:
+    """Give torchvision's ResNet other stages of its own kind, with its own initialisation."""
+    net.inplanes, net.bn1 = width, nn.BatchNorm2d(width)
+    for stage in range(4):
+        layers = net._make_layer(BasicBlock, width * 2**stage, blocks, stride=1 if stage == 0 else 2)
+        for module in layers.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        setattr(net, f"layer{stage + 1}", layers)
+    net.fc = nn.Linear(width * 2**3, CLASSES)
 
 
 def build(settings: Settings, data: Data) -> nn.Module:

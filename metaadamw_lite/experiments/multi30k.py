@@ -39,6 +39,8 @@ TRAIN, VALIDATION, TEST = (
 LENGTH = 64
 VOCABULARY = 10_000
 MIN_FREQ = 2
+"""Words in a sentence, "<bos>" and "<eos>" included; words in a vocabulary, unless the settings' data have another
+number under "words"; and how often a word of it must occur."""
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
 BOS, EOS = 2, 3
 
@@ -69,12 +71,12 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     check_choice("data", source, SOURCES)
     if protocol == "clean":
         import sacrebleu  # noqa: F401 (BLEU comes last: where it is not installed, say so before hours of training)
+    size = settings.data.get("words", VOCABULARY)
     if source == "real":
-        parts, words, references = prepared(pairs_of_the_tables, (TRAIN, VALIDATION, TEST), protocol)
+        parts, words, references = prepared(pairs_of_the_tables, (TRAIN, VALIDATION, TEST), protocol, size)
     else:
-        parts, words, references = pairs(
-            protocol, *(synthetic_pairs(settings.data.get("pairs", 2_000), seed) for seed in (1, 2))
-        )
+        count = settings.data.get("pairs", 2_000)
+        parts, words, references = pairs(protocol, synthetic_pairs(count, 1), synthetic_pairs(count, 2), size)
     samples = [
         part_of((torch.from_numpy(de), torch.from_numpy(en)), settings.data.get(name))
         for name, (de, en) in zip(("train", "val", "test"), parts, strict=False)
@@ -91,18 +93,21 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     )
 
 
-def pairs_of_the_tables(protocol: str) -> tuple[list[Any], dict[str, list[str]], list[str]]:
+def pairs_of_the_tables(protocol: str, size: int) -> tuple[list[Any], dict[str, list[str]], list[str]]:
     """The pairs of the real data."""
-    return pairs(protocol, read_table(TRAIN), read_table(VALIDATION if protocol == "paper" else TEST))
+    return pairs(protocol, read_table(TRAIN), read_table(VALIDATION if protocol == "paper" else TEST), size)
 
 
-def pairs(protocol: str, train: pd.DataFrame, other: pd.DataFrame) -> tuple[list[Any], dict[str, list[str]], list[str]]:
+def pairs(
+    protocol: str, train: pd.DataFrame, other: pd.DataFrame, size: int = VOCABULARY
+) -> tuple[list[Any], dict[str, list[str]], list[str]]:
     """The parts of a protocol as arrays, the two vocabularies, and the English sentences of the test part.
 
     Args:
         protocol: "paper", where ``other`` is the validation part, or "clean", where it is the test part.
         train: the training part, which ``clean`` divides into training and validation.
         other: the official part that is held out.
+        size: at most so many words in a vocabulary.
     """
     if protocol == "paper":
         frames = [train, other]
@@ -110,7 +115,7 @@ def pairs(protocol: str, train: pd.DataFrame, other: pd.DataFrame) -> tuple[list
         validates = held_out(train["en"])
         frames = [train[~validates], train[validates], other]
     words = {
-        language: vocabulary((text.split() for text in frames[0][language]), SPECIALS, VOCABULARY, MIN_FREQ)
+        language: vocabulary((text.split() for text in frames[0][language]), SPECIALS, size, MIN_FREQ)
         for language in ("de", "en" if protocol == "clean" else "de")
     }
     words.setdefault("en", words["de"])
