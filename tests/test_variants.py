@@ -82,14 +82,6 @@ def test_the_settings_are_those_of_table_4(row):
     assert (settings.lr, settings.weight_decay, settings.betas) == (5e-4, 1e-2, (0.9, 0.999))
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_lite_profile_has_the_model_and_the_optimizer_of_the_paper(task):
-    """Only less data, fewer epochs, and meta-updates as often an epoch."""
-    paper, lite = (TASKS[task].settings(p) for p in ("paper", "lite"))
-    assert replace(lite, epochs=paper.epochs, meta_every=paper.meta_every, data=paper.data) == paper
-    assert lite.epochs <= paper.epochs
-
-
 # ---------------------------------------------------------------- variants
 
 

@@ -160,16 +160,20 @@ def score(model: nn.Module, batch: Batch) -> Score:
 
 
 def settings(profile: str) -> Settings:
-    """``paper``: Tables 1 and 4. ``lite``: the first quarter of a year. ``smoke``: 400 synthetic hours.
+    """``paper``: Tables 1 and 4. ``smoke``: 400 synthetic hours.
+
+    ``lite``: half the paper's width, and windows of a day instead of four. All hours are kept, since errors are so
+    uneven that fewer would hide any gain, and so are batch size and K_meta. No size takes this task far from guessing:
+    the last hour alone predicts the next about as well as the paper's models do. 60 epochs are more than any run takes.
 
     Raises:
         ValueError: for an unknown profile.
     """
     check_choice("profile", profile, PROFILES)
-    epochs, meta_every, data = {
-        "paper": (8, 217, {}),
-        "lite": (4, 27, {"hours": 2190}),
-        "smoke": (2, 5, {"hours": 400}),
+    epochs, meta_every, width, data = {
+        "paper": (8, 217, 128, {}),
+        "lite": (60, 217, 64, {"window": 24}),
+        "smoke": (2, 5, 128, {"hours": 400}),
     }[profile]
     return Settings(
         epochs=epochs,
@@ -184,7 +188,7 @@ def settings(profile: str) -> Settings:
             "use_feature_gating": True,
             "huw_priorities": (1.0, 1.0, 1.0),
         },
-        model={"d_model": 128, "heads": 4, "layers": 2, "feed_forward": 512, "dropout": 0.2},
+        model={"d_model": width, "heads": 4, "layers": 2, "feed_forward": 4 * width, "dropout": 0.2},
         data=data,
     )
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metaadamw_lite.experiments import TASKS, multi30k
+from metaadamw_lite.experiments import TASKS, multi30k, report
 from metaadamw_lite.experiments.records import read_record
 from metaadamw_lite.experiments.studies import best_variant, search_runs
 from metaadamw_lite.experiments.task import PROTOCOLS, Data, Task
@@ -95,15 +95,13 @@ def sizing_table(results: Path, profile: str = "lite") -> pd.DataFrame:
 
     Args:
         results: folder of the records.
-        profile: "lite" or "paper".
+        profile: whose search it is; the guesses of "smoke" are made from synthetic data.
 
     Raises:
         DataError: if the data, which the guesses are made from, cannot be had.
     """
-    from metaadamw_lite.experiments.report import paper_table
-
     rows = [
-        row | {"paper's gain (%)": paper_table(2).loc[name, "improvement_percent"]}
+        row | {"paper's gain (%)": report.paper_table(2).loc[name, "improvement_percent"]}
         for name, task in TASKS.items()
         for protocol in PROTOCOLS
         if (row := _row(task, protocol, profile, results)) is not None
@@ -117,7 +115,7 @@ def _row(task: Task, protocol: str, profile: str, results: Path) -> dict[str, An
     if not records:
         return None
     settings = task.settings(profile)
-    guessed = guesses(task, task.load(protocol, settings, "real"))
+    guessed = guesses(task, task.load(protocol, settings, "synthetic" if profile == "smoke" else "real"))
     best = best_variant(search, results)
     at_paper = at_learning_rate(settings.lr)
     shown = best or at_paper
