@@ -101,7 +101,9 @@ class TimeSeriesTransformer(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, window: int, d_model: int, heads: int, layers: int, feed_forward: int, dropout: float) -> None:
+    def __init__(
+        self, d_model: int, heads: int, layers: int, feed_forward: int, dropout: float, window: int = WINDOW
+    ) -> None:
         super().__init__()
         self.input_projection = nn.Linear(1, d_model)
         self.register_buffer("positions", sinusoidal_positions(window, d_model), persistent=False)
@@ -144,7 +146,7 @@ def sinusoidal_positions(length: int, width: int) -> Tensor:
 
 def build(settings: Settings, data: Data) -> nn.Module:
     """A freshly initialised model."""
-    return TimeSeriesTransformer(**data.sizes, **settings.model)
+    return TimeSeriesTransformer(**settings.model, **data.sizes)
 
 
 # ---------------------------------------------------------------- loss and metric
