@@ -208,8 +208,8 @@ def settings(profile: str) -> Settings:
     """``paper``: Tables 1 and 4. ``smoke``: a narrow model, made-up words.
 
     ``lite``: half the paper's embedding and a quarter of its hidden width, 5,000 words, and the first 64 words of
-    16,000 reviews: with fewer reviews the validation loss stops falling near guessing. 60 epochs are more than any run
-    takes.
+    16,000 reviews: with half as many, early stopping ended a run while its loss still fell. 60 epochs are more than any
+    run takes.
 
     Raises:
         ValueError: for an unknown profile.
