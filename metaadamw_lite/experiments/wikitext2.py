@@ -161,9 +161,9 @@ def settings(profile: str) -> Settings:
     """``paper``: Tables 1 and 4. ``smoke``: a narrow model, made-up words.
 
     ``lite``: three quarters of the paper's width, 2,000 words, and 1,200 of the 23,541 blocks of 64. A narrower model
-    has no best learning rate inside the searched grid: it takes 8e-3 as well as 2e-3. A
-    step has 16 blocks instead of 64, so that an epoch has 75 steps: with fewer, early stopping would come before the
-    loss has stopped falling. 60 epochs are more than any run takes.
+    has no best learning rate inside the searched grid: it takes 8e-3 as well as 2e-3. A step has 16 blocks instead of
+    64, so that an epoch has 75 steps: with fewer, early stopping would come before the loss has stopped falling. 60
+    epochs are more than any run takes.
 
     Raises:
         ValueError: for an unknown profile.
