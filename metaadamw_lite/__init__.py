@@ -1,22 +1,24 @@
 """MetaAdamW, rebuilt small: AdamW whose step sizes and decays are set per parameter group by a Transformer.
 
-Read the files in this order; each is one section of the paper (arXiv 2605.04055):
+Read the files in this order (equations, sections and algorithms are those of the paper, arXiv 2605.04055):
 
-1. ``optimizer``  the update rule and the loop around it (Eq. 1 to 4, Algorithm 1)
-2. ``groups``     which parameters share a factor (section 3.2)
-3. ``features``   what the attention module sees (section 3.3)
-4. ``modulator``  the attention module Φ (section 3.4, Eq. 5 to 9)
-5. ``huw``        priority-injected uncertainty weighting (Eq. 13)
-6. ``meta``       how Φ is trained (section 3.5, Algorithm 2)
+1. ``reference``  the whole method in the paper's letters, Eq. 1 to 13 and both algorithms; the others equal it
+2. ``optimizer``  the update rule and the loop around it (Eq. 1 to 4, Algorithm 1)
+3. ``groups``     which parameters share a factor (section 3.2)
+4. ``features``   what the attention module sees (section 3.3)
+5. ``modulator``  the attention module Φ (section 3.4, Eq. 5 to 9)
+6. ``huw``        priority-injected uncertainty weighting (Eq. 13)
+7. ``meta``       how Φ is trained (section 3.5, Algorithm 2)
 
-``fast`` and ``sharding`` are the same numbers with less work and on several processes; ``bench`` measures the cost;
-``checks`` and ``state`` refuse arguments and saved states that do not fit; ``surroundings`` puts back what a
-meta-update's forward passes touch. Two relatives stand beside it and know
-nothing of it: ``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an adapter with an expert for noise,
-arXiv 2505.23868).
+``membership`` follows ``param_groups``, and ``buckets`` collects its tensors. ``fast``, ``folded`` and ``triton_step``
+(with ``triton_kernels``) give the same numbers with less work, on a CPU and on a GPU; ``sharding`` adds them up over
+several processes. ``checks`` and ``state`` refuse arguments and saved states that do not fit. ``batches`` and
+``surroundings`` keep a meta-update from disturbing anything. Two relatives stand beside it and know nothing of it:
+``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an adapter with an expert for noise, arXiv 2505.23868);
+``precision`` keeps their numbers in float32.
 
-PyTorch and NumPy are the only dependencies of these files (``bench`` has those of ``metaadamw_lite.experiments``, where
-the experiments live).
+PyTorch and NumPy are the only dependencies of these files. ``metaadamw_lite.experiments`` has more; ``bench`` there
+measures the cost.
 """
 
 from metaadamw_lite.features import FeatureConfig

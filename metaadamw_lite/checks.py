@@ -1,7 +1,7 @@
 """Checks of arguments. Each raises a ValueError that quotes the bad value and says what is allowed."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,8 +20,12 @@ def _is_finite(value: Any) -> bool:
 
 
 def without_numpy(value: Any) -> Any:
-    """A number of NumPy's as one of Python's, since checkpoints are read without NumPy's types; others as they are."""
-    return value.item() if isinstance(value, np.generic | np.ndarray) else value
+    """NumPy's numbers, also in containers, as Python's, since checkpoints are read without NumPy's types."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if type(value) is dict:
+        return {without_numpy(key): without_numpy(x) for key, x in value.items()}
+    return type(value)(map(without_numpy, value)) if type(value) in (tuple, list) else value
 
 
 def _is_integer(value: Any) -> bool:
@@ -85,3 +89,26 @@ def check_priorities(priorities: Any, count: int) -> None:
     for p in priorities:
         if not (_is_finite(p) and p > 0):
             raise ValueError(f"priority is {p!r}; priorities must be positive and finite")
+
+
+UNSUPPORTED = ("capturable", "differentiable")
+
+
+def check_supported(group: Mapping[str, Any]) -> None:
+    """No option of torch's AdamW is switched on that this optimizer would have to ignore."""
+    for name in UNSUPPORTED:
+        if group.get(name):
+            raise ValueError(f"{name} is {group[name]}; only False is supported")
+    if not group.get("decoupled_weight_decay", True):  # torch's way to make Adam of AdamW
+        raise ValueError("decoupled_weight_decay is False; only True is supported")
+
+
+def check_settings(group: Mapping[str, Any]) -> None:
+    """The settings of a parameter group are in their ranges and supported."""
+    check_not_negative(**{name: group[name] for name in ("lr", "eps", "weight_decay")})
+    check_betas(group["betas"])
+    for name in ("foreach", "fused"):
+        check_choice(name, group[name], (None, True, False))
+    for name in ("amsgrad", "maximize"):
+        check_choice(name, group[name], (True, False))
+    check_supported(group)

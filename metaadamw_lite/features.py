@@ -21,6 +21,10 @@ from metaadamw_lite.groups import ModulationGroup
 FEATURE_VERSIONS = ("basic", "basic_plus", "enhanced", "norm_basic", "norm_basic_plus")
 
 
+Products = tuple[float, float, float, float, float]
+"""⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩."""
+
+
 class TensorState(NamedTuple):
     """A parameter tensor θ at one moment of training: its gradient g and its moments m and v, all of one shape."""
 
@@ -95,7 +99,7 @@ def time_feature(step: int, total_steps: int | None) -> float:
     return math.tanh(step / 2000)  # 2σ(x) − 1 = tanh(x/2)
 
 
-def inner_products(state: TensorState) -> tuple[float, float, float, float, float]:
+def inner_products(state: TensorState) -> Products:
     """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of one tensor, in float64.
 
     The readable version: ``fast`` takes them of many tensors together, and calls this one for those it cannot take so.
@@ -145,9 +149,8 @@ def group_features(
     if config.version == "enhanced" or config.version.endswith("basic_plus"):
         variance = zeros.index_add(0, index, (statistics - mean[index]).square()) / count
     if config.version == "enhanced":
-        structure = tuple((math.log1p(sum(p.numel() for p in g.params)), g.bias_ratio, g.depth) for g in groups)
         norms = [mean[:, 0], variance[:, 0], mean[:, 1], variance[:, 1]]
-        columns = [torch.stack(norms, dim=1), mean[:, 5:], constant(structure, statistics)]
+        columns = [torch.stack(norms, dim=1), mean[:, 5:], constant(structure(groups), statistics)]
     elif config.version.endswith("basic_plus"):
         std = variance.sqrt()
         columns += [std[:, :4], mean[:, 4:], std[:, 4:]] if config.use_v_norms else [std[:, :4]]
@@ -158,6 +161,11 @@ def group_features(
     if config.include_time_step:
         columns.append(statistics.new_full((len(groups), 1), time))
     return torch.cat(columns, dim=1)
+
+
+def structure(groups: Sequence[ModulationGroup]) -> tuple[tuple[float, float, float], ...]:
+    """Log count, bias ratio and depth of each group: the columns of "enhanced" that no gradient changes."""
+    return tuple((math.log1p(sum(p.numel() for p in g.params)), g.bias_ratio, g.depth) for g in groups)
 
 
 def constant(values: tuple[Any, ...], like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _NORMS = (
     nn.LayerNorm,
@@ -71,6 +72,11 @@ def is_bias(name: str) -> bool:
     return leaf.startswith("bias") or leaf.endswith("bias")
 
 
+def shape_of(p: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter; empty as long as a lazy module has not given it one."""
+    return () if is_lazy(p) else tuple(p.shape)
+
+
 class Place(NamedTuple):
     """Where a parameter stands in the network: its layer type, and its depth from 0 (first block) to 1 (last block)."""
 
@@ -81,8 +87,9 @@ class Place(NamedTuple):
 def places_by_class(model: nn.Module) -> dict[Tensor, Place]:
     """The place of every parameter of a model; layer types by module class first and by name second."""
     named = list(model.named_parameters())
-    shapes = {name: tuple(p.shape) for name, p in named}
-    types = [_type_by_class(name, model) or _type_by_name(name, shapes, by_shape=False) for name in shapes]
+    shapes = {name: shape_of(p) for name, p in named}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    types = [_type_by_class(name, modules) or _type_by_name(name, shapes, by_shape=False) for name in shapes]
     positions = depths(list(shapes))
     return {p: Place(t, depth) for (_, p), t, depth in zip(named, types, positions, strict=True)}
 
@@ -105,7 +112,7 @@ def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list
                 # each.
                 within = zip(names, positions, depths(names), strict=True)
                 positions = [mine if block_index(name) is None else depth for name, depth, mine in within]
-            shapes = {name: tuple(p.shape) for name, p in part}
+            shapes = {name: shape_of(p) for name, p in part}
             types = [_type_by_name(name, shapes, by_shape=True) for name in names]
             places += [Place(t, depth) for t, depth in zip(types, positions, strict=True)]
         result.append(places)
@@ -122,14 +129,14 @@ def _models(named: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]
     return [list(part.items()) for part in parts]
 
 
-def _type_by_class(name: str, model: nn.Module) -> str | None:
+def _type_by_class(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Walk from the module that owns the parameter outwards; the first class that says something decides.
 
     The model itself is not asked by its class name: an ``AttentionClassifier`` may contain anything.
     """
     path = name.split(".")[:-1]
     while True:
-        module = model.get_submodule(".".join(path))
+        module = modules[".".join(path)]
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             return "embedding"
         if isinstance(module, _NORMS):
@@ -241,7 +248,7 @@ def native_groups(
     """
     if names is None:
         positions = [[0.5] * len(params) for params in param_groups]
-        biases = [[p.ndim <= 1 for p in params] for params in param_groups]
+        biases = [[len(shape_of(p)) <= 1 for p in params] for params in param_groups]
     else:
         flat = iter(depths([name for group in names for name in group]))
         positions = [[next(flat) for _ in group] for group in names]

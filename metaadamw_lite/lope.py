@@ -19,8 +19,9 @@ would stay copies of one another.
 import math
 import random
 import string
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +29,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaadamw_lite.checks import check_choice, check_count, check_not_negative, check_seed, check_share
+from metaadamw_lite.precision import KeepsFloat32
+from metaadamw_lite.sharding import is_sharded, refuse_flat_parameters
 
 
-class LoPELinear(nn.Module):
+class LoPELinear(KeepsFloat32):
     """A linear layer with a LoPE adapter beside it.
 
+    The adapter is float32 (float64 beside a float64 layer), also where the layer is in half precision or quantised and
+    when the model is cast later: small steps are kept, and a gradient scaler can unscale gradients. It takes the input
+    in this type, and the sum of both outputs is cast to the type of the layer's, as ``peft`` does.
+
     Args:
-        base: the layer; it is kept as it is and frozen.
+        base: an ``nn.Linear`` of any precision, or another layer with ``in_features`` and ``out_features`` (quantised,
+            for example), whose own forward is called. It is kept as it is and frozen.
         rank: r, rows of A.
         experts: N, the clean experts.
         scale: factor on the adapter's output (LoRA's α/r).
@@ -49,7 +57,8 @@ class LoPELinear(nn.Module):
         mask: None while the poisoning expert takes part; "plain" or "compensated" once it is masked.
 
     Raises:
-        ValueError: for a layer that is not linear, a rank or number of experts below one, or a bad scale or seed.
+        ValueError: for a layer that is not linear, or whose weight is not there as a whole (lazy, sharded, on the meta
+            device), a rank or number of experts below one, or a bad scale or seed.
     """
 
     B_D: nn.Parameter | None
@@ -57,7 +66,7 @@ class LoPELinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Module,
         rank: int = 4,
         experts: int = 3,
         scale: float = 2.0,
@@ -65,31 +74,41 @@ class LoPELinear(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear):
-            raise ValueError(f"base is a {type(base).__name__}; it must be an nn.Linear")
+        obstacle = _obstacle_to_adapting(base)
+        if obstacle:
+            raise ValueError(obstacle)
         check_count(rank=rank, experts=experts)
         check_not_negative(scale=scale)
         check_choice("poisoning", poisoning, (True, False))
         check_seed(seed)
-        self.base, self.scale, self.mask = base.requires_grad_(False), scale, None
-        like = base.weight
+        d_out, d_in = _sizes(base)
+        tensors = [*base.parameters(), *base.buffers()]  # none in torch's own quantised layer, which is on the CPU
+        device = tensors[0].device if tensors else torch.device("cpu")
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in base.parameters()) else torch.float32
         generator = torch.Generator().manual_seed(int(seed))
 
         def uniform(rows: int) -> nn.Parameter:
             """As ``nn.Linear`` starts: uniform within 1/√d_in."""
-            bound = like.shape[1] ** -0.5
-            values = torch.empty(rows, like.shape[1], device="cpu").uniform_(-bound, bound, generator=generator)
-            return nn.Parameter(values.to(like))
+            bound = d_in**-0.5
+            values = torch.empty(rows, d_in, dtype=torch.float32, device="cpu")
+            return nn.Parameter(values.uniform_(-bound, bound, generator=generator).to(device, dtype))
 
-        self.A = uniform(rank)
-        self.B = nn.Parameter(like.new_zeros(experts, like.shape[0], rank))
-        self.B_D = nn.Parameter(like.new_zeros(like.shape[0], rank)) if poisoning else None
-        self.router = uniform(experts + poisoning)
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) to (..., d_out)."""
-        h = F.linear(x, self.A)
-        scores = F.linear(x, self.router)
+        with torch.inference_mode(False):  # what is made inside of it can never be trained
+            self.A = uniform(rank)
+            self.B = zeros(experts, d_out, rank)
+            self.B_D = zeros(d_out, rank) if poisoning else None
+            self.router = uniform(experts + poisoning)
+        self.scale, self.mask, self.training = scale, None, base.training
+        self.base = base.requires_grad_(False)
+
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        """(..., d_in) to (..., d_out), in the type of the base layer's output; other arguments go to that alone."""
+        wide = x.to(self.A.dtype)
+        h = F.linear(wide, self.A)
+        scores = F.linear(wide, self.router)
         weights = scores.softmax(dim=-1)
         outputs = torch.einsum("...r,nor->...no", h, self.B)
         if self.B_D is None:
@@ -101,22 +120,97 @@ class LoPELinear(nn.Module):
             mixed = torch.einsum("...n,...no->...o", clean, outputs)
             if self.mask is None:
                 mixed = mixed + weights[..., -1:] * poisoned
-        result: Tensor = self.base(x) + self.scale * mixed
-        return result
+        result: Tensor = self.base(x, *others, **named)
+        if not isinstance(result, Tensor) or result.shape != mixed.shape:
+            returned = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            raise ValueError(
+                f"a {type(self.base).__name__} returned {returned}; an adapter can be added to shape "
+                f"{tuple(mixed.shape)} only"
+            )
+        if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
+            warnings.warn(
+                f"a {type(self.base).__name__} passes no gradient on to its input; adapters in front of it learn only "
+                "through other paths",
+                stacklevel=2,
+            )
+        return (result + self.scale * mixed).to(result.dtype)
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name; the base layer's are not among them."""
         return {name: p for name, p in self._parameters.items() if p is not None}
 
-    def is_mergeable(self) -> bool:
-        """Whether the adapter is one linear map: its weights sum to one, and the experts they mix are the same."""
-        sums_to_one = self.B_D is None or self.mask == "compensated"
-        return sums_to_one and bool((self.B[:1] == self.B).all())
-
     def extra_repr(self) -> str:
         """The sizes, for printing."""
         count, poison = len(self.B), "" if self.B_D is None else " and a poisoning one"
         return f"rank={len(self.A)}, {count} clean expert{'s' if count > 1 else ''}{poison}, mask={self.mask}"
+
+
+_TYPES_OF_PLAIN_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _plain_weight(base: nn.Module) -> nn.Parameter | None:
+    """The weight, if it is an ordinary parameter: not computed from others, not quantised, not sharded.
+
+    The attribute ``weight`` is not read, since spectral norm computes it anew and moves its buffers then.
+    """
+    weight = base._parameters.get("weight")
+    return weight if type(weight) is nn.Parameter and weight.dtype in _TYPES_OF_PLAIN_WEIGHTS else None
+
+
+def _sizes(base: nn.Module) -> tuple[int, int]:
+    """d_out and d_in; a quantised weight may be packed and have another shape."""
+    weight = _plain_weight(base)
+    return (base.out_features, base.in_features) if weight is None else tuple(weight.shape)  # type: ignore[return-value]
+
+
+def _is_plain_map(module: nn.Module) -> bool:
+    """Whether the forward is that of ``nn.Linear``; a library may have replaced it in the class or in the object."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+
+
+def _obstacle_to_adapting(base: nn.Module) -> str | None:
+    """Why a layer can have no adapter; None if it can. Nothing is run and nothing changed."""
+    if not all(isinstance(getattr(base, size, None), int) for size in ("in_features", "out_features")):
+        return f"base is a {type(base).__name__}; it must be an nn.Linear, or a layer with in_features and out_features"
+    params, weight = list(base.parameters()), _plain_weight(base)
+    if any(nn.parameter.is_lazy(p) for p in params):
+        return "its shape is not known yet; run the model once first"
+    if any(is_sharded(p) for p in params) or (not params and _is_plain_map(base)):
+        return "its weight is sharded; adapt the model first and shard it then"
+    if any(p.is_meta for p in params):
+        return "its weight is on the meta device; load the model first"
+    if weight is not None and (weight.ndim != 2 or not weight.numel()):
+        return f"its weight has shape {tuple(weight.shape)}; (d_out, d_in) is needed, whole and not empty"
+    if any(p.is_complex() for p in params):
+        return "its weight is complex; real numbers are needed"
+    raw = base._parameters.get("weight")
+    if type(raw) is nn.Parameter and weight is None and _is_plain_map(base) and not base._forward_pre_hooks:
+        return f"its weight is {raw.dtype}, by which an nn.Linear without a forward of its own cannot multiply"
+    return None
+
+
+def _obstacle_to_merging(layer: LoPELinear) -> str | None:
+    """Why adapter and base are not one matrix times the input; None if they are. Nothing is run and nothing changed."""
+    base = layer.base
+    if layer.B_D is not None and layer.mask != "compensated":
+        return "the poisoning expert takes part, or is masked without compensation"
+    if not all(torch.equal(layer.B[0], other) for other in layer.B[1:]):
+        return f"the router mixes {len(layer.B)} different experts by the input"
+    if not _is_plain_map(base):
+        return f"its base is a {type(base).__name__} with a forward of its own, quantised for example; keep the adapter"
+    if "weight" not in base._parameters:
+        return (
+            "its weight is no parameter, but computed from others (weight norm, spectral norm, pruning); "
+            "make it a parameter first"
+        )
+    weight = _plain_weight(base)
+    if weight is None or weight.is_meta or weight.shape != (layer.B.shape[1], layer.A.shape[1]):
+        found = base._parameters["weight"]
+        kind = "None" if found is None else f"a {type(found).__name__} of {found.dtype} and shape {tuple(found.shape)}"
+        return f"its weight is {kind}, quantised or sharded or not loaded; keep the adapter"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (layer, base)):
+        return "it has forward hooks, which would see the sum, or be lost; remove them first"
+    return None
 
 
 def compensated(scores: Tensor, outputs: Tensor, poisoned: Tensor) -> Tensor:
@@ -167,20 +261,27 @@ class LoPE:
     ) -> "LoPE":
         """Put adapters beside some linear layers of a model, in place, and freeze the rest; stage I begins.
 
+        A layer that has several names gets one adapter, under all of them, also where only one name is a target.
+
         Args:
             model: any module.
             target_modules: names of layers, or their last parts: "q_proj" means every layer of that name.
             rank, experts, scale, poisoning, seed: as for ``LoPELinear``; each layer has a seed of its own.
 
         Raises:
-            ValueError: if a name matches nothing, or something that is not an ``nn.Linear`` (one that is wrapped
-                already, for example) or whose weight torch's own attention and encoder layers read directly, and as
-                ``LoPELinear`` does. Nothing is changed then.
+            ValueError: as ``LoPELinear`` does, if a name matches nothing, or for a layer that cannot be replaced: it is
+                adapted already, inside of another one that is to be, read directly by torch's attention and encoder
+                layers, or inside of a ``DistributedDataParallel``. All such layers are named, and nothing is changed.
         """
         if isinstance(target_modules, str):
             raise ValueError(f"target_modules is {target_modules!r}; a sequence of names is needed")
         check_seed(seed)
-        named = dict(model.named_modules(remove_duplicate=False))
+        refuse_flat_parameters(model.parameters(), model)
+        named = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if "parametrizations" not in name.split(".")  # what computes a layer's weight is no layer
+        }
         found: dict[str, nn.Module] = {}
         for target in target_modules:
             matches = {n: m for n, m in named.items() if n == target or n.endswith(f".{target}")}
@@ -191,28 +292,30 @@ class LoPE:
         if not found:
             raise ValueError("target_modules is empty; at least one name is needed")
         found = {name: module for name, module in named.items() if name in found}  # in the model's order
-        for name in found:
-            parent = named[name.rpartition(".")[0]]
-            if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-                raise ValueError(
-                    f"{name} is part of a {type(parent).__name__}, which reads the weight and would pass an adapter by"
-                )
-        frozen = {p: p.requires_grad for p in model.parameters()}
+        targets = set(found.values())
+        places = {name: module for name, module in named.items() if module in targets}  # under names not found, too
+        obstacles = {
+            name: _obstacle_to_replacing(name, named, places) or _obstacle_to_adapting(m) for name, m in places.items()
+        }
+        _refuse("adapted", obstacles)
+        flags = {p: p.requires_grad for p in model.parameters()}
         try:
             adapted: dict[nn.Module, LoPELinear] = {}
             for module in found.values():  # one may have several names
                 if module not in adapted:
                     own = int(np.random.SeedSequence([seed, len(adapted)]).generate_state(1)[0])
-                    adapted[module] = LoPELinear(module, rank, experts, scale, poisoning, own)  # type: ignore[arg-type]
-        except ValueError:
-            for p, wanted in frozen.items():
+                    adapted[module] = LoPELinear(module, rank, experts, scale, poisoning, own)
+        except BaseException:  # bad settings, or memory that is not enough
+            for p, wanted in flags.items():
                 p.requires_grad_(wanted)
             raise
-        model.requires_grad_(False)
+        for p in model.parameters():
+            p.requires_grad_(False)
+            p.grad = None  # an optimizer would go on moving it
         layers: dict[str, LoPELinear] = {}
-        for name, module in found.items():
+        for name, module in places.items():
             _put(model, name, adapted[module])
-            if adapted[module] not in layers.values():
+            if name in found and adapted[module] not in layers.values():
                 layers[name] = adapted[module]
         lope = cls(model, layers)
         if poisoning:
@@ -258,24 +361,49 @@ class LoPE:
         compensated. Several different experts are mixed by the input, which no single matrix does. A layer gets a new
         weight; a module that shared the old one keeps that.
 
+        The sum is taken in the adapter's precision and rounded to that of the layer's weight.
+
         Raises:
-            ValueError: where it is not exact. Nothing is changed then.
+            ValueError: where it is not exact, where the base has no plain weight to fold the adapter into (it is
+                quantised, sharded, or computed from other parameters), where the model uses the base without the
+                adapter, too, where hooks would see something else, or where the sum is not finite. All such layers are
+                named, and nothing is changed.
         """
-        for name, layer in self.layers.items():
-            if not layer.is_mergeable():
-                why = (
-                    "the poisoning expert takes part, or is masked without compensation"
-                    if layer.B_D is not None and layer.mask != "compensated"
-                    else f"the router mixes {len(layer.B)} different experts by the input"
-                )
-                raise ValueError(f"{name} cannot be merged: {why}")
-        with torch.no_grad():
-            for layer in self.layers.values():
-                merged = layer.base.weight + layer.scale * layer.B[0] @ layer.A
-                layer.base.weight = nn.Parameter(merged, requires_grad=False)
-            for name, module in dict(self.model.named_modules(remove_duplicate=False)).items():
-                if isinstance(module, LoPELinear) and module in self.layers.values():
-                    _put(self.model, name, module.base)
+        named = dict(self.model.named_modules(remove_duplicate=False))
+        names = {
+            name: module
+            for name, module in named.items()
+            if isinstance(module, LoPELinear) and module in self.layers.values()
+        }
+        bare = {}  # the names of all modules that are reached in another way than as the base of an adapter
+        for name, module in named.items():
+            parent, _, leaf = name.rpartition(".")
+            if leaf != "base" or parent not in names:
+                bare[module] = name
+
+        def obstacle(layer: LoPELinear) -> str | None:
+            if layer not in names.values():
+                return "it is no longer in the model"
+            if layer.base in bare:
+                return f"its base is also {bare[layer.base]}, where no adapter is"
+            return _obstacle_to_merging(layer)
+
+        obstacles = {name: obstacle(layer) for name, layer in self.layers.items()}
+        _refuse("merged", obstacles)
+        merged: dict[str, Tensor] = {}
+        with torch.no_grad(), torch.inference_mode(False):
+            for name, layer in self.layers.items():
+                weight = layer.base._parameters["weight"]
+                assert weight is not None
+                with torch.autocast(weight.device.type, enabled=False):
+                    merged[name] = (weight + layer.scale * layer.B[0] @ layer.A).to(weight.dtype)
+                if not merged[name].isfinite().all():
+                    obstacles[name] = f"its weight would not be finite in {weight.dtype}"
+            _refuse("merged", obstacles)
+            for name, layer in self.layers.items():  # from here on nothing fails
+                layer.base.weight = nn.Parameter(merged[name], requires_grad=False)
+        for name, module in names.items():
+            _put(self.model, name, module.base)
         self.layers = {}
         return self.model
 
@@ -310,6 +438,38 @@ class LoPE:
             raise ValueError("the adapters are merged into the model; none is left")
         if any(layer.B_D is None for layer in self.layers.values()):
             raise ValueError("the adapters have no poisoning expert; wrap with poisoning=True")
+
+
+def _obstacle_to_replacing(name: str, named: Mapping[str, nn.Module], found: Mapping[str, nn.Module]) -> str | None:
+    """Why an adapter cannot take the place of a module of this name; None if it can.
+
+    Args:
+        name: in the model.
+        named: all modules of the model.
+        found: those that are to be replaced.
+    """
+    if not name:
+        return "it is the model itself, which has no place to put an adapter in; put it into an nn.Sequential"
+    parts = name.split(".")
+    above = {".".join(parts[:i]): named[".".join(parts[:i])] for i in range(len(parts))}
+    parent = above[name.rpartition(".")[0]]
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        return f"it is part of a {type(parent).__name__}, which reads the weight and would pass an adapter by"
+    for outer, module in above.items():
+        if outer in found:
+            return f"it is inside of {outer}, which is to be adapted, too"
+        if isinstance(module, LoPELinear):
+            return f"it is inside of {outer}, which is adapted already"
+        if isinstance(module, torch.jit.ScriptModule | nn.parallel.DistributedDataParallel):
+            return f"it is inside of a {type(module).__name__}, which would not know of it; adapt the model first"
+    return None
+
+
+def _refuse(act: str, obstacles: Mapping[str, str | None]) -> None:
+    """A ValueError that names every layer with an obstacle, if there is one."""
+    refused = [f"{name or 'the model'} cannot be {act}: {why}" for name, why in obstacles.items() if why]
+    if refused:
+        raise ValueError("; ".join(refused))
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

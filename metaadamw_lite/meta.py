@@ -14,9 +14,12 @@ Only first-order gradients are asked of the model (``first_order_losses``). ``do
 differentiate twice instead; it exists to check the other one. Chapter 5 of the book derives and compares both.
 """
 
+import copy
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
+from metaadamw_lite.batches import handed_out
 from metaadamw_lite.checks import NotFiniteError
 from metaadamw_lite.modulator import Modulation
 from metaadamw_lite.sharding import (
@@ -42,6 +46,9 @@ from metaadamw_lite.surroundings import same_random_numbers, write
 OBJECTIVES = ("combined", "gradient", "loss_decrease", "gen_gap")
 ROUNDING = 100
 """Times the machine's ε: where a group's part in the norm of the whole gradient is smaller, it is rounding."""
+
+CACHED = 2**16
+"""Numbers of each kind that a CPU works on at a time, so that what lies between two operations stays in its cache."""
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -85,16 +92,97 @@ def gradient_alignment(
     like = modulation.lambda1
     rows = [torch.stack([(x * x).sum(), (x * y).sum(), (y * y).sum()]) for x, y in zip(g, g_prime, strict=True)]
     sums = sum_over_shards(torch.stack([row.to(like) for row in rows]), params)
+    return _alignment_of_sums(modulation, groups, sums, _precision(g))
+
+
+def _precision(g: Sequence[Tensor]) -> float:
+    """The machine's ε of the least precise gradient, at most that of float32: sums are not taken in less."""
+    return max(min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps) for x in g)
+
+
+def _alignment_of_sums(modulation: Modulation, groups: Sequence[int], sums: Tensor, precision: float) -> Tensor:
+    """``gradient_alignment`` from ⟨g, g⟩, ⟨g, g′⟩ and ⟨g′, g′⟩ of each of n tensors, (n, 3)."""
+    like = modulation.lambda1
     index = torch.tensor(groups, device=like.device)
     square_g, dot, square = like.new_zeros(len(like), 3).index_add(0, index, sums).unbind(dim=1)
     # The clamp stands inside the root, whose slope at zero is infinite.
     tiny = torch.finfo(like.dtype).tiny
     norms = square_g.sqrt() * square.clamp_min(tiny).sqrt()
-    precision = max(min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps) for x in g)
     least = (ROUNDING * precision) ** 2
     points_anywhere = (square_g <= least * square_g.sum()) | (square <= least * square.sum())
     cosine = (dot / norms.clamp_min(tiny)).masked_fill(points_anywhere, 0)
     return (modulation.lambda1 * square - modulation.lambda2 * cosine).mean()
+
+
+def inner_products(vector: Iterable[Tensor], *others: Sequence[Tensor], like: Tensor) -> Tensor:
+    """⟨x, y⟩ of each of n tensors x in ``vector`` with its counterpart y in each of the lists ``others``: (n, lists).
+
+    On a CPU tensor by tensor, so that no more than one x need exist at a time. On a GPU for all tensors together: a
+    signed sum there is Σ|xy| − 2Σ|min(xy, 0)|, since norms are the sums that torch takes of many tensors at once.
+
+    Args:
+        vector, others: tensors of one shape at each place.
+        like: whose type and device the result has.
+    """
+    if others[0][0].device.type == "cpu":
+        rows = [torch.stack([(x * y).sum() for y in ys]) for x, *ys in zip(vector, *others, strict=True)]
+        return torch.stack([row.to(like) for row in rows])
+    xs = list(vector)
+    return torch.stack([_sums(torch._foreach_mul(xs, list(ys)), like) for ys in others], dim=1)
+
+
+def _sums(tensors: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """The sum of each of n tensors, (n,), added up in float64 where the device has that; they are overwritten."""
+    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    total = _stacked(torch._foreach_norm(tensors, 1, dtype=dtype), like.device)
+    torch._foreach_clamp_max_(tensors, 0)
+    return (total - 2 * _stacked(torch._foreach_norm(tensors, 1, dtype=dtype), like.device)).to(like)
+
+
+def _stacked(scalars: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Scalars, which may be on several devices, as one vector."""
+    return torch.stack([x.to(device) for x in scalars])
+
+
+def _together(tensors: Sequence[Tensor]) -> list[slice]:
+    """Parts of a list that ``torch._foreach_*`` takes at a time: on a CPU what fits its cache, elsewhere everything."""
+    if tensors[0].device.type != "cpu":
+        return [slice(None)]
+    bounds, size = [0], 0
+    for i, x in enumerate(tensors):
+        size += x.numel()
+        if size >= CACHED or i + 1 == len(tensors):
+            bounds.append(i + 1)
+            size = 0
+    return list(starmap(slice, pairwise(bounds)))
+
+
+def directions(
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    max_v: Sequence[Tensor | None],
+    t: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+) -> Sequence[Tensor]:
+    """u = m̂′/(√v̂′ + ε) of each tensor, where m′ and v′ are its moments after step t with gradient g (Eq. 1 to 3).
+
+    Where ``max_v`` is not None, the larger of it and v′ takes the place of v′ (``amsgrad``).
+    """
+    m_hat, v_hat = torch._foreach_mul(m, beta1), torch._foreach_mul(v, beta2)
+    torch._foreach_add_(m_hat, torch._foreach_mul(g, [1 - x for x in beta1]))  # Eq. 1
+    torch._foreach_addcmul_(v_hat, g, g, [1 - x for x in beta2])  # Eq. 2
+    for x, largest in zip(v_hat, max_v, strict=True):
+        if largest is not None:
+            x.copy_(torch.maximum(x, largest))
+    torch._foreach_div_(m_hat, [1 - x**n for x, n in zip(beta1, t, strict=True)])  # Eq. 3
+    torch._foreach_div_(v_hat, [1 - x**n for x, n in zip(beta2, t, strict=True)])
+    torch._foreach_sqrt_(v_hat)
+    torch._foreach_add_(v_hat, eps)
+    torch._foreach_div_(m_hat, v_hat)
+    return m_hat
 
 
 @dataclass
@@ -119,22 +207,65 @@ class HypotheticalStep:
     weight_decay: list[float]
     groups: list[int]
 
-    def theta_prime(self, alpha: Tensor, beta: Tensor) -> list[Tensor]:
-        """θ′ for factors α and β of shape (G,), differentiable in both."""
-        return [
-            theta - lr * alpha[k].to(theta) * (u + beta[k].to(theta) * wd * theta)
-            for theta, u, lr, wd, k in zip(self.theta, self.u, self.lr, self.weight_decay, self.groups, strict=True)
+    @classmethod
+    def of(
+        cls,
+        params: list[Tensor],
+        theta: list[Tensor],
+        g: list[Tensor],
+        m: list[Tensor],
+        v: list[Tensor],
+        max_v: list[Tensor],
+        step: Sequence[Tensor | None],
+        settings: Sequence[Mapping[str, Any]],
+        groups: list[int],
+    ) -> "HypotheticalStep":
+        """The step that AdamW's state leads to, a list item for each tensor.
+
+        Args:
+            params, theta, g, groups: as the attributes.
+            m, v, max_v: moments before the step, and the largest v, which counts with ``amsgrad`` only.
+            step: step counts before it; None for 0.
+            settings: parameter groups, with lr, betas, eps and weight_decay.
+        """
+        beta1, beta2 = ([float(group["betas"][i]) for group in settings] for i in (0, 1))
+        t = _counts_after(step)
+        eps = [float(group["eps"]) for group in settings]
+        largest = [x if group["amsgrad"] else None for x, group in zip(max_v, settings, strict=True)]
+        u = [
+            x for i in _together(g) for x in directions(g[i], m[i], v[i], largest[i], t[i], beta1[i], beta2[i], eps[i])
         ]
+        lr, weight_decay = ([float(group[name]) for group in settings] for name in ("lr", "weight_decay"))
+        return cls(params, theta, g, u, lr, weight_decay, groups)
+
+    def theta_prime(self, alpha: Tensor, beta: Tensor) -> Iterator[Tensor]:
+        """θ′ for factors α and β of shape (G,), without gradients."""
+        a, b = alpha.tolist(), beta.tolist()
+        rates = [-lr * a[k] for k, lr in zip(self.groups, self.lr, strict=True)]
+        decays = [b[k] * wd for k, wd in zip(self.groups, self.weight_decay, strict=True)]
+        for i in _together(self.theta):
+            moved = torch._foreach_mul(self.theta[i], decays[i])
+            torch._foreach_add_(moved, self.u[i])
+            torch._foreach_mul_(moved, rates[i])
+            torch._foreach_add_(moved, self.theta[i])
+            yield from moved
 
     def pull_back(self, vector: Iterable[Tensor], alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """From ∂L/∂θ′ to (dL/dα, dL/dβ), each (G,): the inner products with ∂θ′/∂α_g and ∂θ′/∂β_g."""
-        rows = [torch.stack([(x * u).sum(), (x * t).sum()]) for x, u, t in zip(vector, self.u, self.theta, strict=True)]
-        along_u, along_theta = sum_over_shards(torch.stack([row.to(alpha) for row in rows]), self.params).unbind(dim=1)
-        d_alpha, d_beta = torch.zeros_like(alpha), torch.zeros_like(beta)
-        for i, (lr, wd, k) in enumerate(zip(self.lr, self.weight_decay, self.groups, strict=True)):
-            d_alpha[k] -= lr * (along_u[i] + beta[k] * wd * along_theta[i])
-            d_beta[k] -= lr * alpha[k] * wd * along_theta[i]
-        return d_alpha, d_beta
+        rows = sum_over_shards(inner_products(vector, self.u, self.theta, like=alpha), self.params)
+        along_u, along_theta = rows.unbind(dim=1)
+        lr, wd = alpha.new_tensor([self.lr, self.weight_decay]).unbind()
+        index = torch.tensor(self.groups, device=alpha.device)
+        by_alpha, by_beta = -lr * (along_u + beta[index] * wd * along_theta), -lr * alpha[index] * wd * along_theta
+        zeros = torch.zeros_like(alpha)
+        return zeros.index_add(0, index, by_alpha), zeros.index_add(0, index, by_beta)
+
+
+def _counts_after(step: Sequence[Tensor | None]) -> list[float]:
+    """Step counts, None for 0, plus one: waits for a GPU once, not once for each."""
+    present = [x for x in step if x is not None]
+    counts = iter(_stacked(present, present[0].device).tolist() if present else ())
+    return [1.0 if x is None else next(counts) + 1 for x in step]
 
 
 @dataclass
@@ -143,12 +274,13 @@ class Evaluator:
 
     Attributes:
         model, loss_fn: what is evaluated. Of ``DistributedDataParallel`` it is the model inside, since its reducer
-            takes gradients from ``.grad`` only.
+            takes gradients from ``.grad`` only. Containers of a batch are handed to ``loss_fn`` as copies.
         devices: whose random number generators to put back.
         processes: groups of processes that train together, each with batches of its own: losses and gradients are means
             over them, as if the batches had been joined. Empty for a single process.
         sharded: whether each process holds only parts of the parameters.
         put_back: called before every loss, to undo what the one before has changed beside θ.
+        check: called after every loss, to raise an error where it has changed what cannot be undone.
     """
 
     model: nn.Module
@@ -157,10 +289,13 @@ class Evaluator:
     processes: Sequence["dist.ProcessGroup"] = ()
     sharded: bool = False
     put_back: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, model: nn.Module, loss_fn: LossFn, params: Sequence[Tensor]) -> "Evaluator":
         """For a model, for its copies under ``DistributedDataParallel``, or for a model sharded by ``fully_shard``.
+
+        Lightning Fabric's wrapper around each of them casts the inputs and the outputs as it does in training.
 
         Raises:
             ValueError: for parameters that FSDP1 has flattened, and where only some of them are sharded.
@@ -168,8 +303,12 @@ class Evaluator:
         refuse_flat_parameters(params, model)
         refuse_mixtures(params, model)
         devices = [p.device for p in (*model.parameters(), *params)]  # frozen layers may draw masks, too
-        if isinstance(model, DistributedDataParallel):
-            return cls(model.module, loss_fn, devices, [model.process_group])
+        inside: Any = model._forward_module if is_fabrics(model) else model
+        if isinstance(inside, DistributedDataParallel):
+            bare = without_backward_hooks(model, inside.module) if inside is not model else inside.module
+            return cls(bare, loss_fn, devices, [inside.process_group])
+        if inside is not model:
+            model = without_backward_hooks(model, inside)
         sharded = any(is_sharded(p) for p in params)
         if not sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
@@ -195,7 +334,8 @@ class Evaluator:
         torch.clear_autocast_cache()  # autocast keeps copies of the weights, which do not follow them to θ′
         self.put_back()
         with same_random_numbers(self.devices):
-            loss = self.loss_fn(self.model, batch)
+            loss = self.loss_fn(self.model, handed_out(batch))
+        self.check()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn returned {what} on {name}; it must return a tensor with one element")
@@ -213,7 +353,7 @@ class Evaluator:
             reshard(self.model)
         return loss
 
-    def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The loss on a batch, detached, and its gradient by ``params``; zeros for those that it does not contain."""
         loss = self.loss(name, batch)
         pairs = zip(params, self._backward(loss, params), strict=True)
@@ -261,7 +401,7 @@ def first_order_losses(
     """
     alpha, beta = modulation.alpha.detach(), modulation.beta.detach()
     with torch.no_grad():
-        write([local(p) for p in step.params], step.theta_prime(alpha, beta))
+        write([local(p) for p in step.params], list(step.theta_prime(alpha, beta)))
 
     def through_the_step(value: Tensor, vector: Iterable[Tensor]) -> Tensor:
         """``value``, with the derivatives by α and β that ∂L/∂θ′ = ``vector`` implies."""
@@ -273,17 +413,27 @@ def first_order_losses(
         l_val = through_the_step(*evaluate.gradient("val_batch", val_batch, step.params))
     if objective in ("gradient", "combined"):
         _, g_prime = evaluate.gradient("batch2", batch2, step.params)
-        # g′ is cut off here, because its dependence on Φ is what H₂r stands for; λ₁ and λ₂ stay connected.
-        leaves = [g.detach().requires_grad_() for g in g_prime]
-        value = gradient_alignment(modulation, step.groups, step.g, leaves, step.params)
-        r = torch.autograd.grad(value, leaves, retain_graph=True)
         with torch.no_grad():
+            pairs = [
+                inner_products(step.g, step.g, g_prime, like=alpha),
+                inner_products(g_prime, g_prime, like=alpha),
+            ]
+            sums = sum_over_shards(torch.cat(pairs, dim=1), step.params)
+        # g′ is cut off here, because its dependence on Φ is what H₂r stands for; λ₁ and λ₂ stay connected.
+        value = _alignment_of_sums(modulation, step.groups, sums.requires_grad_(), _precision(step.g))
+        (by_sums,) = torch.autograd.grad(value, sums, retain_graph=True)
+        with torch.no_grad():
+            _, by_dot, by_square = by_sums.t().tolist()
+            r: list[Tensor] = []
+            for i in _together(step.g):  # ∂⟨g′, g′⟩/∂g′ = 2g′ and ∂⟨g, g′⟩/∂g′ = g
+                part = torch._foreach_mul(list(g_prime[i]), [2 * x for x in by_square[i]])
+                torch._foreach_add_(part, torch._foreach_mul(step.g[i], by_dot[i]))
+                r += part
             delta = _difference_step(step.params, r)
-            for p, x in zip(step.params, r, strict=True):
-                local(p).add_(delta * x)
+            torch._foreach_add_([local(p) for p in step.params], r, alpha=delta)
         del r  # as large as the model
         _, moved = evaluate.gradient("batch2", batch2, step.params)
-        l_grad = through_the_step(value, ((a - b) / delta for a, b in zip(moved, g_prime, strict=True)))
+        l_grad = through_the_step(value, _difference_quotients(moved, g_prime, delta))
     return l_grad, l_val
 
 
@@ -295,11 +445,15 @@ def double_backward_losses(
     Needs a second derivative of every operation in the model, which fused attention kernels and cuDNN's recurrent
     layers do not have, and the memory for its graph.
     """
-    theta_prime = step.theta_prime(modulation.alpha, modulation.beta)
+    theta_prime = [
+        theta - lr * modulation.alpha[k].to(theta) * (u + modulation.beta[k].to(theta) * wd * theta)
+        for theta, u, lr, wd, k in zip(step.theta, step.u, step.lr, step.weight_decay, step.groups, strict=True)
+    ]
     by_identity = {id(p): x for p, x in zip(step.params, theta_prime, strict=True)}
     swapped = {
-        name: by_identity[id(p)]
-        for name, p in evaluate.model.named_parameters(remove_duplicate=False)
+        f"{prefix}.{name}" if prefix else name: by_identity[id(p)]
+        for prefix, module in evaluate.model.named_modules()  # each once, under whatever names it is held
+        for name, p in module._parameters.items()
         if id(p) in by_identity
     }
     l_grad = l_val = None
@@ -313,15 +467,54 @@ def double_backward_losses(
     return l_grad, l_val
 
 
+def refuse_another_loss(first: Tensor, second: Tensor) -> None:
+    """A RuntimeError if the loss on B₁, taken twice, differs.
+
+    It has to be the same to the bit on a CPU, and on other devices where deterministic algorithms are asked for;
+    elsewhere sums may be taken in any order, and half of the digits have to agree.
+    """
+    exact = first.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    tolerance = 0.0 if exact else torch.finfo(first.dtype).eps ** 0.5
+    one, two = first.item(), second.item()
+    if abs(one - two) > tolerance * abs(one):
+        raise RuntimeError(
+            f"the loss on batch1 is {one!r} and then {two!r}, with the same parameters, buffers and random numbers; a "
+            "meta-update compares losses, so loss_fn has to depend on model and batch alone. Pass what else it changes "
+            "as also=[...] (another model, a metric, a queue, a generator of random numbers), and do not let it draw "
+            "batches or change objects that are neither modules nor containers"
+        )
+
+
+def is_fabrics(model: nn.Module) -> bool:
+    """Whether a model is wrapped by ``Fabric.setup`` of Lightning, under either of the names of that package."""
+    wrappers = (sys.modules.get(f"{name}.wrappers") for name in ("lightning.fabric", "lightning_fabric"))
+    return any(module is not None and isinstance(model, module._FabricModule) for module in wrappers)
+
+
+def without_backward_hooks(model: nn.Module, inside: nn.Module) -> nn.Module:
+    """Fabric's wrapper with the same precision around ``inside``, whose outputs do not ask for ``fabric.backward``."""
+    twin = copy.copy(model)
+    vars(twin)["_modules"] = {**model._modules, "_forward_module": inside}
+    vars(twin)["_register_backward_hook"] = lambda output: output
+    return twin
+
+
 def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
     """δ of a forward difference: √(machine ε)·(1 + ‖θ‖)/‖r‖ balances rounding against curvature."""
     precision = max(torch.finfo(p.dtype).eps for p in at)
-    pairs = [
-        (torch.linalg.vector_norm(local(p)), torch.linalg.vector_norm(x)) for p, x in zip(at, direction, strict=True)
-    ]
-    norms = torch.stack([torch.stack(pair).cpu().double() for pair in pairs])
+    columns = (torch._foreach_norm([local(p) for p in at]), torch._foreach_norm(list(direction)))
+    norms = torch.stack([_stacked(column, at[0].device).double() for column in columns], dim=1).cpu()
     norm_at, norm_r = sum_over_shards(norms.square(), at).sum(dim=0).sqrt().tolist()
     return float(precision**0.5 * (1 + norm_at) / max(norm_r, 1e-30))
+
+
+def _difference_quotients(a: Sequence[Tensor], b: Sequence[Tensor], delta: float) -> Iterable[Tensor]:
+    """(a − b)/δ: on a CPU one tensor after the other, which spares the memory for all."""
+    if a[0].device.type == "cpu":
+        return ((x - y) / delta for x, y in zip(a, b, strict=True))
+    difference: tuple[Tensor, ...] = torch._foreach_sub(list(a), list(b))
+    torch._foreach_div_(difference, delta)
+    return difference
 
 
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:

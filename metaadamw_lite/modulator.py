@@ -1,9 +1,11 @@
 """The attention module Φ: group statistics in, step-size and decay factors out (paper, section 3.4, Eq. 5 to 9)."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from metaadamw_lite.checks import check_count, check_range
 
@@ -40,6 +42,7 @@ class Modulator(nn.Module):
         alpha_range, beta_range: range_α and range_β of Eq. 7 and 8.
         group_embed_dim: width of a learned embedding for each group, appended to its features; 0 for none.
         gating: multiply every input column by a learned gate σ(·), which starts at σ(1) ≈ 0.73.
+        generator: source of the random start; None for torch's own.
 
     Raises:
         ValueError: if the heads do not divide the input width D + group_embed_dim, for fewer than one layer, head or
@@ -58,6 +61,7 @@ class Modulator(nn.Module):
         beta_range: float,
         group_embed_dim: int = 0,
         gating: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         check_count(layers=layers, heads=heads, hidden_dim=hidden_dim)
@@ -70,14 +74,16 @@ class Modulator(nn.Module):
             )
         self.alpha_range = alpha_range
         self.beta_range = beta_range
-        layer = nn.TransformerEncoderLayer(width, heads, hidden_dim, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.output = nn.Linear(width, 4)
-        for p in self.parameters():
-            if p.ndim > 1:
-                nn.init.xavier_uniform_(p)
-        nn.init.zeros_(self.output.bias)
-        self.embeddings = nn.Parameter(0.1 * torch.randn(num_groups, group_embed_dim)) if group_embed_dim else None
+        with DrawFrom(generator):
+            layer = nn.TransformerEncoderLayer(width, heads, hidden_dim, dropout=0.0, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+            self.output = nn.Linear(width, 4)
+            for p in self.parameters():
+                if p.ndim > 1:
+                    nn.init.xavier_uniform_(p)
+            nn.init.zeros_(self.output.bias)
+            embeddings = 0.1 * torch.empty(num_groups, group_embed_dim).normal_() if group_embed_dim else None
+        self.embeddings = None if embeddings is None else nn.Parameter(embeddings)
         self.gates = nn.Parameter(torch.ones(width)) if gating else None
 
     def forward(self, features: Tensor) -> Modulation:
@@ -107,3 +113,23 @@ class Modulator(nn.Module):
     def gate_penalty(self) -> Tensor | None:
         """The L1 norm of the gates, Σ σ(gate), or None without gates."""
         return None if self.gates is None else torch.sigmoid(self.gates).sum()
+
+
+class DrawFrom(TorchFunctionMode):
+    """Let uniform and normal numbers come from a generator of one's own inside the block, in this thread only.
+
+    The constructors of torch's layers take no generator, and seeding the process's would race with other threads.
+    """
+
+    _DRAW = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function, with the generator if it draws."""
+        draws = {"generator": self._generator} if func in self._DRAW else {}
+        return func(*args, **{**(kwargs or {}), **draws})

@@ -8,27 +8,29 @@ The factors come from the attention module Φ (``modulator``), which sees statis
 Every K_meta steps the training loop calls ``update_attention``, which trains Φ (``meta``).
 """
 
-import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from inspect import getgeneratorlocals, isgenerator
+from itertools import chain
+from math import inf, nan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metaadamw_lite.batches import Batches
+from metaadamw_lite.buckets import Bucket, gather, moments_of, runs_fused
 from metaadamw_lite.checks import (
     NotFiniteError,
-    check_betas,
     check_choice,
     check_count,
     check_not_negative,
     check_priorities,
     check_range,
     check_seed,
+    check_settings,
+    check_supported,
     without_numpy,
 )
-from metaadamw_lite.fast import FULL, Bucket, Memory, PlainModulator, fused_adamw, in_one_buffer, torch_adamw
+from metaadamw_lite.fast import measure, move
 from metaadamw_lite.features import (
     FeatureConfig,
     constant,
@@ -37,16 +39,10 @@ from metaadamw_lite.features import (
     time_feature,
     zero_counts,
 )
-from metaadamw_lite.groups import (
-    ModulationGroup,
-    Place,
-    form_groups,
-    is_bias,
-    native_groups,
-    places_by_class,
-    places_by_name,
-)
+from metaadamw_lite.folded import FoldedModulator, in_one_buffer
+from metaadamw_lite.groups import ModulationGroup
 from metaadamw_lite.huw import PriorityHUW
+from metaadamw_lite.membership import STRATEGIES, Membership, check_parameters, model_behind
 from metaadamw_lite.meta import (
     OBJECTIVES,
     Evaluator,
@@ -55,26 +51,23 @@ from metaadamw_lite.meta import (
     MetaLosses,
     double_backward_losses,
     first_order_losses,
+    refuse_another_loss,
 )
 from metaadamw_lite.modulator import Modulator
-from metaadamw_lite.sharding import is_sharded, local, local_gradient, refuse_flat_parameters, sum_over_shards
-from metaadamw_lite.state import VERSION, check_moments, fitting_meta
+from metaadamw_lite.sharding import sum_over_shards
+from metaadamw_lite.state import pack, unpack
 from metaadamw_lite.surroundings import as_found
+from metaadamw_lite.triton_step import DeviceStep, is_available
 
-GROUP_STRATEGIES = ("fine_grained", "original")
 META_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
-_UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 _OWN_ATTRIBUTES = (
-    "groups",
     "alpha",
     "beta",
     "modulator",
     "huw",
     "_feature_config",
-    "_group_strategy",
-    "_names",
-    "_places",
+    "_members",
     "_meta_objective",
     "_feature_gating_sparsity",
     "_total_steps",
@@ -82,8 +75,6 @@ _OWN_ATTRIBUTES = (
     "_step_supports_amp_scaling",
     "_meta_optimizer_name",
     "_meta_optimizer",
-    "_buckets",
-    "_sharded",
 )
 
 
@@ -109,16 +100,18 @@ class MetaAdamW(torch.optim.AdamW):
     With ``alpha_range=beta_range=0`` it is ``torch.optim.AdamW``.
 
     Args:
-        params: ``model.named_parameters()``, ``model.parameters()`` or parameter-group dicts, as torch takes them.
+        params: ``model.named_parameters()``, ``model.parameters()`` or parameter-group dicts, as torch takes them; a
+            model is taken for its ``named_parameters()``.
         lr, betas, eps, weight_decay: η, (β₁, β₂), ε and λ of AdamW, also per parameter group. ε stands outside the
             root, as in torch; Eq. 4 of the paper writes it inside.
         alpha_range: α_g stays in 1 ± alpha_range/2 (Eq. 7); 0 to 2.
         beta_range: β_g stays in 1 ± beta_range/2 (Eq. 8); 0 to 2.
         group_strategy: "fine_grained" (layer type × depth third × bias, section 3.2) or "original" (the optimizer's
-            own parameter groups). Without parameter names and ``model`` it is "original".
-        model: for "fine_grained": decides layer types by module class, and names parameters that come without names. It
-            is found by itself where ``params`` is ``model.named_parameters()``; where it is not known, names and shapes
-            decide.
+            own parameter groups). Parameters without a name are grouped as in "original", with a warning.
+        named_from: for "fine_grained": a model that decides layer types by module class, and names parameters that come
+            without names. It is found by itself where ``params`` is ``model.named_parameters()``; where it is not
+            known, names and shapes decide.
+        model: another name of ``named_from``. The Trainer of Hugging Face takes it out of the arguments for itself.
         feature_version: "basic", "basic_plus", "enhanced", "norm_basic" or "norm_basic_plus" (section 3.3).
         use_v_norms, include_time_step: the optional feature columns.
         use_feature_gating: learn a gate for every feature column.
@@ -132,11 +125,14 @@ class MetaAdamW(torch.optim.AdamW):
         meta_optimizer: "sgd" (Algorithm 2, line 33) or "adam".
         total_steps: length of the run, for the time column; None if unknown.
         seed: of Φ's random start. The global random number generators are not touched.
-        foreach, fused: which of torch's AdamW kernels to use, as in torch. ``fused=True`` is the fastest; on a GPU the
-            host then never waits inside ``step``.
+        amsgrad, maximize: as in torch. With ``maximize`` a meta-update takes the loss for its negative, too.
+        foreach, fused: which of torch's AdamW kernels to use. Where neither is given, the fused one, which is the
+            fastest, moves all parameters that torch has it for.
+        capturable, differentiable, decoupled_weight_decay: torch's AdamW has them; only its defaults are supported.
 
     Attributes:
-        groups: the G modulation groups, in order, each with ``name`` and ``params``.
+        groups: the G modulation groups, in order, each with ``name`` and ``params``; formed anew where
+            ``param_groups`` holds other parameters than before.
         alpha, beta: the factors that the last step used, shape (G,); ones before the first step.
         modulator: Φ, an ``nn.Module``.
         huw: the uncertainty weights, or None.
@@ -149,8 +145,9 @@ class MetaAdamW(torch.optim.AdamW):
         TypeError: for ``params`` that are neither tensors nor groups of them, as in torch.
     """
 
-    _plain: PlainModulator | None
-    _memory: Memory
+    _folded: FoldedModulator | None
+    _device_step: DeviceStep | None
+    _loss_is_repeatable = False  # not known before the first meta-update
 
     def __init__(
         self,
@@ -159,10 +156,12 @@ class MetaAdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         alpha_range: float = 1.0,
         beta_range: float = 1.0,
         group_strategy: str = "fine_grained",
+        named_from: nn.Module | None = None,
         model: nn.Module | None = None,
         feature_version: str = "basic",
         use_v_norms: bool = True,
@@ -180,55 +179,58 @@ class MetaAdamW(torch.optim.AdamW):
         meta_optimizer: str = "sgd",
         total_steps: int | None = None,
         seed: int = 0,
+        maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        decoupled_weight_decay: bool = True,
     ) -> None:
-        check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay, meta_lr=meta_lr)
-        check_not_negative(meta_weight_decay=meta_weight_decay, feature_gating_sparsity=feature_gating_sparsity)
-        check_betas(betas)
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach}
+        settings |= {"fused": fused, "amsgrad": amsgrad, "maximize": maximize, "capturable": capturable}
+        settings |= {"differentiable": differentiable}
+        check_settings({**settings, "decoupled_weight_decay": decoupled_weight_decay})
+        check_not_negative(meta_lr=meta_lr, meta_weight_decay=meta_weight_decay)
+        check_not_negative(feature_gating_sparsity=feature_gating_sparsity)
         check_range(alpha_range=alpha_range, beta_range=beta_range)
         check_count(attn_layers=attn_layers, attn_hidden_dim=attn_hidden_dim, attn_heads=attn_heads)
         check_count(group_embed_dim=group_embed_dim, total_steps=1 if total_steps is None else total_steps)
         check_seed(seed)
-        check_choice("group_strategy", group_strategy, GROUP_STRATEGIES)
+        check_choice("group_strategy", group_strategy, STRATEGIES)
         check_choice("meta_objective", meta_objective, OBJECTIVES)
         check_choice("meta_optimizer", meta_optimizer, META_OPTIMIZERS)
         check_choice("use_feature_gating", use_feature_gating, (True, False))
-        check_choice("foreach", foreach, (None, True, False))
-        check_choice("fused", fused, (None, True, False))
-        if not (model is None or isinstance(model, nn.Module)):
-            raise ValueError(f"model is {model!r}; it must be an nn.Module or None")
+        for name, value in (("named_from", named_from), ("model", model)):
+            if not (value is None or isinstance(value, nn.Module)):
+                raise ValueError(f"{name} is {value!r}; it must be an nn.Module or None")
+        if named_from is not None and model is not None:
+            raise ValueError("named_from and model are two names of one argument; pass one of them")
         if huw_priorities is not None:
             check_priorities(huw_priorities, 3)
 
         self._feature_config = FeatureConfig(feature_version, use_v_norms, include_time_step)
-        self._group_strategy = group_strategy
-        found = model if model is not None else _model_behind(params)
-        self._names: dict[Tensor, str] = {}
-        if model is not None and group_strategy == "fine_grained":
-            self._names = {p: n for n, p in model.named_parameters()}
-        self._places: dict[Tensor, Place] = {} if found is None else places_by_class(found)
         self._meta_objective = meta_objective
         self._feature_gating_sparsity = float(feature_gating_sparsity)
         self._total_steps = total_steps
         self._t = 0
-        self.groups: list[ModulationGroup] = []
-        settings = _plain_numbers({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        super().__init__(params, **settings, foreach=foreach, fused=fused)
+        if isinstance(params, nn.Module):
+            params = params.named_parameters()
+        known = model if named_from is None else named_from
+        found = model_behind(params) if known is None else known
+        self._members = Membership(group_strategy, found, complete=known is not None)
+        super().__init__(params, **{name: without_numpy(value) for name, value in settings.items()})
         # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
         self._step_supports_amp_scaling = False
-        reference = next(self._parameters(), None)
-        if reference is None:
+        dtypes = {p.dtype for p in self._parameters()}
+        if not dtypes:
             raise ValueError("the parameter groups are all empty; at least one parameter is needed")
-        refuse_flat_parameters(self._parameters(), found)
-        self._regroup()
+        self._members.renew(self.param_groups)
 
-        double = all(p.dtype == torch.float64 for p in self._parameters())
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # whatever the default device is
-            torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would reseed the GPUs too
+        # Φ stays in the CPU's memory, wherever the parameters are: its many layers are a handful of numbers each.
+        with torch.device("cpu"):
             self.modulator = Modulator(
                 len(self._feature_config.columns),
-                len(self.groups),
+                len(self._members.groups),
                 layers=attn_layers,
                 heads=attn_heads,
                 hidden_dim=attn_hidden_dim,
@@ -236,23 +238,25 @@ class MetaAdamW(torch.optim.AdamW):
                 beta_range=float(beta_range),
                 group_embed_dim=group_embed_dim if feature_version == "enhanced" else 0,
                 gating=use_feature_gating,
+                generator=torch.Generator().manual_seed(int(seed)),
             )
-        self.modulator.to(reference.device, torch.float64 if double else torch.float32)
-        self._forget()
-        self.huw: PriorityHUW | None = None
-        if meta_objective == "combined" and huw_priorities is not None:
-            with torch.device("cpu"):
+            self.huw: PriorityHUW | None = None
+            if meta_objective == "combined" and huw_priorities is not None:
                 self.huw = PriorityHUW(("regression",) * 3, tuple(huw_priorities))
-            self.huw.to(self._phi_device, self._phi_dtype)
+        for module in (self.modulator, self.huw):
+            if module is not None:
+                module.to(torch.float64 if dtypes == {torch.float64} else torch.float32)
+        self._forget()
         weights = {"params": list(self.modulator.parameters()), "weight_decay": float(meta_weight_decay)}
         variances = {"params": list(self.huw.parameters()) if self.huw else [], "weight_decay": 0.0}
         self._meta_optimizer_name = meta_optimizer
         # Φ may have over a thousand small tensors.
         self._meta_optimizer = META_OPTIMIZERS[meta_optimizer]([weights, variances], lr=float(meta_lr), foreach=True)
-        self.alpha = torch.ones(len(self.groups), device=self._phi_device, dtype=self._phi_dtype)
+        self._create_meta_state()
+        self.alpha = torch.ones(len(self.groups), dtype=self._phi_dtype, device=self._phi_device)
         self.beta = torch.ones_like(self.alpha)
 
-    # ---------------------------------------------------------------- the step
+    # ---------------------------------------------------------------- the step (Algorithm 1)
 
     # In a compiled loop a step stays as it is: it calls kernels that are fused already. (The decorator imports torch's
     # compiler, which takes a second; torch's own way to put that off is private.)
@@ -268,145 +272,90 @@ class MetaAdamW(torch.optim.AdamW):
             ValueError: for an option of torch's AdamW that is not supported and was switched on in ``param_groups``.
         """
         for group in self.param_groups:
-            _refuse_unsupported(group)
+            check_supported(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = self._gather()
+        self._follow_param_groups()
+        buckets = gather(self.param_groups, self._members, self.state, to_move=True)
         if not buckets:
             return loss
-        self.alpha, self.beta = self._factors(buckets)
-        by_torch, on_host = [], []
-        for bucket in buckets:
-            if not bucket.settings["fused"]:
-                by_torch.append(bucket)
-            elif bucket.theta[0].device.type == "cpu":
-                on_host.append(bucket)
-            elif bucket.theta[0].dtype == torch.float64:  # a GPU's kernel reads a rate that is a tensor as float32
-                by_torch.append(bucket)
-            else:
-                self._move_on_device(bucket)
-        if by_torch or on_host:  # a GPU's factors are waited for only here
+        if not self._step_on_device(buckets):
+            self.alpha, self.beta = self._factors(buckets)
             factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
-            if on_host:
-                self._memory.fused_adamw(on_host, factors)
-            for bucket in by_torch:
-                settings, (alpha, beta) = bucket.settings, factors[bucket.k]
-                lr, weight_decay = settings["lr"] * alpha, beta * settings["weight_decay"]
-                lr = float(lr) if settings["fused"] else lr
-                torch_adamw(bucket, lr, weight_decay, settings["foreach"], settings["fused"])
+            for bucket in buckets:
+                move(bucket, *factors[bucket.k])
         self._t += 1
         return loss
 
-    def _gather(self, gradients: Mapping[Tensor, Tensor] | None = None) -> list[Bucket]:
-        """The tensors that have a gradient, with their moments.
-
-        Args:
-            gradients: to be used instead of those in ``.grad``; nothing is to move then, and nothing is made.
-
-        Raises:
-            RuntimeError: for a sparse gradient, before anything is made.
-        """
-        buckets = []
-        for index, k, params in self._buckets:
-            used, g = [], []
-            for p in params:
-                grad = p.grad if gradients is None else gradients.get(p)
-                if grad is not None:
-                    used.append(p)
-                    g.append(local_gradient(grad, p) if self._sharded else grad)
-            if used:
-                theta = [local(p) for p in used] if self._sharded else used
-                buckets.append(Bucket(self.param_groups[index], k, used, theta, g, [], [], []))
-        _refuse_sparse(buckets)
-        for bucket in buckets:
-            for p in bucket.params:
-                if gradients is None:
-                    state = self._state_of(p, fused=bool(bucket.settings["fused"]))
-                    bucket.step.append(state["step"])
-                m, v = self._moments(p)
-                bucket.m.append(m)
-                bucket.v.append(v)
-        return buckets
+    def _step_on_device(self, buckets: list[Bucket]) -> bool:
+        """Take the step by the kernels of ``triton_step``, without waiting for the GPU; False where they cannot."""
+        device = buckets[0].theta[0].device
+        if not (is_available(device) and all(runs_fused(b.settings, b.params) for b in buckets)):
+            return False
+        if self._device_step is None:
+            self._device_step = DeviceStep()
+        time = time_feature(self._t, self._total_steps)
+        factors = self._device_step.take(
+            buckets, self.modulator, self._feature_config, self._members.groups, time, self._members.sharded
+        )
+        if factors is not None:
+            self.alpha, self.beta = factors
+        return factors is not None
 
     def _factors(self, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
         """α and β, each (G,)."""
         f = self._group_features(buckets)
-        if type(self.modulator) is Modulator and self._phi_device.type == "cpu" and self._phi_dtype in FULL:
-            if self._plain is None or not self._plain.is_current(self.modulator):
-                self._plain = PlainModulator(self.modulator)
-            factors = None if self._plain.is_hooked() else self._plain(f.cpu().numpy())
+        phi = self.modulator
+        if (
+            type(phi) is Modulator
+            and self._phi_device.type == "cpu"
+            and self._phi_dtype in (torch.float32, torch.float64)
+        ):
+            if self._folded is None or not self._folded.is_current(phi):
+                self._folded = FoldedModulator(phi)
+            factors = None if self._folded.is_hooked() else self._folded(f.numpy())
             if factors is not None:
                 alpha, beta = (torch.from_numpy(x).to(self._phi_dtype) for x in factors)
                 return alpha, beta
-        modulation = self.modulator(f.to(self._phi_device, self._phi_dtype))
+        modulation = phi(f.to(self._phi_device, self._phi_dtype))
         return modulation.alpha.detach(), modulation.beta.detach()
 
-    def _move_on_device(self, bucket: Bucket) -> None:
-        """Eq. 4 by the fused kernel of a GPU, which takes α as a tensor, so that the host need not wait for it.
-
-        It takes no tensor for the decay, so that is done before, as the kernel would.
-        """
-        device, weight_decay = bucket.theta[0].device, bucket.settings["weight_decay"]
-        lr = (bucket.settings["lr"] * self.alpha[bucket.k].to(device)).float()
-        if weight_decay:
-            torch._foreach_mul_(bucket.theta, 1 - lr * self.beta[bucket.k].to(device) * weight_decay)
-        torch._foreach_add_(bucket.step, 1)
-        fused_adamw(bucket, lr, 0.0)
-
-    def _state_of(self, p: Tensor, fused: bool) -> dict[str, Tensor]:
-        """Moments and step count of a parameter, made at its first step in the form that torch's kernels take."""
-        state: dict[str, Tensor] = self.state[p]
-        if not state:
-            wide = not fused and torch.get_default_dtype() == torch.float64
-            dtype, device = torch.float64 if wide else torch.float32, p.device if fused else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=dtype, device=device)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return state
-
     def features(self) -> Tensor:
-        """What Φ would see now: the feature matrix F (section 3.3), shape (G, D), from the gradients in ``.grad``.
+        """The feature matrix F that Φ would see now (section 3.3), shape (G, D), from the gradients in ``.grad``.
 
         The columns are named by ``FeatureConfig.columns``. Gates and group embeddings belong to Φ and are not in it.
 
         Raises:
             RuntimeError: for sparse gradients.
         """
-        return self._features({p: p.grad for p in self._parameters() if p.grad is not None})
+        self._follow_param_groups()
+        return self._features(None)
 
-    def _features(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
-        return self._group_features(self._gather(gradients)).to(self._phi_device, self._phi_dtype)
+    @torch.no_grad()
+    def _features(self, gradients: Mapping[Tensor, Tensor] | None) -> Tensor:
+        buckets = gather(self.param_groups, self._members, self.state, gradients)
+        return self._group_features(buckets).to(self._phi_device, self._phi_dtype)
 
     def _group_features(self, buckets: Sequence[Bucket]) -> Tensor:
         params = [p for bucket in buckets for p in bucket.params]
         members = [bucket.k for bucket in buckets for _ in bucket.params]
-        sums = self._memory.inner_products(buckets)
+        sums = measure(buckets)
         enhanced = self._feature_config.version == "enhanced"
         if enhanced:
             zeros = zero_counts([x for b in buckets for x in b.g], [x for b in buckets for x in b.m], sums)
             sums = torch.cat([sums, zeros], dim=1)
-        if self._sharded:
+        if self._members.sharded:
             sums = sum_over_shards(sums, params)
         measured = tensor_statistics(sums[:, :5])
         if enhanced:
             sizes = constant(tuple(max(p.numel(), 1) for p in params), sums)  # an empty tensor has no zeros
             measured = torch.cat([measured, sums[:, 5:] / sizes.unsqueeze(1)], dim=1)
         time = time_feature(self._t, self._total_steps)
-        return group_features(self._feature_config, self.groups, members, measured, time)
+        return group_features(self._feature_config, self._members.groups, members, measured, time)
 
-    def _moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's part of m and v of a parameter; zeros (that take no memory) before its first step."""
-        state = self.state.get(p)
-        if not state:
-            part = local(p)
-            zero = part.new_zeros(()).expand_as(part)
-            return zero, zero
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        return (local(m), local(v)) if self._sharded else (m, v)
-
-    # ---------------------------------------------------------------- the meta-update
+    # ---------------------------------------------------------------- the meta-update (Algorithm 2)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update_attention(
@@ -417,94 +366,109 @@ class MetaAdamW(torch.optim.AdamW):
         loss_fn: LossFn,
         val_batch: Any = None,
         *,
+        also: Any = (),
         double_backward: bool = False,
     ) -> MetaLosses:
         """Train Φ by one step on the meta-objective (Algorithm 2) and return its terms.
 
         Everything but Φ, its optimizer and the uncertainty weights is left as it was: parameters, ``.grad``, moments,
-        buffers, train/eval mode and random number generators, also when ``loss_fn`` raises. The losses are taken in the
-        mode (train or eval) the model is in, from the same random numbers and buffers, so that only θ makes a
-        difference. (Parameters are written to and put back: a graph that was made before cannot be used after.)
+        buffers, what modules hold in attributes (``surroundings.Surroundings`` says what is looked at), train/eval mode
+        and random number generators, also when ``loss_fn`` raises. The losses are taken in the mode (train or eval) the
+        model is in, from the same random numbers and this state, so that only θ makes a difference. The first
+        meta-update takes the loss on B₁ twice to see whether that is so. (Parameters are written to and put back: a
+        graph that was made before cannot be used after.)
 
         Under ``DistributedDataParallel`` and ``fully_shard`` every process calls this with batches of its own; losses
         and gradients are means over the processes, so Φ stays the same in all of them. Under ``fully_shard`` call it
         where a step has just been made, not while gradients are being accumulated.
 
         Args:
-            model: the model whose parameters this optimizer holds, or its ``DistributedDataParallel``.
-            batch1, batch2: training batches B₁ and B₂.
+            model: the model whose parameters this optimizer holds, or its ``DistributedDataParallel``, or the wrapper
+                that Lightning Fabric, Accelerate or ``torch.compile`` makes of either.
+            batch1, batch2: training batches B₁ and B₂. ``loss_fn`` gets copies of their containers, and may empty them.
             loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor.
             val_batch: validation batch, required unless the objective is "gradient".
+            also: other things that ``loss_fn`` changes, one or a list, to be put back, too: modules (a GAN's other
+                network, whose batch norm moves; a metric), generators of random numbers, tensors, containers of these,
+                and objects with ``state_dict`` and ``load_state_dict`` or with attributes.
             double_backward: differentiate twice through the model instead of taking a difference of two gradients.
                 Slower, and not possible with every kernel; for checking.
 
         Raises:
             ValueError: without a ``val_batch`` that the objective needs, for a loss that is not one finite number or
                 contains no parameter of this optimizer, for a gradient of Φ that is not finite, for ``double_backward``
-                with several processes, and for parameters that FSDP1 has flattened or of which only some are sharded.
+                with several processes, for parameter groups of which only some maximise, and for parameters that FSDP1
+                has flattened or of which only some are sharded.
                 What is not finite is a ``metaadamw_lite.checks.NotFiniteError``. Φ stays as it was.
             RuntimeError: for checkpoints with ``use_reentrant=True`` (but under ``fully_shard``), and for a forward
                 pass that changes parameters which are not trained and too large to be copied: these stay as the forward
-                passes left them. Also under ``torch.inference_mode``. Φ stays as it was.
+                passes left them. Also for a ``loss_fn`` that writes to a tensor of a batch or returns another loss when
+                it is called again, and under ``torch.inference_mode``. Φ stays as it was.
+            TypeError: for a batch that is an iterator, and for an object in ``also`` that has no state to be read.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("update_attention takes gradients; call it outside of torch.inference_mode()")
         objective = self._meta_objective
         if val_batch is None and objective != "gradient":
             raise ValueError(f"val_batch is None, but meta_objective={objective!r} needs a validation batch")
+        maximize = {bool(group["maximize"]) for group in self.param_groups if group["params"]}
+        if len(maximize) > 1:
+            raise ValueError(
+                "maximize is True in some parameter groups only; a meta-update needs one direction for all"
+            )
+        sign = -1 if True in maximize else 1
+        self._follow_param_groups()
         params = [p for p in self._parameters() if p.requires_grad]
-        evaluate = Evaluator.of(model, loss_fn, params)
+        evaluate = Evaluator.of(model, loss_fn if sign == 1 else lambda *args: -loss_fn(*args), params)
         if double_backward and evaluate.processes:
             raise ValueError("double_backward is for checking, and does not work with several processes")
-        with torch.enable_grad(), as_found(model, params) as (theta, surroundings):
-            evaluate.put_back = surroundings.put_back
-            loss1 = evaluate.loss("batch1", batch1)
-            g = evaluate.gradient_of_used(loss1, params)
+        batches = Batches(batch1=batch1, batch2=batch2, val_batch=val_batch)
+        with torch.enable_grad(), batches.as_found(), as_found(model, params, also) as (theta, surroundings):
+            evaluate.put_back, evaluate.check = surroundings.put_back, batches.refuse_counted_writes
+            if not self._loss_is_repeatable:
+                twice = [evaluate.value("batch1", batch1) for _ in range(2)]
+                surroundings.refuse_changes()
+                batches.refuse_writes()
+                refuse_another_loss(*twice)
+                self._loss_is_repeatable = True
+            loss1 = evaluate.loss("batch1", batch1)  # line 6
+            g = evaluate.gradient_of_used(loss1, params)  # line 7
             if not g:
                 raise ValueError("the loss on batch1 contains no parameter of this optimizer; is it the right model?")
-            modulation = self.modulator(self._features(g))
-            step = self._hypothetical_step(g, dict(zip(params, theta, strict=True)))
-            l_loss = l_gap = None
+            modulation = self.modulator(self._features(g))  # lines 9 and 10
+            step = self._hypothetical_step(g, dict(zip(params, theta, strict=True)))  # lines 12 to 17
             if objective != "gradient":
                 # Not under no_grad: some modules take another path there, and the difference would show it.
                 val_at_theta = evaluate.value("val_batch", val_batch)
-            if objective in ("gen_gap", "combined"):
-                l_gap = (loss1.detach() - val_at_theta).abs()  # Eq. 12 contains no θ′, so it cannot move Φ
             route = double_backward_losses if double_backward else first_order_losses
-            l_grad, val_at_theta_prime = route(evaluate, step, modulation, objective, batch2, val_batch)
+            l_grad, val_at_theta_prime = route(
+                evaluate, step, modulation, objective, batch2, val_batch
+            )  # lines 19 to 22
+            l_loss = l_gap = None
             if val_at_theta_prime is not None:
-                l_loss = val_at_theta_prime - val_at_theta  # Eq. 11
+                l_loss = val_at_theta_prime - val_at_theta  # line 24, Eq. 11
+            if objective in ("gen_gap", "combined"):
+                l_gap = (loss1.detach() - val_at_theta).abs()  # line 27, Eq. 12: without θ′, so it cannot move Φ
             terms = [term.to(modulation.alpha) for term in (l_grad, l_loss, l_gap) if term is not None]
-            total = self.huw(terms) if self.huw is not None else torch.stack(terms).sum()
+            total = self.huw(terms) if self.huw is not None else torch.stack(terms).sum()  # line 29, Eq. 13
             penalty = self.modulator.gate_penalty()
             if penalty is not None:
                 total = total + self._feature_gating_sparsity * penalty
             surroundings.refuse_changes()
-            self._descend(total)
-        return MetaLosses(total.item(), *(math.nan if x is None else x.item() for x in (l_grad, l_loss, l_gap)))
+            batches.refuse_writes()
+            self._descend(total)  # lines 31 to 33
+        return MetaLosses(total.item(), *(nan if x is None else x.item() for x in (l_grad, l_loss, l_gap)))
 
     def _hypothetical_step(self, g: Mapping[Tensor, Tensor], theta: Mapping[Tensor, Tensor]) -> HypotheticalStep:
-        """What ``step`` would do now with gradients ``g``, as a function of α and β."""
-        step = HypotheticalStep([], [], [], [], [], [], [])
-        for index, k, params in self._buckets:
-            group = self.param_groups[index]
-            beta1, beta2 = group["betas"]
-            for p in params:
-                if p not in g:
-                    continue
-                t = float(self.state[p]["step"]) + 1 if self.state.get(p) else 1.0
-                m, v = self._moments(p)
-                m = beta1 * m + (1 - beta1) * g[p]  # Eq. 1
-                v = beta2 * v + (1 - beta2) * g[p].square()  # Eq. 2
-                m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)  # Eq. 3
-                step.params.append(p)
-                step.theta.append(theta[p])
-                step.g.append(g[p])
-                step.u.append(m_hat / (v_hat.sqrt() + group["eps"]))
-                step.lr.append(float(group["lr"]))
-                step.weight_decay.append(group["weight_decay"])
-                step.groups.append(k)
-        return step
+        """The step that would be taken now with gradients ``g``, as a function of α and β (line 14)."""
+        used = [(p, group) for group in self.param_groups for p in group["params"] if p in g]
+        params, settings = [p for p, _ in used], [group for _, group in used]
+        m, v, max_v = (list(column) for column in zip(*(moments_of(p, self.state) for p in params), strict=True))
+        counts = [self.state.get(p, {}).get("step") for p in params]
+        groups = [self._members.number[p] for p in params]
+        return HypotheticalStep.of(
+            params, [theta[p] for p in params], [g[p] for p in params], m, v, max_v, counts, settings, groups
+        )
 
     def _descend(self, total: Tensor) -> None:
         """One step of the meta-optimizer down ``total``; a NotFiniteError before it if the gradient is not finite."""
@@ -513,7 +477,7 @@ class MetaAdamW(torch.optim.AdamW):
         grads: Sequence[Tensor | None] = [None] * len(phi)
         if total.requires_grad:  # not so for "gen_gap" without gates: nothing in it depends on Φ
             grads = torch.autograd.grad(total, phi, allow_unused=True)
-        largest = torch._foreach_norm([x for x in (total.detach(), *grads) if x is not None], math.inf)
+        largest = torch._foreach_norm([x for x in (total.detach(), *grads) if x is not None], inf)
         if not torch.isfinite(torch.stack(largest)).all():
             raise NotFiniteError(f"the meta-loss is {total.item()} and its gradient is not finite; Φ is left as it was")
         for p, grad in zip(phi, grads, strict=True):
@@ -531,14 +495,29 @@ class MetaAdamW(torch.optim.AdamW):
             for old in set(group["params"]).difference(now):
                 self._meta_optimizer.state.pop(old, None)
             group["params"] = now
+        self._create_meta_state()
+
+    def _create_meta_state(self) -> None:
+        """Create Adam's moments of Φ before its first step: a sharded checkpoint reads only what a fresh state has."""
+        if self._meta_optimizer_name == "adam":
+            for p in chain.from_iterable(group["params"] for group in self._meta_optimizer.param_groups):
+                if not self._meta_optimizer.state[p]:
+                    moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    self._meta_optimizer.state[p] = {"step": torch.tensor(0.0, device="cpu"), **moments}
 
     # ---------------------------------------------------------------- groups
+
+    @property
+    def groups(self) -> list[ModulationGroup]:
+        """The G modulation groups of the parameters that ``param_groups`` holds now, in order."""
+        self._follow_param_groups()
+        return self._members.groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as torch does; the modulation groups are formed anew.
 
         Φ keeps what it has learned. Where it has group embeddings, groups that exist already keep theirs (they are
-        recognised by name) and new ones start at zero.
+        recognised by name) and new ones start at zero. Parameters without names are accepted beside named ones.
 
         Raises:
             ValueError: for complex parameters, for lr, betas, eps or weight_decay out of range, for options of torch's
@@ -550,85 +529,46 @@ class MetaAdamW(torch.optim.AdamW):
         """
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # raises torch's TypeError
-        model = _model_behind(param_group.get("params"))
-        super().add_param_group(self._with_names(param_group))
+        model = model_behind(param_group.get("params"))
+        super().add_param_group(self._members.name_parameters(param_group, self.param_groups))
         group = self.param_groups[-1]
-        names = group.get("param_names", [None] * len(group["params"]))
+        names = group.get("param_names", [""] * len(group["params"]))
         try:
-            _check_settings(group)
-            group |= _plain_numbers(group)
-            for name, p in zip(names, group["params"], strict=True):
-                if p.is_complex():
-                    raise ValueError(
-                        f"parameter {name or tuple(p.shape)} is {p.dtype}; only real parameters are supported"
-                    )
+            check_settings(group)
+            check_parameters(dict(zip(group["params"], names, strict=True)))
         except Exception:
             self.param_groups.pop()
             raise
-        if model is not None:  # only a part of the constructor's, if there is one
-            self._places = places_by_class(model) | self._places
-        if not hasattr(self, "modulator"):
-            return  # the constructor is adding its groups
-        before = [group.name for group in self.groups]
-        self._regroup()
-        after = [group.name for group in self.groups]
+        group |= {name: without_numpy(value) for name, value in group.items()}
+        self._members.add(group["params"], names, model)
+        if hasattr(self, "modulator"):  # else the constructor is adding its groups
+            self._follow_param_groups()
+
+    def _follow_param_groups(self) -> None:
+        """Form the modulation groups anew where ``param_groups`` holds other parameters; Φ stays.
+
+        Group embeddings go with the names of the groups; new groups start at zero.
+        """
+        if self._members.is_current(self.param_groups):
+            return
+        before = [group.name for group in self._members.groups]
+        self._members.renew(self.param_groups)
+        after = [group.name for group in self._members.groups]
+        if after == before:
+            return
         self.alpha = torch.ones(len(after), device=self._phi_device, dtype=self._phi_dtype)
         self.beta = torch.ones_like(self.alpha)
-        if self.modulator.embeddings is not None:
-            old = self.modulator.embeddings
+        if (old := self.modulator.embeddings) is not None:
             new = old.new_zeros(len(after), old.shape[1])
             for row, name in enumerate(after):
                 if name in before:
                     new[row] = old.detach()[before.index(name)]
             old.data = new
             self._meta_optimizer.state.pop(old, None)  # Adam's moments have the old number of rows
-
-    def _with_names(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A parameter group, with the names that ``model`` has for parameters that come without.
-
-        Raises:
-            ValueError: if it does not have them all.
-        """
-        params = group.get("params", ())
-        if not self._names or isinstance(params, set):  # torch refuses sets, which have no order
-            return group
-        params = [params] if isinstance(params, Tensor) else list(params)
-        if not params:
-            return {**group, "params": [], "param_names": []}  # or torch would take it for one without names
-        nameless = [p for p in params if isinstance(p, Tensor)]
-        if unknown := [p for p in nameless if p not in self._names]:
-            raise ValueError(
-                f"{len(unknown)} of {len(nameless)} parameters, the first of shape {tuple(unknown[0].shape)}, have no "
-                "name and are not in model; pass named parameters, or a model that has them all"
-            )
-        return {**group, "params": [(self._names[p], p) if isinstance(p, Tensor) else p for p in params]}
-
-    def _regroup(self) -> None:
-        """Form the modulation groups, and the buckets that share one parameter group and one modulation group."""
-        params = [group["params"] for group in self.param_groups]
-        all_named = all("param_names" in group for group in self.param_groups)
-        names = [group["param_names"] for group in self.param_groups] if all_named else None
-        if names is not None and self._group_strategy == "fine_grained":
-            named_groups = [list(zip(ns, ps, strict=True)) for ns, ps in zip(names, params, strict=True)]
-            by_name = places_by_name(named_groups)
-            self.groups = form_groups(
-                (p, self._places.get(p, place), is_bias(name))
-                for named, places in zip(named_groups, by_name, strict=True)
-                for (name, p), place in zip(named, places, strict=True)
-            )
-        else:
-            self.groups = native_groups(params, names)
-        number = {p: k for k, group in enumerate(self.groups) for p in group.params}
-        self._sharded = any(is_sharded(p) for p in self._parameters())
-        buckets: dict[tuple[int, int, torch.device, torch.dtype], list[Tensor]] = {}
-        for index, ps in enumerate(params):
-            for p in ps:  # a fused kernel takes tensors of one device and type
-                buckets.setdefault((index, number[p], p.device, p.dtype), []).append(p)
-        self._buckets = [(index, k, ps) for (index, k, *_), ps in buckets.items()]
+            self._create_meta_state()
 
     def _parameters(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
+        return chain.from_iterable(group["params"] for group in self.param_groups)
 
     @property
     def _phi_dtype(self) -> torch.dtype:
@@ -645,33 +585,13 @@ class MetaAdamW(torch.optim.AdamW):
 
         Hooks that torch calls when it saves or loads a state see AdamW's part of it.
         """
-        return {**super().state_dict(), "meta": self._meta_state()}
-
-    def _meta_state(self) -> dict[str, Any]:
-        self._follow_phi()
-        return {
-            "version": VERSION,
-            "t": self._t,
-            "groups": [group.name for group in self.groups],
-            "phi": self._phi_settings(),
-            "alpha": self.alpha,
-            "beta": self.beta,
-            "modulator": dict(self.modulator.state_dict()),
-            "huw": None if self.huw is None else dict(self.huw.state_dict()),
-            "meta_optimizer": self._meta_optimizer_name,
-            "meta_optimizer_state": self._meta_optimizer.state_dict(),
-        }
-
-    def _phi_settings(self) -> dict[str, Any]:
-        """What decides the function that Φ computes and the shapes of its parameters do not show."""
-        phi, features = self.modulator, self._feature_config
-        decide: dict[str, Any] = {"feature_version": str(features.version), "columns": list(features.columns)}
-        if type(phi) is Modulator:  # another class, or a subclass, may compute something else
-            layer = phi.encoder.layers[0]
-            assert isinstance(layer, nn.TransformerEncoderLayer)
-            decide["attn_heads"] = int(layer.self_attn.num_heads)
-            decide |= {"alpha_range": float(phi.alpha_range), "beta_range": float(phi.beta_range)}
-        return decide
+        self._follow_param_groups()
+        present = set(self._parameters())
+        absent = {p: self.state.pop(p) for p in list(self.state) if isinstance(p, Tensor) and p not in present}
+        try:  # torch's cannot number the moments of parameters that were taken away
+            return pack(self, super().state_dict())
+        finally:
+            self.state.update(absent)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; training then goes on as if it had not stopped.
@@ -683,13 +603,9 @@ class MetaAdamW(torch.optim.AdamW):
             ValueError: if the state was not saved by MetaAdamW, is of other parameters, groups or another Φ, or has
                 settings that the constructor would refuse (``state`` has the checks). Nothing is changed then.
         """
-        meta = fitting_meta(state_dict, self._meta_state())
-        check_moments(state_dict, self.param_groups)
-        for group in state_dict.get("param_groups", ()):
-            _check_settings({**self.defaults, **group})
-        meta = copy.deepcopy(meta)
-        # torch keeps the caller's tensors where it need not convert them, and would then train into them.
-        super().load_state_dict(copy.deepcopy({k: x for k, x in state_dict.items() if k != "meta"}))
+        self._follow_param_groups()
+        plain, meta = unpack(self, state_dict)
+        super().load_state_dict(plain)
         self._t = meta["t"]
         self.alpha = meta["alpha"].to(self._phi_device)
         self.beta = meta["beta"].to(self._phi_device)
@@ -697,72 +613,28 @@ class MetaAdamW(torch.optim.AdamW):
         if self.huw is not None:
             self.huw.load_state_dict(meta["huw"])
         self._meta_optimizer.load_state_dict(meta["meta_optimizer_state"])
+        self._create_meta_state()
 
     def _forget(self) -> None:
-        """Drop what ``fast`` keeps from one step to the next.
+        """Drop the folded Φ, and the tables on a GPU.
 
         Φ is moved into its buffer here and not in the first step, since where numbers lie in memory decides how a
         matrix product rounds, and a resumed run has to round as the first one did.
         """
-        self._plain = None
-        self._memory = Memory()
+        self._folded = None
+        self._device_step = None
         if isinstance(self.modulator, Modulator):
             in_one_buffer(self.modulator)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What unpickling, ``deepcopy`` and ``load_state_dict`` call."""
+        """Take over a state: called by unpickling, ``deepcopy`` and ``load_state_dict``."""
         super().__setstate__(state)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, for pickle and ``deepcopy``; torch's own keeps the moments only.
 
-        What others hang on the instance (a scheduler replaces ``step``) is theirs and stays out, as in torch.
+        Attributes that others hang on the instance (a scheduler replaces ``step``) stay out, as in torch.
         """
+        self._follow_param_groups()  # a copy does not know the model, which names new parameters
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN_ATTRIBUTES}}
-
-
-def _check_settings(group: Mapping[str, Any]) -> None:
-    """A ValueError for settings of a parameter group that are out of range or not supported."""
-    check_not_negative(**{name: group[name] for name in ("lr", "eps", "weight_decay")})
-    check_betas(group["betas"])
-    for kernel in ("foreach", "fused"):
-        check_choice(kernel, group[kernel], (None, True, False))
-    _refuse_unsupported(group)
-
-
-def _plain_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of AdamW with Python's numbers in the place of NumPy's, which a checkpoint must not hold."""
-    plain = {name: without_numpy(settings[name]) for name in ("lr", "eps", "weight_decay") if name in settings}
-    if isinstance(betas := settings.get("betas"), tuple | list):  # others are refused
-        plain["betas"] = tuple(map(without_numpy, betas))
-    return {**settings, **plain}
-
-
-def _refuse_unsupported(group: Mapping[str, Any]) -> None:
-    """A ValueError for options of torch's AdamW that this optimizer would have to ignore."""
-    for name in _UNSUPPORTED:
-        if group.get(name):
-            raise ValueError(f"{name} is {group[name]}; only False is supported")
-    if not group.get("decoupled_weight_decay", True):  # torch's way to make Adam of AdamW
-        raise ValueError("decoupled_weight_decay is False; only True is supported")
-
-
-def _refuse_sparse(buckets: Sequence[Bucket]) -> None:
-    for bucket in buckets:
-        for p, grad in zip(bucket.params, bucket.g, strict=True):
-            if grad.is_sparse:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient; MetaAdamW, like AdamW, needs dense "
-                    "ones (for nn.Embedding: sparse=False)"
-                )
-
-
-def _model_behind(params: Any) -> nn.Module | None:
-    """The model whose ``named_parameters()`` this generator is, or None.
-
-    Only the module classes tell an embedding from a linear layer for certain, and this spares the caller to pass the
-    model beside its parameters.
-    """
-    owner = getgeneratorlocals(params).get("self") if isgenerator(params) else None
-    return owner if isinstance(owner, nn.Module) else None

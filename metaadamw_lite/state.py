@@ -1,27 +1,137 @@
-"""Whether a saved state fits an optimizer: what is checked before ``MetaAdamW.load_state_dict`` changes anything."""
+"""Saving and loading ``MetaAdamW``: AdamW's state, and the entry "meta" with Φ and all that trains it.
 
+``pack`` makes the saved state; ``unpack`` checks that a saved state fits and takes it apart.
+"""
+
+import copy
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from metaadamw_lite.checks import check_count
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from metaadamw_lite.checks import check_count, check_settings, without_numpy
+from metaadamw_lite.modulator import Modulator
+
+if TYPE_CHECKING:
+    from metaadamw_lite.optimizer import MetaAdamW
 
 VERSION = 1
 """Of the entry "meta"."""
 
 
-def fitting_meta(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+def pack(optimizer: "MetaAdamW", state_dict: dict[str, Any]) -> dict[str, Any]:
+    """AdamW's saved state with the entry "meta", and with Python's numbers in the place of NumPy's."""
+    meta = describe(optimizer)
+    groups = [{name: without_numpy(value) for name, value in group.items()} for group in state_dict["param_groups"]]
+    # Distributed checkpoints keep parameter groups, drop entries that they do not know at the top, and want all tensors
+    # on one device.
+    if groups and is_for_distributed_checkpoint():
+        device = next(optimizer._parameters()).device
+        groups[0]["meta"] = tree_map_only(Tensor, lambda x: x.to(device) if x.ndim else x, meta)
+    return {**state_dict, "param_groups": groups, "meta": meta}
+
+
+def is_for_distributed_checkpoint() -> bool:
+    """Whether ``torch.distributed.checkpoint.state_dict`` asks for a state: it does not say so, but its frame shows.
+
+    In other states parameter groups are AdamW's.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def describe(optimizer: "MetaAdamW") -> dict[str, Any]:
+    """The entry "meta": Φ, its optimizer, the uncertainty weights, the factors and the step count."""
+    optimizer._follow_phi()
+    return {
+        "version": VERSION,
+        "t": optimizer._t,
+        "groups": [group.name for group in optimizer.groups],
+        "phi": _phi_settings(optimizer),
+        "alpha": optimizer.alpha,
+        "beta": optimizer.beta,
+        "modulator": dict(optimizer.modulator.state_dict()),
+        "huw": None if optimizer.huw is None else dict(optimizer.huw.state_dict()),
+        "meta_optimizer": optimizer._meta_optimizer_name,
+        "meta_optimizer_state": optimizer._meta_optimizer.state_dict(),
+    }
+
+
+def _phi_settings(optimizer: "MetaAdamW") -> dict[str, Any]:
+    """Φ's settings that its parameter shapes do not reveal."""
+    phi, features = optimizer.modulator, optimizer._feature_config
+    settings: dict[str, Any] = {"feature_version": str(features.version), "columns": list(features.columns)}
+    if type(phi) is Modulator:  # another class, or a subclass, may compute something else
+        layer = phi.encoder.layers[0]
+        assert isinstance(layer, nn.TransformerEncoderLayer)
+        settings["attn_heads"] = int(layer.self_attn.num_heads)
+        settings |= {"alpha_range": float(phi.alpha_range), "beta_range": float(phi.beta_range)}
+    return settings
+
+
+def unpack(optimizer: "MetaAdamW", state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """AdamW's part of a saved state and its entry "meta", both copies that may be kept.
+
+    torch keeps the caller's tensors where it need not convert them, and would then train into them.
+
+    Raises:
+        ValueError: if the state does not fit the optimizer. Nothing is changed.
+    """
+    groups = state_dict.get("param_groups", ())
+    meta = next((part["meta"] for part in (state_dict, *groups) if "meta" in part), None)
+    plain = {key: value for key, value in state_dict.items() if key != "meta"}
+    if groups:
+        plain["param_groups"] = [{k: x for k, x in group.items() if k != "meta"} for group in groups]
+    mine = describe(optimizer)
+    meta = fit_meta(restore_containers(meta, mine) if isinstance(meta, Mapping) else meta, mine)
+    check_moments(plain, optimizer.param_groups)
+    if "meta" not in state_dict:
+        check_steps(plain, meta["t"])
+    for group in plain.get("param_groups", ()):
+        check_settings({**optimizer.defaults, **group})
+    for group in plain.get("param_groups", ()):
+        group["betas"] = tuple(group["betas"])
+    return copy.deepcopy(plain), copy.deepcopy(meta)
+
+
+def restore_containers(saved: Any, like: Any) -> Any:
+    """A saved entry with the containers that ``torch.distributed.checkpoint`` drops or changes.
+
+    With ``full_state_dict`` it leaves empty ones out, makes numbers that are keys strings, and tuples lists.
+    """
+    if isinstance(like, Mapping) and isinstance(saved, Mapping):
+        keys = {str(key): key for key in like}
+        restored = {keys.get(str(key), key): value for key, value in saved.items()}
+        empty = {key: value for key, value in like.items() if isinstance(value, dict | list) and not value}
+        return {**empty, **{key: restore_containers(value, like.get(key)) for key, value in restored.items()}}
+    if isinstance(like, list | tuple) and isinstance(saved, list | tuple) and len(like) == len(saved):
+        return type(like)(restore_containers(x, y) for x, y in zip(saved, like, strict=True))
+    return saved
+
+
+def fit_meta(meta: Mapping[str, Any] | None, mine: Mapping[str, Any]) -> dict[str, Any]:
     """The entry "meta" of a saved state, completed where the first revisions saved less.
 
     Args:
-        saved: the whole state.
-        mine: the entry "meta" that the optimizer would save now.
+        meta: the entry, or None where the state has none.
+        mine: the entry that the optimizer would save now.
 
     Raises:
         ValueError: if it is missing, lacks a part, or is of another version, of other groups, another Φ, another
             meta-optimizer or other uncertainty weights.
     """
-    if (meta := saved.get("meta")) is None:
-        raise ValueError("the state has no entry 'meta': it was not saved by MetaAdamW")
+    if meta is None:
+        raise ValueError(
+            "the state has no entry 'meta', which holds Φ: it was not saved by MetaAdamW, or a tool has dropped "
+            "the entry (torch.distributed.checkpoint does so with flatten_optimizer_state_dict=True)"
+        )
     meta = {"phi": mine["phi"], **meta}  # the first revisions saved neither this nor the meta-optimizer's name
     if isinstance(meta.get("meta_optimizer"), dict):
         meta |= {"meta_optimizer_state": meta["meta_optimizer"], "meta_optimizer": mine["meta_optimizer"]}
@@ -82,3 +192,20 @@ def check_moments(saved: Mapping[str, Any], param_groups: Sequence[Mapping[str, 
                     f"the state's {name} of parameter {names[k] if names else k} has shape {tuple(moment.shape)}, the "
                     f"parameter {tuple(p.shape)}"
                 )
+
+
+def check_steps(saved: Mapping[str, Any], t: int) -> None:
+    """No parameter of a state that went through a distributed checkpoint has taken more steps than the optimizer.
+
+    ``torch.distributed.checkpoint`` completes a state of AdamW by the entry "meta" of the optimizer that loads it.
+
+    Raises:
+        ValueError: if one has.
+    """
+    states = [saved.get("state", {}).get(number, {}) for group in saved["param_groups"] for number in group["params"]]
+    steps = [float(state["step"]) for state in states if "step" in state]
+    if steps and max(steps) > t:
+        raise ValueError(
+            f"the state has parameters that have taken {max(steps):.0f} steps, where Φ has seen {t}: its entry "
+            "'meta' is of another state, or it was saved by another optimizer than MetaAdamW"
+        )

@@ -1,5 +1,6 @@
 """Small models and batches that many tests share."""
 
+import os
 from collections.abc import Iterable
 from types import SimpleNamespace
 
@@ -8,6 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+
+if (
+    not torch.cuda.is_available()
+):  # before the package imports Triton (through torch's compiler): kernels run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from metaadamw_lite import MetaAdamW, reference
 
 torch.set_num_threads(1)
 
@@ -49,6 +57,36 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, see
         optimizer.zero_grad()
         cross_entropy(model, batch).backward()
         optimizer.step()
+
+
+def groups_of(optimizer: MetaAdamW) -> list[reference.Group]:
+    """The groups of an optimizer as ``reference`` takes them, with the gradients in ``.grad``. Nothing is copied."""
+    settings = {p: group for group in optimizer.param_groups for p in group["params"]}
+
+    def parameter(p: Tensor) -> reference.Parameter:
+        state = optimizer.state.get(p, {})
+        m, v = (state.get(name, torch.zeros_like(p)) for name in ("exp_avg", "exp_avg_sq"))
+        adamw = {name: settings[p][name] for name in ("lr", "betas", "eps", "weight_decay")}
+        return reference.Parameter(p, p.grad, m, v, int(state.get("step", 0)), adamw)
+
+    return [
+        reference.Group([parameter(p) for p in group.params], group.depth, group.bias_ratio)
+        for group in optimizer.groups
+    ]
+
+
+def phi_of(optimizer: MetaAdamW, dtype: torch.dtype = torch.float64) -> reference.Phi:
+    """A copy of an optimizer's Φ as ``reference`` takes it."""
+    phi = optimizer.modulator
+    weights = {name: w.detach().to(dtype, copy=True) for name, w in phi.named_parameters()}
+    return reference.Phi(weights, phi.encoder.layers[0].self_attn.num_heads, phi.alpha_range, phi.beta_range)
+
+
+def feature_settings(optimizer: MetaAdamW) -> dict[str, object]:
+    """The arguments of ``reference.features`` that an optimizer's settings and its number of steps are."""
+    config = optimizer._feature_config
+    time = reference.progress(optimizer._t, optimizer._total_steps) if config.include_time_step else None
+    return {"time": time, "version": config.version, "use_v_norms": config.use_v_norms}
 
 
 def largest_gap(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> float:

@@ -1,16 +1,16 @@
 """The bench: fair turns, honest ratios, clear errors. No test asserts a time."""
 
-import contextlib
 import json
 
 import pandas as pd
 import pytest
 import torch
 
-from metaadamw_lite import MetaAdamW, bench
-from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite import MetaAdamW, optimizer
+from metaadamw_lite.experiments import TASKS, bench, report
+from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.claims import claims_table
-from metaadamw_lite.fast import Memory, PlainModulator
+from metaadamw_lite.folded import FoldedModulator
 
 CPU = torch.device("cpu")
 
@@ -55,8 +55,8 @@ def test_all_contestants_have_the_same_weights_and_gradients():
     bench.give_gradients(model)
     made = bench.optimizers(model, None, attn_layers=2, attn_hidden_dim=4)
     assert list(made) == ["AdamW", "ours"]
-    for optimizer in made.values():
-        mine = [p for group in optimizer.param_groups for p in group["params"]]
+    for made_one in made.values():
+        mine = [p for group in made_one.param_groups for p in group["params"]]
         for p, q in zip(mine, model.parameters(), strict=True):
             assert p is not q
             assert torch.equal(p, q)
@@ -136,25 +136,24 @@ def test_growth_has_the_time_of_each_depth(takes, monkeypatch):
 
 def test_the_parts_of_a_step_have_their_own_times(takes, monkeypatch):
     monkeypatch.setattr(bench, "STEPS", {"small": (lambda: bench.Perceptron(1000), 2, 4, 1.0)})
-    takes(Memory, "inner_products", 2, then=Memory.inner_products)
-    takes(PlainModulator, "__call__", 7, then=PlainModulator.__call__)
-    takes(Memory, "fused_adamw", 5, then=Memory.fused_adamw)
+    takes(optimizer, "measure", 2, then=optimizer.measure)
+    takes(FoldedModulator, "__call__", 7, then=FoldedModulator.__call__)
+    takes(optimizer, "move", 5, then=optimizer.move)
     takes(torch.optim.AdamW, "step", 3)
     takes(bench, "read_once", 1)
+    patched = optimizer.measure, optimizer.move
     found = {row["part"]: row["seconds"] for row in bench.parts(CPU, 0)}
-    assert found == {"statistics": 2, "Φ": 7, "kernel": 5, "ours": 14, "AdamW": 3, "⟨g, m⟩ alone": 1}
-
-
-def test_on_a_gpu_the_kernel_is_that_of_all_groups(takes, monkeypatch):
-    """The ``meta`` device stands for a GPU: there is no other here, and a step takes the same way."""
-    monkeypatch.setattr(bench, "STEPS", {"small": (lambda: bench.Perceptron(1000), 2, 4, 1.0)})
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no "meta"
-    takes(MetaAdamW, "_move_on_device", 5)
-    takes(torch.optim.AdamW, "step", 3)
-    found = {row["part"]: row["seconds"] for row in bench.parts(torch.device("meta"), 0)}
-    groups = len(MetaAdamW(bench.Perceptron(1000).named_parameters()).groups)
-    assert groups > 1
-    assert found["kernel"] == 5 * groups
+    kernel = 5 * len(MetaAdamW(bench.Perceptron(1000).named_parameters()).groups)
+    assert kernel > 5
+    assert found == {
+        "statistics": 2,
+        "Φ": 7,
+        "kernel": kernel,
+        "ours": 2 + 7 + kernel,
+        "AdamW": 3,
+        "⟨g, m⟩ alone": 1,
+    }
+    assert (optimizer.measure, optimizer.move) == patched, "no clock is left in the optimizer"
 
 
 @pytest.mark.slow
@@ -164,7 +163,7 @@ def test_the_command_prints_the_table_and_writes_the_record(monkeypatch, tmp_pat
     monkeypatch.setattr(bench, "DEPTHS", (1, 2))
     monkeypatch.setattr(bench, "SIZES", (1000, 2000))
     path = tmp_path / "bench" / "cpu.json"
-    assert bench.main(["--seconds", "0", "--json", str(path)]) == 0
+    assert main(["bench", "--seconds", "0", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     record = json.loads(path.read_text())
     for row in record["rows"]:
@@ -174,7 +173,7 @@ def test_the_command_prints_the_table_and_writes_the_record(monkeypatch, tmp_pat
 
 
 def test_a_folder_without_the_released_code_is_named(tmp_path, capsys):
-    assert bench.main(["--reference", str(tmp_path / "nowhere"), "--seconds", "0"]) == 1
+    assert main(["bench", "--reference", str(tmp_path / "nowhere"), "--seconds", "0"]) == 2
     assert "nowhere has no experiments/meta_adamw.py" in capsys.readouterr().err
 
 
@@ -224,5 +223,5 @@ def test_what_the_bench_measured_is_judged_against_the_papers_range():
 )
 def test_what_cannot_be_measured_or_written_is_refused_before_measuring(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(bench, "measure_all", lambda *_: pytest.fail("it measures for minutes"))
-    assert bench.main(arguments) == 1
+    assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -8,8 +8,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import papermill
 import pytest
+from click.testing import CliRunner
+from papermill.cli import papermill as papermill_command
 
 from metaadamw_lite.experiments.notebook import check_parameters
 
@@ -79,6 +82,33 @@ def test_unknown_parameters_are_an_error():
         check_parameters(["", "seed = 0\nsteps = 40", "# Parameters\nsede = 1\n", "start(In)"])
     check_parameters(["", "seed = 0\nsteps = 40", "# Parameters\nseed = 1\n", "start(In)"])
     check_parameters(["", "seed = 0", "start(In)"])
+    check_parameters(["", '# Parameters\nPAPERMILL_OUTPUT_PATH = "a.ipynb"\n', "start(In)"])
+    with pytest.raises(ValueError, match="unknown parameter sede; this notebook has seed"):
+        check_parameters(["", "seed = 0", '# Parameters\nsede = 1\nPAPERMILL_INPUT_PATH = "a.ipynb"\n', "start(In)"])
+
+
+@pytest.mark.parametrize("option", ["--inject-paths", "--inject-output-path", "--inject-input-path"])
+def test_what_papermill_injects_itself_is_no_unknown_parameter(option, tmp_path):
+    check = "from metaadamw_lite.experiments.notebook import check_parameters\ncheck_parameters(In)"
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(check),
+        ]
+    )
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    arguments = [
+        str(tmp_path / "in.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        "--kernel",
+        "python3",
+        "--language",
+        "python",
+        option,
+    ]
+    result = CliRunner().invoke(papermill_command, arguments)
+    assert result.exit_code == 0, result.exception
+    assert "PAPERMILL_" in (tmp_path / "out.ipynb").read_text(encoding="utf-8")
 
 
 def test_papermill_with_an_unknown_parameter_fails(tmp_path):
@@ -131,9 +161,11 @@ def test_every_promise_names_a_test_that_exists_and_counts_its_cases():
 
 def test_the_page_of_promises_counts_the_generated_cases():
     import test_properties
+    import test_reference
 
     page = (ROOT / "book" / "promises.md").read_text(encoding="utf-8")
-    named = dict(re.findall(r"`test_properties\.py::(test_\w+)` \| (\d+) generated \|", page))
-    made = {name: test.cases for name, test in vars(test_properties).items() if hasattr(test, "cases")}
+    named = dict(re.findall(r"`test_\w+\.py::(test_\w+)` \| (\d+) generated \|", page))
+    tests = vars(test_properties) | vars(test_reference)
+    made = {name: test.cases for name, test in tests.items() if hasattr(test, "cases")}
     assert {name: int(count) for name, count in named.items()} == made
     assert sum(made.values()) >= 2000

@@ -24,7 +24,7 @@ from conftest import assert_same
 from filelock import FileLock
 
 from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, lope_study, records, report, studies, training
-from metaadamw_lite.experiments.__main__ import main
+from metaadamw_lite.experiments.__main__ import main, parser
 from metaadamw_lite.experiments.datasets import DataError, DataFile, fetch
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.records import (
@@ -905,3 +905,22 @@ def test_a_task_named_twice_is_meant_once(tmp_path):
     assert study_runs("main/lite", tmp_path, ["etth1", "etth1"]) == study_runs("main/lite", tmp_path, ["etth1"])
     with pytest.raises(ValueError, match="imdb-symmetric40"):
         study_runs("together", tmp_path, ["imdb-symmetric40"])
+
+
+@pytest.mark.parametrize(("has_gpu", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_runs_go_to_a_gpu_where_there_is_one(has_gpu, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert training.pick_device("auto") == expected
+    assert training.pick_device("cpu") == "cpu"
+    for command in (["run", "etth1", "--optimizer", "adamw"], ["sweep", "smoke"], ["bench"]):
+        assert parser().parse_args(command).device == "auto"
+
+
+def test_a_chapter_starts_without_the_tasks_and_their_packages():
+    code = (
+        "import sys; import metaadamw_lite.experiments.notebook, metaadamw_lite.experiments.figures\n"
+        "print([m for m in ('torchvision', 'datasets', 'peft', 'cleanlab', 'sacrebleu') if m in sys.modules])\n"
+        "from metaadamw_lite.experiments import TASKS; print(*TASKS)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "etth1 wikitext2 multi30k cifar10 imdb"]

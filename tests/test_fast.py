@@ -1,25 +1,19 @@
-"""``fast`` against the readable version: what a step computes is what ``features`` and ``modulator`` define."""
+"""``fast`` against the readable version: a step computes what ``reference`` does."""
 
-import contextlib
 import copy
 import io
 import math
 
 import pytest
 import torch
-from conftest import assert_same, tiny, train
+from conftest import assert_same, feature_settings, groups_of, phi_of, tiny, train
 from torch import nn
 
-from metaadamw_lite import MetaAdamW, fast
-from metaadamw_lite.fast import BLOCK, READ_AT_ONCE, PlainModulator
-from metaadamw_lite.features import (
-    TensorState,
-    group_features,
-    inner_products,
-    tensor_statistics,
-    time_feature,
-    zero_counts,
-)
+from metaadamw_lite import MetaAdamW, fast, reference
+from metaadamw_lite.buckets import gather
+from metaadamw_lite.fast import BLOCK
+from metaadamw_lite.features import TensorState, zero_counts
+from metaadamw_lite.folded import FoldedModulator
 from metaadamw_lite.modulator import Modulation
 
 
@@ -30,7 +24,7 @@ class Sizes(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Module() for _ in range(3))
-        sizes = (1, 7, READ_AT_ONCE, READ_AT_ONCE + 1, BLOCK, BLOCK + 1, 2 * BLOCK + 11)
+        sizes = (1, 7, 2**16, 2**16 + 1, BLOCK, BLOCK + 1, 2 * BLOCK + 11)
         for k, n in enumerate(sizes):
             self.layers[k % 3].register_parameter(f"weight_{k}", nn.Parameter(torch.randn(n, dtype=dtype)))
         self.layers[0].bias = nn.Parameter(torch.randn(300, 400, dtype=dtype))
@@ -59,29 +53,14 @@ def give_gradients(model, seed, scale=1.0):
 
 
 def readable_features(optimizer):
-    """The feature matrix by ``features`` alone, in float64."""
-    members, states = [], []
-    for k, group in enumerate(optimizer.groups):
-        for p in group.params:
-            if p.grad is not None:
-                state = optimizer.state[p]
-                zero = torch.zeros_like(p)
-                members.append(k)
-                states.append(TensorState(p, p.grad, state.get("exp_avg", zero), state.get("exp_avg_sq", zero)))
-    statistics = tensor_statistics(torch.tensor([inner_products(s) for s in states], dtype=torch.float64))
-    config = optimizer._feature_config
-    if config.version == "enhanced":
-        zeros = [[float((x == 0).double().mean()) for x in (s.g, s.m)] for s in states]
-        statistics = torch.cat([statistics, torch.tensor(zeros, dtype=torch.float64)], dim=1)
-    time = time_feature(optimizer._t, optimizer._total_steps)
-    return group_features(config, optimizer.groups, members, statistics, time)
+    """The feature matrix by ``reference``, in float64."""
+    return reference.features(groups_of(optimizer), **feature_settings(optimizer))
 
 
 def readable_factors(optimizer):
-    """α and β by the module itself, in float64."""
-    with torch.no_grad():
-        modulation = copy.deepcopy(optimizer.modulator).double()(readable_features(optimizer))
-    return modulation.alpha, modulation.beta
+    """α and β by ``reference``, in float64."""
+    alpha, beta, _, _ = reference.modulation(readable_features(optimizer), phi_of(optimizer))
+    return alpha, beta
 
 
 def check_step(optimizer, tolerance):
@@ -114,7 +93,7 @@ def test_statistics_are_those_of_the_readable_version(version):
     for step in range(3):
         give_gradients(model, step)
         expected = readable_features(optimizer)
-        carried = optimizer._group_features(optimizer._gather())
+        carried = optimizer._group_features(gather(optimizer.param_groups, optimizer._members, optimizer.state))
         torch.testing.assert_close(carried, expected, rtol=2e-6, atol=rounding)
         torch.testing.assert_close(optimizer.features().double(), expected, rtol=2e-6, atol=rounding)
         optimizer.step()
@@ -387,7 +366,7 @@ def test_the_loop_is_the_module(options):
     features[0, 0], features[1, 1] = float("nan"), 1e30
     with torch.no_grad():
         expected = phi(features)
-    alpha, beta = PlainModulator(phi)(features.numpy())
+    alpha, beta = FoldedModulator(phi)(features.numpy())
     torch.testing.assert_close(torch.from_numpy(alpha), expected.alpha, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.from_numpy(beta), expected.beta, rtol=0, atol=1e-12)
 
@@ -398,7 +377,7 @@ def test_where_the_loop_overflows_the_module_decides(batches):
     with torch.no_grad():
         optimizer.modulator.encoder.layers[0].self_attn.in_proj_weight.mul_(1e4)
     train(model, optimizer, batches[:2])
-    assert optimizer._plain(optimizer.features().numpy()) is None
+    assert optimizer._folded(optimizer.features().numpy()) is None
     check_step(optimizer, 1e-12)
 
 
@@ -454,8 +433,7 @@ def test_tensors_on_two_devices_are_each_moved_by_a_kernel_that_can(monkeypatch)
     """A tensor elsewhere must not keep a disordered one on the CPU from the plain loop."""
     fused = []
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: fused.append(args[0]))
-    monkeypatch.setattr(fast, "_inner_products_on_device", lambda states: torch.zeros(len(states), 5))
-    monkeypatch.setattr(MetaAdamW, "_move_on_device", lambda self, bucket: fused.append(bucket.theta))
+    monkeypatch.setattr(fast, "measure_on_device", lambda states: torch.zeros(len(states), 5))
     elsewhere = nn.Parameter(torch.empty(3, device="meta"))
     turned = nn.Parameter(torch.randn(30, 20).t())
     optimizer = MetaAdamW([turned, elsewhere], fused=True)
@@ -476,79 +454,10 @@ def test_another_module_in_the_place_of_phi_is_asked():
     assert (optimizer.alpha == 0.5).all()
 
 
-@pytest.mark.parametrize("version", ["basic", "enhanced", "norm_basic"])
-def test_a_step_on_a_gpu_never_waits_for_it(version, monkeypatch):
-    """Tensors on the "meta" device have no values: whatever looks at one fails, and so would wait on a GPU."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no "meta"
-    calls = []
-    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: calls.append(kwargs))  # nor does this one
-    model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.LayerNorm(4, device="meta"))
-    optimizer = MetaAdamW(
-        model.named_parameters(), fused=True, feature_version=version, attn_heads=7 if version == "enhanced" else 6
-    )
-    give_no_gradients(model)
-    optimizer.step()
-    # A copy of numbers to a GPU waits, too. What a step needs of them is there after the first one.
-    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
-        monkeypatch.setattr(owner, name, lambda *args, **kwargs: pytest.fail("numbers are copied to the device"))
-    give_no_gradients(model)
-    optimizer.step()
-    optimizer.param_groups[0]["lr"] = torch.full((), 0.1, dtype=torch.float64, device="meta")
-    give_no_gradients(model)
-    optimizer.step()
-    assert calls
-    assert all((call["lr"].device.type, call["lr"].dtype) == ("meta", torch.float32) for call in calls)
-    assert optimizer.alpha.device.type == "meta"
-    with pytest.raises(RuntimeError, match="meta"):
-        optimizer.alpha.tolist()
-
-
-def give_no_gradients(model):
-    """Gradients without values, and none for the first layer's bias, which is a group by itself."""
-    for p in model.parameters():
-        p.grad = torch.empty_like(p)
-    if isinstance(model, nn.Sequential):
-        model[0].bias.grad = None
-
-
-@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["a number", "a tensor"])
-def test_float64_on_a_gpu_is_moved_by_the_kernel_that_takes_a_number(lr, monkeypatch):
-    """As a tensor the GPU's kernel takes a rate in float32 only, and fails half way with another one."""
-    calls = []
-    monkeypatch.setattr("metaadamw_lite.optimizer.torch_adamw", lambda *args: calls.append(args))
-    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: pytest.fail("called with a tensor"))
-    model = nn.Linear(4, 4, device="meta", dtype=torch.float64)
-    optimizer = MetaAdamW(model.named_parameters(), lr=lr, weight_decay=0.3, fused=True)
-    factors = torch.tensor([0.7, 1.2], dtype=torch.float64), torch.tensor([1.1, 0.9], dtype=torch.float64)
-    monkeypatch.setattr(optimizer, "_factors", lambda buckets: factors)
-    give_no_gradients(model)
-    optimizer.step()
-    assert [(type(args[1]), args[4]) for args in calls] == [(float, True)] * 2
-    assert [args[1:3] for args in calls] == [(0.1 * 0.7, 0.3 * 1.1), (0.1 * 1.2, 0.3 * 0.9)]
-
-
 def test_zeros_are_counted_on_every_device():
     here, there = torch.tensor([0.0, 1.0, 0.0]), torch.empty(2, device="meta")
     assert zero_counts([here, there], [here, there], torch.empty(0, device="meta")).shape == (2, 2)
     assert zero_counts([here], [here + 1], torch.empty(0)).tolist() == [[2, 0]]
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_what_runs_on_a_gpu_computes_the_same(weight_decay):
-    models = [Sizes() for _ in range(2)]
-    ours, on_device = (MetaAdamW(m.named_parameters(), lr=0.01, fused=True, weight_decay=weight_decay) for m in models)
-    for step in range(3):
-        for model in models:
-            give_gradients(model, step)
-        ours.step()
-        buckets = on_device._gather()
-        on_device.alpha, on_device.beta = ours.alpha, ours.beta
-        with torch.no_grad():
-            for bucket in buckets:
-                on_device._move_on_device(bucket)
-        on_device._t += 1
-        for p, q in zip(*(m.parameters() for m in models), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 def test_statistics_on_a_gpu_are_the_same():
@@ -556,8 +465,10 @@ def test_statistics_on_a_gpu_are_the_same():
     optimizer = MetaAdamW(model.named_parameters(), lr=0.01, fused=True)
     for step in range(3):
         give_gradients(model, step)
-        buckets = optimizer._gather()
-        states = [state for b in buckets for state in zip(b.theta, b.g, b.m, b.v, strict=True)]
-        expected = optimizer._memory.inner_products(buckets)
-        torch.testing.assert_close(fast._inner_products_on_device(states), expected, rtol=1e-12, atol=1e-12)
+        buckets = gather(optimizer.param_groups, optimizer._members, optimizer.state)
+        states = [TensorState(*state) for b in buckets for state in zip(b.theta, b.g, b.m, b.v, strict=True)]
+        there, here = (x.clone() for x in (fast.measure_on_device(states), fast.measure(buckets)))
+        for sums in (there, here):  # of ⟨g, m⟩ the cosine counts
+            sums[:, 1] /= (sums[:, 0] * sums[:, 2]).sqrt().clamp_min(1e-300)
+        torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-12)
         optimizer.step()

@@ -269,3 +269,9 @@ def test_a_group_knows_the_mean_depth_and_the_share_of_biases_of_its_tensors():
     only_biases = [("6.bias", blocks[6].bias), ("0.bias", blocks[0].bias), ("0.weight", blocks[0].weight)]
     native = MetaAdamW([{"params": only_biases[:1]}, {"params": only_biases[1:]}], group_strategy="original").groups
     assert [(g.depth, g.bias_ratio) for g in native] == [(1, 1), (0, 0.5)]
+
+
+def test_a_scripted_model_has_groups_by_name():
+    model = nn.Sequential(OrderedDict(embed=nn.Embedding(4, 3), out=nn.Linear(3, 1)))
+    names = [group.name for group in MetaAdamW(torch.jit.script(model).named_parameters()).groups]
+    assert names == [group.name for group in MetaAdamW(list(model.named_parameters())).groups]

@@ -103,10 +103,10 @@ def test_a_state_of_other_features_is_refused(batches):
         MetaAdamW(tiny().named_parameters(), include_time_step=False, attn_heads=5).load_state_dict(other.state_dict())
 
 
-def assert_refused(batches, change, message):
+def assert_refused(batches, change, message, **settings):
     """A state that ``change`` has changed is refused before anything of the optimizer is."""
     model = tiny()
-    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS)
+    optimizer = MetaAdamW(model.named_parameters(), **SETTINGS, **settings)
     train(model, optimizer, batches[:2])
     state = copy.deepcopy(optimizer.state_dict())
     change(state)
@@ -124,14 +124,16 @@ def test_a_state_whose_meta_optimizer_lacks_a_group_is_refused_before_anything_i
 
 
 def test_a_state_whose_meta_optimizer_has_no_state_is_refused_before_anything_is_changed(batches):
+    """SGD's is empty and may be missing; Adam's moments may not."""
+
     def change(state):
         del state["meta"]["meta_optimizer_state"]["state"]
 
-    assert_refused(batches, change, "meta_optimizer_state lacks 'state'")
+    assert_refused(batches, change, "meta_optimizer_state lacks 'state'", meta_optimizer="adam")
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("amsgrad", True), ("maximize", True), ("betas", (2.0, 0.9)), ("lr", -1.0)]
+    ("setting", "value"), [("amsgrad", "yes"), ("capturable", True), ("betas", (2.0, 0.9)), ("lr", -1.0)]
 )
 def test_a_state_with_settings_that_the_constructor_refuses_is_refused(batches, setting, value):
     assert_refused(batches, lambda state: state["param_groups"][0].update({setting: value}), setting)
@@ -244,3 +246,21 @@ def test_a_state_saved_by_the_first_version_goes_on(batches):
     then = {"head": model.head.weight, "alpha": optimizer.alpha, "beta": optimizer.beta, "losses": torch.tensor(losses)}
     # Since then sums are taken in another order, and the step is computed by other kernels.
     torch.testing.assert_close(then, saved["afterwards"], rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+def test_a_state_with_moments_and_entries_of_others_is_loaded_again(batches):
+    """Moments of an AdamW that has gone further, and what a wrapper keeps beside the parameters'."""
+    model, again = tiny(), tiny()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, batches[:3])
+    optimizer = MetaAdamW(model.named_parameters())
+    optimizer.state.update(adamw.state)
+    optimizer.state["of a wrapper"], optimizer.state["count"] = {"step": 1000}, 3
+    train(model, optimizer, batches[3:4])
+    resumed = MetaAdamW(again.named_parameters(), seed=1)
+    resumed.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(model.state_dict())
+    for m, o in ((model, optimizer), (again, resumed)):
+        train(m, o, batches[4:6])
+    assert_same(again.state_dict(), model.state_dict())
+    assert resumed.state["count"] == 3

@@ -1,6 +1,7 @@
 """The paper's experiments, run again: tasks, training, studies and reports.
 
 * ``task``      what a task is and which settings a run has
+* ``tasks``     the five of the paper
 * ``etth1``, ``wikitext2``, ``multi30k``, ``cifar10``, ``imdb``
                 the tasks, one file each: data, model, loss, metric, configuration
 * ``text``      what the text tasks share
@@ -17,20 +18,30 @@
 * ``released``  the logs that come with the released code
 * ``figures``   the book's figures
 * ``chapter``   what the chapters about single tasks have in common
+* ``bench``     what MetaAdamW costs; ``command`` has what the commands share
 * ``notebook``  what every notebook does first
 
 ``python -m metaadamw_lite.experiments --help`` lists the commands.
 """
 
-from metaadamw_lite.experiments.cifar10 import CIFAR10
-from metaadamw_lite.experiments.etth1 import ETTH1
-from metaadamw_lite.experiments.imdb import IMDB
-from metaadamw_lite.experiments.multi30k import MULTI30K
-from metaadamw_lite.experiments.noisy import NOISY
-from metaadamw_lite.experiments.task import Task
-from metaadamw_lite.experiments.wikitext2 import WIKITEXT2
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metaadamw_lite.experiments.task import Task
 
 __all__ = ["NOISY", "TASKS"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (ETTH1, WIKITEXT2, MULTI30K, CIFAR10, IMDB)}
-"""The five tasks of the paper on MetaAdamW."""
+TASKS: dict[str, "Task"]
+"""The five tasks of the paper on MetaAdamW, by name."""
+NOISY: dict[str, "Task"]
+"""Tasks with wrong labels, by name."""
+
+_MODULES = {"TASKS": "tasks", "NOISY": "noisy"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the tasks when they are asked for: setting a figure style needs neither them nor torchvision."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,13 +1,13 @@
-"""The command line: ``python -m metaadamw_lite.experiments run | sweep | status``."""
+"""The command line: ``python -m metaadamw_lite.experiments run | sweep | status | bench``."""
 
 import argparse
 import sys
-from pathlib import Path
 
 from metaadamw_lite.experiments import NOISY, TASKS
-from metaadamw_lite.experiments.datasets import DataError
+from metaadamw_lite.experiments.bench import run_bench
+from metaadamw_lite.experiments.command import run_command
 from metaadamw_lite.experiments.lope_study import ARMS, NOISE
-from metaadamw_lite.experiments.records import RunKey, default_results, is_the_machines_fault
+from metaadamw_lite.experiments.records import RunKey, default_results, expanded_folder, strays
 from metaadamw_lite.experiments.studies import (
     STUDIES,
     STUDIES_OF_RELATIVES,
@@ -18,7 +18,7 @@ from metaadamw_lite.experiments.studies import (
     sweep,
 )
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
-from metaadamw_lite.experiments.training import RunInProgressError, run
+from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import VARIANTS
 
 NAMES = (*VARIANTS, *ARMS)
@@ -26,7 +26,7 @@ NAMES = (*VARIANTS, *ARMS)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the three commands."""
+    """The arguments of the commands."""
     top = argparse.ArgumentParser(
         prog="python -m metaadamw_lite.experiments", description="Run the paper's experiments."
     )
@@ -62,51 +62,59 @@ def parser() -> argparse.ArgumentParser:
     state = commands.add_parser("status", help="what is recorded, what is missing")
     state.add_argument("study", nargs="?", help="one study in detail (default: how much there is of each)")
     for command in (one, many):
-        command.add_argument("--device", default="cpu", help="as torch names it (default: cpu)")
+        command.add_argument("--device", default="auto", help="as torch names it (default: a GPU where there is one)")
     for command in (one, many, state):
         command.add_argument(
-            "--results", type=Path, default=default_results(), help="folder of the records (default: data/results)"
+            "--results",
+            metavar="FOLDER",
+            default=default_results(),
+            help="folder of the records (default: data/results)",
         )
+
+    bench = commands.add_parser("bench", help="what MetaAdamW costs beside torch's fused AdamW")
+    bench.add_argument("--device", default="auto", help="as torch names it (default: a GPU where there is one)")
+    bench.add_argument("--reference", metavar="PATH", help="a clone of the authors' released code")
+    bench.add_argument("--json", metavar="FILE", help="write the record here")
+    bench.add_argument("--seconds", type=float, default=6.0, help="how long each contest goes on (default: 6)")
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code; what the caller did wrong is told in one line."""
-    args = parser().parse_args(arguments)
-    try:
-        if args.command == "run":
-            key = RunKey(args.task, args.optimizer, args.protocol, args.profile, args.seed, args.data)
-            record = run(key, args.results, args.device)
-            best = record["best"]
-            outcome = (
-                "no finite epoch"
-                if best is None
-                else f"best {record['metric']} {best['metric']:.6g} in epoch {best['epoch']}"
-            )
-            why = f" ({record['error']})" if "error" in record else ""
-            print(f"{key.path(args.results)}: {record['status']}{why}, {outcome}, data: {record['data']}")
-        elif args.command == "sweep":
-            failed = sweep(args.study, args.results, args.task, args.jobs, args.scheduler, args.device)
-            ended = ends(study_runs(args.study, args.results, args.task), args.results)
-            print(f"{args.study}: " + ", ".join(f"{n} {status}" for status, n in ended.items()))
-            return 1 if failed else 0
-        elif args.study:
-            print(status_lines(args.study, args.results))
-        else:
-            tables = [status(args.results), status(args.results, STUDIES_OF_RELATIVES).T]
-            print("\n\n".join(table.to_string() for table in tables))
-    except Exception as error:
-        told = isinstance(error, (ValueError, DataError, RunInProgressError)) or is_the_machines_fault(error)
-        if not told:
-            raise
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command goes on from the last whole epoch (an adaptation begins again)",
-            file=sys.stderr,
+    """Run a command and return its exit code: see ``run_command``; 1 is for a sweep that lacks runs at its end."""
+    return run_command(
+        lambda: _do(parser().parse_args(arguments)),
+        "interrupted; the same command goes on from the last whole epoch (an adaptation and the bench begin again)",
+    )
+
+
+def _do(args: argparse.Namespace) -> int:
+    if args.command == "bench":
+        run_bench(args.device, args.reference, args.json, args.seconds)
+        return 0
+    results = expanded_folder(args.results, "--results")
+    if args.command != "run" and (passed := strays(results)):
+        print(f"warning: passed over what is no record: {', '.join(map(str, passed))}", file=sys.stderr)
+    if args.command == "run":
+        key = RunKey(args.task, args.optimizer, args.protocol, args.profile, args.seed, args.data)
+        record = run(key, results, args.device)
+        best = record["best"]
+        outcome = (
+            "no finite epoch"
+            if best is None
+            else f"best {record['metric']} {best['metric']:.6g} in epoch {best['epoch']}"
         )
-        return 130
+        why = f" ({record['error']})" if "error" in record else ""
+        print(f"{key.path(results)}: {record['status']}{why}, {outcome}, data: {record['data']}")
+    elif args.command == "sweep":
+        failed = sweep(args.study, results, args.task, args.jobs, args.scheduler, args.device)
+        ended = ends(study_runs(args.study, results, args.task), results)
+        print(f"{args.study}: " + ", ".join(f"{n} {status}" for status, n in ended.items()))
+        return 1 if failed else 0
+    elif args.study:
+        print(status_lines(args.study, results))
+    else:
+        tables = [status(results), status(results, STUDIES_OF_RELATIVES).T]
+        print("\n\n".join(table.to_string() for table in tables))
     return 0
 
 

@@ -273,11 +273,11 @@ class Evidence:
             }
         return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
 
-    def live(self, protocol: str, profile: str, seed: int) -> list[dict[str, Any]]:
+    def live(self, protocol: str, profile: str, seed: int, device: str) -> list[dict[str, Any]]:
         """Make one run of each arm now, in a temporary folder; return their records."""
         with tempfile.TemporaryDirectory() as folder:
             keys = [RunKey(self.task.name, arm, protocol, profile, seed) for arm in ARMS]
-            return [run(key, Path(folder), progress=False) for key in keys]
+            return [run(key, Path(folder), device, progress=False) for key in keys]
 
     def _reference(self) -> dict[str, float]:
         return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if self.profiles["paper"] == "paper" else {}

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from metaadamw_lite.experiments.records import checkout
+from metaadamw_lite.experiments.records import checkout, expanded
 
 T = TypeVar("T")
 
@@ -74,9 +74,13 @@ def cache() -> Path:
 
 
 def data_folder() -> Path:
-    """The folder of real data: ``METAADAMW_DATA``, else the ``cache``."""
+    """The folder of real data: ``METAADAMW_DATA``, else the ``cache``.
+
+    Raises:
+        ValueError: if that begins with "~" and the home folder is not known.
+    """
     named = os.environ.get("METAADAMW_DATA")
-    return Path(named).expanduser() if named else cache()
+    return expanded(named, "METAADAMW_DATA") if named else cache()
 
 
 def fetch(file: DataFile) -> Path:

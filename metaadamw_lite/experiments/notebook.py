@@ -10,6 +10,9 @@ import torch
 
 from metaadamw_lite.experiments.figures import use_style
 
+PAPERMILLS_OWN = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}
+"""Parameters that papermill adds with ``--inject-paths``, ``--inject-output-path`` and ``--inject-input-path``."""
+
 
 def start(cells: Sequence[str]) -> None:
     """Prepare a notebook: check its parameters, show whole texts in tables, set the figure style and one CPU thread.
@@ -38,7 +41,7 @@ def check_parameters(cells: Sequence[str]) -> None:
     for before, cell in pairwise(cells):
         if cell.startswith("# Parameters"):
             known, given = _assigned(before), _assigned(cell)
-            unknown = [name for name in given if name not in known]
+            unknown = [name for name in given if name not in {*known, *PAPERMILLS_OWN}]
             if unknown:
                 raise ValueError(f"unknown parameter {', '.join(unknown)}; this notebook has {', '.join(known)}")
 

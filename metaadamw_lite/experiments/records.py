@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +43,37 @@ def default_results() -> Path:
     """Where records are unless told otherwise: ``data/results`` of the ``checkout``, or of the current directory."""
     folder = checkout() or Path()
     return (Path() if folder == Path.cwd().resolve() else folder) / "data" / "results"  # short, for messages
+
+
+def expanded(path: str | Path, name: str) -> Path:
+    """A path as somebody typed it, with "~" or "~user" replaced by the home folder.
+
+    Args:
+        path: as typed.
+        name: what it is called, for messages.
+
+    Raises:
+        ValueError: if it is empty, or that home folder is not known.
+    """
+    if not str(path):
+        raise ValueError(f"{name} is '', which is no path")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name} is {str(path)!r}, but that home folder is not known; write the whole path") from error
+
+
+def expanded_folder(path: str | Path, name: str) -> Path:
+    """``expanded``, for a folder that is there or can be made.
+
+    Raises:
+        ValueError: also if something else is in its place or above it: a file, or a link to nothing.
+    """
+    folder = expanded(path, name)
+    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"{name} is {str(path)!r}, but {there} is no folder")
+    return folder
 
 
 class RecordError(ValueError):
@@ -143,8 +175,42 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def read_records(results: Path, task: str | None = None) -> list[dict[str, Any]]:
-    """All records below a folder, of one task or of all, in the order of their paths."""
-    return [read_record(path) for path in sorted((results / (task or "")).rglob("*.json"))]
+    """All records below a folder, of one task or of all, in the order of their paths; ``strays`` are passed over.
+
+    Raises:
+        RecordError, OSError: as ``read_record`` does.
+    """
+    paths = sorted(results.glob(f"{task or '*'}/*/*.json"))
+    return [read_record(path) for path in paths if _is_place_of_run(path.relative_to(results)) and path.is_file()]
+
+
+def strays(results: Path) -> list[Path]:
+    """Files and folders among the records that belong to no run: copies, hidden files, notes, folders named like one.
+
+    Of a folder that belongs to no task or variant only itself is listed.
+    """
+    found, folders = [], [results] if results.is_dir() else []
+    while folders:
+        for path in folders.pop().iterdir():
+            place = path.relative_to(results)
+            belongs = _is_place_of_run(place)
+            if path.is_dir() and len(place.parts) < 3 and belongs:
+                folders.append(path)
+            elif not belongs or path.is_dir() or len(place.parts) < 3:
+                found.append(path)
+    return sorted(found)
+
+
+_FOLDER = re.compile(r"[a-z0-9]+([-_][a-z0-9]+|\.[0-9]+)*")
+_FILE = re.compile(
+    rf"({'|'.join(PROTOCOLS)})-({'|'.join(PROFILES)})-(synthetic-)?seed[0-9]+\.(json|ckpt|lock|(json|ckpt)\.[0-9]+\.part)"
+)
+
+
+def _is_place_of_run(place: Path) -> bool:
+    """Whether TASK, TASK/VARIANT or TASK/VARIANT/FILE is spelt as the folders and files of runs are."""
+    folders, files = place.parts[:2], place.parts[2:]
+    return all(map(_FOLDER.fullmatch, folders)) and len(files) < 2 and all(map(_FILE.fullmatch, files))
 
 
 def is_the_machines_fault(error: Exception) -> bool:
@@ -167,7 +233,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -179,7 +245,12 @@ def _revision() -> str | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=30
+            ["git", "-C", str(here), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+            timeout=30,
         ).stdout.strip()
 
     try:

@@ -623,7 +623,7 @@ def _of_main_study(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def bench_record(device: str = "cpu") -> dict[str, Any] | None:
-    """What ``metaadamw_lite.bench`` measured on a "cpu" or a "gpu"; None where that is not recorded."""
+    """The measurement of ``bench`` on a "cpu" or a "gpu"; None where there is no record."""
     path = repository() / "data" / "bench" / f"{device}.json"
     if not path.exists():
         return None

@@ -1,6 +1,7 @@
 """Which runs belong together, and making all that have no record yet."""
 
 import os
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -26,9 +27,9 @@ from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
     RunInProgressError,
     abandoned,
-    check_device,
     forget_abandoned,
     made_with,
+    pick_device,
     run,
     run_settings,
 )
@@ -209,7 +210,7 @@ def missing(runs: Sequence[RunKey], results: Path) -> list[RunKey]:
 
 def _record_of(key: RunKey, results: Path) -> dict[str, Any] | None:
     path = key.path(results)
-    return made_with(run_settings(key), read_record(path), path) if path.exists() else None
+    return made_with(run_settings(key), read_record(path), path) if path.is_file() else None
 
 
 def sweep(
@@ -218,7 +219,7 @@ def sweep(
     tasks: Sequence[str] | None = None,
     jobs: int | None = None,
     scheduler: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = True,
 ) -> list[RunKey]:
     """Make all runs of a study that have no record, several at once, and return those that could not be made.
@@ -233,24 +234,29 @@ def sweep(
             cluster's workers.
         scheduler: address of a Dask scheduler to send the runs to, instead of processes on this machine. Its workers
             must see ``results`` under the same path.
-        device: where the runs compute; on a CPU each has one thread.
+        device: where the runs compute, as ``run`` takes it; on a CPU each has one thread.
         progress: show a bar over the runs of the study, with the time that is left.
 
     Raises:
         ValueError: for an unknown study, profile or task, for fewer jobs than one, or for a device that this machine
             does not have.
         RecordError: if what lies in a record's place is no record.
-        OSError: if the scheduler does not answer, or a worker is killed before it begins a run.
+        OSError: if nothing can be written in ``results``, the scheduler does not answer, or a worker is killed before
+            it begins a run.
     """
     check_count(jobs=1 if jobs is None else jobs)
-    if scheduler is None:
-        check_device(device)
+    if scheduler is None:  # else each worker picks its own
+        device = pick_device(device)
     results = results.resolve()
     errors: dict[RunKey, str] = {}
     busy: set[RunKey] = set()
     unexplained = False
     runs = study_runs(study, results, tasks)
     todo = missing(runs, results)
+    if todo:
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results):  # a folder that is only for reading is better known before any run
+            pass
     with (
         _workers(scheduler, jobs, device) as outcomes,
         tqdm(

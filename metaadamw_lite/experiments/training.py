@@ -62,7 +62,7 @@ class RunInProgressError(RuntimeError):
 def run(
     key: RunKey,
     results: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = True,
     settings: Settings | LoPESettings | None = None,
     wait: bool = False,
@@ -72,7 +72,7 @@ def run(
     Args:
         key: which run.
         results: folder of the records; None for ``default_results()``.
-        device: as torch names it.
+        device: as torch names it, or "auto": a GPU where there is one, else the CPU.
         progress: show a progress bar.
         settings: the task's, instead of those of the key's profile; for trying things out, with another ``results``.
             Those of an adaptation (tasks "lope-…") are ``LoPESettings``.
@@ -94,10 +94,10 @@ def run(
     mine = run_settings(key, settings)
     folder = default_results() if results is None else results
 
-    def make() -> dict[str, Any]:
+    def make(device: torch.device) -> dict[str, Any]:
         if isinstance(mine, LoPESettings):  # adaptations have training of their own
-            return lope_study.make(key, mine, torch.device(device), progress)
-        return _Run(_task(key), key, mine, folder, torch.device(device)).make(progress)
+            return lope_study.make(key, mine, device, progress)
+        return _Run(_task(key), key, mine, folder, device).make(progress)
 
     return made_with(mine, _recorded(key, folder, device, wait, make), key.path(folder))
 
@@ -153,23 +153,32 @@ def made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: P
     return record
 
 
-def check_device(name: str) -> None:
-    """Raise a ValueError for a device that torch does not know or this machine does not have."""
+def pick_device(name: str) -> str:
+    """The device of this name; for "auto" a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: for a device that torch does not know or this machine does not have.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros((), device=name).item()  # which a device that only knows shapes ("meta") cannot give
     except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device is {name!r}, which cannot be used here ({reason})") from error
+    return name
 
 
 def _recorded(
-    key: RunKey, results: Path, device: str, wait: bool, make: Callable[[], dict[str, Any]]
+    key: RunKey, results: Path, device: str, wait: bool, make: Callable[[torch.device], dict[str, Any]]
 ) -> dict[str, Any]:
     """The record of a run, which is made first if there is none."""
     path = key.path(results)
-    if path.exists():
+    if path.is_file():
         return read_record(path)
-    check_device(device)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, in the place of a record")
+    place = torch.device(pick_device(device))
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(key.path(results, ".lock"))
     try:
@@ -179,7 +188,7 @@ def _recorded(
                     leftover.unlink()
                 if not path.exists():  # it may have been finished while we came here
                     with _ONE_RUN, _one_cpu_thread():
-                        record = make()
+                        record = make(place)
                     write_record(record, key, results)
                     key.path(results, ".ckpt").unlink(missing_ok=True)
             finally:

@@ -1,4 +1,4 @@
-"""What MetaAdamW costs beside torch's fused AdamW: ``python -m metaadamw_lite.bench``.
+"""Measure the cost of MetaAdamW beside torch's fused AdamW: ``python -m metaadamw_lite.experiments bench``.
 
 Every number is a ratio of times (or of peak memory) that were measured in turns in one run: baseline, ours, baseline,
 ours, … Give the machine nothing else to do meanwhile. Seconds depend on the machine and are there to judge the ratios.
@@ -6,7 +6,6 @@ ours, … Give the machine nothing else to do meanwhile. Seconds depend on the m
 ``--reference PATH`` adds the authors' released code, from a clone of it, on the same models in the same run.
 """
 
-import argparse
 import copy
 import importlib
 import json
@@ -15,10 +14,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -26,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from metaadamw_lite import MetaAdamW
+from metaadamw_lite import MetaAdamW, optimizer
+from metaadamw_lite.buckets import Bucket, gather
 from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
-from metaadamw_lite.experiments.records import environment, write_atomically
+from metaadamw_lite.experiments.records import environment, expanded, expanded_folder, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
-from metaadamw_lite.experiments.training import check_device
-from metaadamw_lite.fast import Bucket
+from metaadamw_lite.experiments.training import pick_device
 
 DEPTHS = (8, 16, 32, 64, 128)
 """Layers of Φ for which a step and a meta-update are timed."""
@@ -139,6 +140,9 @@ STEPS: Mapping[str, tuple[Callable[[], nn.Module], int, int, float]] = {
 GPU_STEP_TARGET = 2.0
 MEMORY_MODELS = {"etth1": "ETTh1 model", "perceptron": "8 linear layers, 2.9 M parameters, batch of 2"}
 """One model whose memory is activations, and one whose memory is parameters."""
+
+PARTS = {"statistics": (optimizer, "measure"), "factors": (MetaAdamW, "_factors"), "kernel": (optimizer, "move")}
+"""For each part of a step the function that it is."""
 
 
 # ---------------------------------------------------------------- measuring
@@ -426,17 +430,16 @@ def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
         ours = made["ours"]
         assert isinstance(ours, MetaAdamW)
         inside: dict[str, list[float]] = {"statistics": [], "factors": [], "kernel": []}
-        memory = ours._memory
-        kernel = (memory, "fused_adamw") if device.type == "cpu" else (ours, "_move_on_device")  # once for each bucket
-        for part, (owner, name) in (
-            ("statistics", (memory, "inner_products")),
-            ("factors", (ours, "_factors")),
-            ("kernel", kernel),
-        ):
-            setattr(owner, name, timed(getattr(owner, name), inside[part], device))
-        whole = in_turns({name: o.step for name, o in made.items()}, device, seconds)
-        alone = in_turns({"⟨g, m⟩ alone": partial(read_once, ours._gather())}, device, seconds / 4)
-        inside["kernel"] = list(np.reshape(inside["kernel"], (len(inside["factors"]), -1)).sum(axis=1))  # of each step
+        with ExitStack() as stack:
+            for part, (owner, name) in PARTS.items():
+                noting = timed(getattr(owner, name), inside[part], device)
+                stack.enter_context(patch.object(owner, name, noting))
+            whole = in_turns({name: o.step for name, o in made.items()}, device, seconds)
+        buckets = gather(ours.param_groups, ours._members, ours.state)
+        alone = in_turns({"⟨g, m⟩ alone": partial(read_once, buckets)}, device, seconds / 4)
+        inside["kernel"] = list(
+            np.reshape(inside["kernel"], (len(inside["factors"]), -1)).sum(axis=1)
+        )  # of all buckets
         medians = {part: float(statistics.median(times)) for part, times in {**inside, **whole, **alone}.items()}
         medians["Φ"] = medians.pop("factors") - medians["statistics"]
         rows += [{"measure": measure, "part": part, "seconds": t} for part, t in medians.items()]
@@ -498,33 +501,27 @@ def measure_all(device: torch.device, reference: Path | None, seconds: float) ->
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the record; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m metaadamw_lite.bench", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--reference", type=Path, metavar="PATH", help="a clone of the authors' released code")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long each contest goes on (default: 6)")
-    args = parser.parse_args(arguments)
-    try:
-        check_device(args.device)
-        check_not_negative(seconds=args.seconds)
-        if args.json is not None:  # a bad path is better known before four minutes of measuring
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            if args.json.is_dir():
-                raise IsADirectoryError(f"{args.json} is a folder; --json takes a file")
-        record = measure_all(torch.device(args.device), args.reference, args.seconds)
-        print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")
-        if args.json is not None:
-            write_atomically(args.json, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+def run_bench(device: str, reference: str | None, json_file: str | None, seconds: float) -> None:
+    """Measure, print the table and write the record.
 
+    Args:
+        device: as torch names it, or "auto".
+        reference: folder of the authors' released code, as typed; None to do without.
+        json_file: where the record goes, as typed; None for nowhere.
+        seconds: how long each contest goes on.
 
-if __name__ == "__main__":
-    sys.exit(main())
+    Raises:
+        ValueError, OSError: for what cannot be measured or written, before anything is measured.
+    """
+    place = torch.device(pick_device(device))
+    check_not_negative(seconds=seconds)
+    released_code = None if reference is None else expanded_folder(reference, "--reference")
+    path = None if json_file is None else expanded(json_file, "--json")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; --json takes a file")
+    record = measure_all(place, released_code, seconds)
+    if path is not None:
+        write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    print("\n", table([Row(**row) for row in record["rows"]]).to_string(), sep="")

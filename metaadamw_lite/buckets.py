@@ -1,0 +1,142 @@
+"""The tensors that a step moves or a meta-update looks at, collected from ``param_groups`` in buckets.
+
+A bucket holds tensors that share a parameter group, a modulation group, a device and a type: one call of a kernel.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from metaadamw_lite.membership import Membership
+from metaadamw_lite.sharding import is_sharded, local, local_gradient
+
+FUSED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+State = dict[Tensor, dict[str, Any]]
+"""``optimizer.state``: moments and step counts by parameter."""
+
+
+@dataclass
+class Bucket:
+    """Tensors of one device and type that share a parameter group and a modulation group.
+
+    Attributes:
+        settings: the parameter group.
+        k: number of the modulation group.
+        params: the parameters.
+        theta, g, m, v: this process's parts of parameters, gradients and moments: all of them, unless the parameters
+            are sharded.
+        max_v: the largest v so far, with ``amsgrad`` only.
+        step: step counts; none where nothing is to move.
+        sign: −1 where ``g`` is the gradient of a loss that is maximised, so that the moments collect −g; else 1.
+    """
+
+    settings: dict[str, Any]
+    k: int
+    sign: int = 1
+    params: list[Tensor] = field(default_factory=list)
+    theta: list[Tensor] = field(default_factory=list)
+    g: list[Tensor] = field(default_factory=list)
+    m: list[Tensor] = field(default_factory=list)
+    v: list[Tensor] = field(default_factory=list)
+    max_v: list[Tensor] = field(default_factory=list)
+    step: list[Tensor] = field(default_factory=list)
+
+    def select(self, indices: Sequence[int]) -> "Bucket":
+        """Some of the bucket's tensors, as a bucket."""
+        columns = (self.params, self.theta, self.g, self.m, self.v, self.max_v, self.step)
+        return Bucket(self.settings, self.k, self.sign, *([column[i] for i in indices if column] for column in columns))
+
+
+def gather(
+    param_groups: Sequence[dict[str, Any]],
+    members: Membership,
+    state: State,
+    gradients: Mapping[Tensor, Tensor] | None = None,
+    to_move: bool = False,
+) -> list[Bucket]:
+    """The tensors that have a gradient, with their moments.
+
+    Args:
+        param_groups: the parameter groups.
+        members: their modulation groups, which are up to date.
+        state: moments and step counts.
+        gradients: to be used instead of those in ``.grad``.
+        to_move: create the state of parameters that have none, and collect the step counts.
+
+    Raises:
+        RuntimeError: for a sparse gradient, before any state is created.
+    """
+    buckets: dict[tuple[int, int, torch.device, torch.dtype], Bucket] = {}
+    for index, group in enumerate(param_groups):
+        sign = -1 if group["maximize"] and gradients is None else 1
+        for p in group["params"]:
+            g = p.grad if gradients is None else gradients.get(p)
+            if g is None:
+                continue
+            if g.is_sparse:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient; MetaAdamW, like AdamW, needs dense "
+                    "ones (for nn.Embedding: sparse=False)"
+                )
+            key = index, members.number[p], p.device, p.dtype
+            if key not in buckets:
+                buckets[key] = Bucket(group, members.number[p], sign)
+            bucket = buckets[key]
+            bucket.params.append(p)
+            bucket.theta.append(local(p) if members.sharded else p)
+            bucket.g.append(local_gradient(g, p) if members.sharded else g)
+    for bucket in buckets.values():
+        fused = to_move and runs_fused(bucket.settings, bucket.params)
+        for p in bucket.params:
+            if to_move:
+                create_state(state[p], p, fused, bucket.settings["amsgrad"])
+                bucket.step.append(state[p]["step"])
+            m, v, max_v = moments_of(p, state)
+            bucket.m.append(m)
+            bucket.v.append(v)
+            if bucket.settings["amsgrad"]:
+                bucket.max_v.append(max_v)
+    return list(buckets.values())
+
+
+def create_state(state: dict[str, Any], p: Tensor, fused: bool, amsgrad: bool) -> None:
+    """Create the moments and the step count that a parameter lacks, in the form that torch's kernels take."""
+    if "step" not in state or "exp_avg" not in state:  # others (a wrapper) may keep entries of theirs here
+        wide = not fused and torch.get_default_dtype() == torch.float64
+        dtype, device = torch.float64 if wide else torch.float32, p.device if fused else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=dtype, device=device)
+        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    if amsgrad and "max_exp_avg_sq" not in state:
+        state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    if fused and p.device.type != "cpu" and state["step"].device != p.device:  # of a run without the fused kernel
+        state["step"] = state["step"].to(p.device, torch.float32)
+
+
+def moments_of(p: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's part of m, v and the largest v of a parameter; zeros that take no memory before its first step."""
+    mine = state.get(p, {})
+    zero = local(p).new_zeros(()).expand_as(local(p)) if "exp_avg" not in mine else None
+    m, v, max_v = (mine.get(name, zero) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+    return local(m), local(v), local(max_v)
+
+
+def runs_fused(settings: dict[str, Any], params: Sequence[Tensor]) -> bool:
+    """Whether torch's fused kernel moves parameters of one device and type.
+
+    It does where ``fused`` asks for it, and where neither ``fused`` nor ``foreach`` is set and torch has it for them.
+    Only float64 is then left to torch's own choice: there it is precision that counts, and AdamW called with the same
+    arguments takes the same kernel, so that the trajectories agree to the last digit.
+    """
+    if settings["fused"] is not None or settings["foreach"] is not None:
+        return bool(settings["fused"])
+    return (
+        params[0].device.type in _get_fused_kernels_supported_devices()
+        and params[0].dtype in FUSED_TYPES
+        and all(type(p) in (Tensor, torch.nn.Parameter) or is_sharded(p) for p in params)
+    )
