@@ -40,7 +40,7 @@ LENGTH = 64
 VOCABULARY = 10_000
 MIN_FREQ = 2
 """Words in a sentence, "<bos>" and "<eos>" included; words in a vocabulary, unless the settings' data have another
-number under "words"; and how often a word of it must occur."""
+number under "words"; and how often a word of it must occur. With "longest", only pairs of so many words are kept."""
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
 BOS, EOS = 2, 3
 
@@ -71,12 +71,12 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     check_choice("data", source, SOURCES)
     if protocol == "clean":
         import sacrebleu  # noqa: F401 (BLEU comes last: where it is not installed, say so before hours of training)
-    size = settings.data.get("words", VOCABULARY)
+    sizes = settings.data.get("words", VOCABULARY), settings.data.get("longest")
     if source == "real":
-        parts, words, references = prepared(pairs_of_the_tables, (TRAIN, VALIDATION, TEST), protocol, size)
+        parts, words, references = prepared(pairs_of_the_tables, (TRAIN, VALIDATION, TEST), protocol, *sizes)
     else:
         count = settings.data.get("pairs", 2_000)
-        parts, words, references = pairs(protocol, synthetic_pairs(count, 1), synthetic_pairs(count, 2), size)
+        parts, words, references = pairs(protocol, synthetic_pairs(count, 1), synthetic_pairs(count, 2), *sizes)
     samples = [
         part_of((torch.from_numpy(de), torch.from_numpy(en)), settings.data.get(name))
         for name, (de, en) in zip(("train", "val", "test"), parts, strict=False)
@@ -93,13 +93,15 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
     )
 
 
-def pairs_of_the_tables(protocol: str, size: int) -> tuple[list[Any], dict[str, list[str]], list[str]]:
+def pairs_of_the_tables(
+    protocol: str, size: int, longest: int | None
+) -> tuple[list[Any], dict[str, list[str]], list[str]]:
     """The pairs of the real data."""
-    return pairs(protocol, read_table(TRAIN), read_table(VALIDATION if protocol == "paper" else TEST), size)
+    return pairs(protocol, read_table(TRAIN), read_table(VALIDATION if protocol == "paper" else TEST), size, longest)
 
 
 def pairs(
-    protocol: str, train: pd.DataFrame, other: pd.DataFrame, size: int = VOCABULARY
+    protocol: str, train: pd.DataFrame, other: pd.DataFrame, size: int = VOCABULARY, longest: int | None = None
 ) -> tuple[list[Any], dict[str, list[str]], list[str]]:
     """The parts of a protocol as arrays, the two vocabularies, and the English sentences of the test part.
 
@@ -108,7 +110,10 @@ def pairs(
         train: the training part, which ``clean`` divides into training and validation.
         other: the official part that is held out.
         size: at most so many words in a vocabulary.
+        longest: only pairs with at most so many words in either language; None for all.
     """
+    if longest is not None:
+        train, other = (f[(f.map(lambda text: len(text.split())) <= longest).all(axis=1)] for f in (train, other))
     if protocol == "paper":
         frames = [train, other]
     else:

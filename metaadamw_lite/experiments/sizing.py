@@ -19,7 +19,7 @@ from metaadamw_lite.experiments.records import read_record
 from metaadamw_lite.experiments.studies import best_variant, search_runs
 from metaadamw_lite.experiments.task import PROTOCOLS, Data, Task
 from metaadamw_lite.experiments.text import PAD
-from metaadamw_lite.experiments.variants import LEARNING_RATES, at_learning_rate, learning_rate
+from metaadamw_lite.experiments.variants import at_learning_rate, learning_rate, learning_rates
 
 FLAT = 0.05
 """Of the whole fall of a validation loss, the last third of the epochs may have so much."""
@@ -139,7 +139,9 @@ def _row(task: Task, protocol: str, profile: str, results: Path) -> dict[str, An
         "late fall": fall,
         "flat": None if math.isnan(fall) else fall < FLAT,
         "best rate": None if best is None else learning_rate(best),
-        "inside": None if best is None else LEARNING_RATES[0] < learning_rate(best) < LEARNING_RATES[-1],
+        "inside": None
+        if best is None
+        else learning_rates(profile)[0] < learning_rate(best) < learning_rates(profile)[-1],
         "metric": metric,
         "guesses": "; ".join(f"{name} {guess.metric:.4g}" for name, guess in guessed.items()),
         "sampling error (%)": 100 * _sampling_error(task, metric, guessed, next(iter(records.values()))),
