@@ -114,7 +114,7 @@ def _row(task: Task, protocol: str, profile: str, results: Path) -> dict[str, An
     records = {key: read_record(key.path(results)) for key in search if key.path(results).exists()}
     if not records:
         return None
-    settings = task.settings(profile)
+    settings, grid = task.settings(profile), learning_rates(profile)
     guessed = guesses(task, task.load(protocol, settings, "synthetic" if profile == "smoke" else "real"))
     best = best_variant(search, results)
     at_paper = at_learning_rate(settings.lr)
@@ -139,9 +139,7 @@ def _row(task: Task, protocol: str, profile: str, results: Path) -> dict[str, An
         "late fall": fall,
         "flat": None if math.isnan(fall) else fall < FLAT,
         "best rate": None if best is None else learning_rate(best),
-        "inside": None
-        if best is None
-        else learning_rates(profile)[0] < learning_rate(best) < learning_rates(profile)[-1],
+        "inside": None if best is None else learning_rate(best) not in (grid[0], grid[-1]),
         "metric": metric,
         "guesses": "; ".join(f"{name} {guess.metric:.4g}" for name, guess in guessed.items()),
         "sampling error (%)": 100 * _sampling_error(task, metric, guessed, next(iter(records.values()))),
