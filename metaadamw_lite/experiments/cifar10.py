@@ -237,7 +237,8 @@ def settings(profile: str) -> Settings:
 
     ``lite``: a quarter of the paper's width, one block a stage instead of two, means of 2 × 2 pixels, and 4,000
     images. A step has 64 of them instead of 128, so that an epoch has 63 steps: with fewer, early stopping would come
-    before the loss has stopped falling. Runs at the paper's learning rate or a higher one take fewer than 20 epochs.
+    before the loss has stopped falling. At the paper's learning rate or a higher one the longest run
+    of the search takes 20 epochs.
 
     Raises:
         ValueError: for an unknown profile.
