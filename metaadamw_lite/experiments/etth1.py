@@ -167,7 +167,7 @@ def settings(profile: str) -> Settings:
     ``lite``: half the paper's width, and windows of half a day instead of four days. All hours are kept, since errors
     are so uneven that fewer would hide any gain, and so are batch size and K_meta. The mean's error is 100 times as
     large; but no size takes this task far from the last hour, which alone predicts the next about as well as the
-    paper's models do. Runs at the paper's learning rate or a higher one take fewer than 10 epochs.
+    paper's models do. The longest run of the search takes 10 epochs.
 
     Raises:
         ValueError: for an unknown profile.

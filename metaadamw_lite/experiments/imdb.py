@@ -208,7 +208,7 @@ def settings(profile: str) -> Settings:
     """``paper``: Tables 1 and 4. ``smoke``: a narrow model, made-up words.
 
     ``lite``: a quarter of the paper's hidden width, 5,000 words, and the first 48 words of 10,000 reviews: with 4,000
-    the loss hardly falls. At the paper's learning rate 7 % of the loss's fall come in the last third of the
+    the loss hardly falls. At the paper's learning rate 9 % of the loss's fall come in the last third of the
     epochs; at the best ones, 8e-3 to 3.2e-2, none do. Runs at the paper's rate or a higher one take fewer than 20
     epochs.
 
