@@ -264,9 +264,8 @@ def settings(profile: str) -> Settings:
 
     ``lite``: a quarter of the paper's width, one layer instead of four on each side, 4,000 words, and 1,600 pairs of at
     most ten words for training. With fewer words nearly all that ``paper`` predicts is "<unk>", and guessing is as
-    good. A step has 32 pairs instead of 64, so that an epoch has 50 steps. At the paper's learning
-    rate 7 % of the loss's fall come in the last third of the epochs; at the best one, 1e-3, 3 % do. Runs at these rates
-    or higher ones take fewer than 20 epochs.
+    good. A step has 32 pairs instead of 64, so that an epoch has 50 steps. Runs at the paper's
+    learning rate or a higher one take fewer than 20 epochs.
 
     Raises:
         ValueError: for an unknown profile.

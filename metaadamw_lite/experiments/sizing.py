@@ -59,9 +59,9 @@ def sizing_table(results: Path, profile: str = "lite") -> pd.DataFrame:
 
     Columns: how many runs of the search there are; the most epochs that a run at the paper's rate or a higher one has
     taken, and the cap; the mean ``late_fall`` from a guess, at the paper's rate and at the best one; the best rate, and
-    whether it lies inside the grid (both empty while the search goes on); the best epoch's metric on validation, at the
-    best rate (until then, at the paper's), and that of the guess; and the seconds of a run at the paper's rate,
-    reckoned from the fastest epoch, since whatever else a machine does makes epochs longer.
+    whether it lies inside the grid (both empty while the search goes on); and the best epoch's metric on validation, at
+    the best rate (until then, at the paper's), and that of the guess. There are no seconds: those of the records tell
+    how busy the machine was.
 
     Args:
         results: folder of the records.
@@ -91,7 +91,6 @@ def _row(task: Task, protocol: str, profile: str, results: Path) -> dict[str, An
         return _mean([late_fall([e["val_loss"] for e in r["epochs"]], guessed.loss) for r in of(variant)])
 
     at_paper = at_learning_rate(settings.lr)
-    fastest = min((e["seconds"] for r in records.values() for e in r["epochs"]), default=math.nan)
     return {
         "task": task.name,
         "protocol": protocol,
@@ -104,7 +103,6 @@ def _row(task: Task, protocol: str, profile: str, results: Path) -> dict[str, An
         "inside": None if best is None else learning_rate(best) not in (grid[0], grid[-1]),
         "metric": _mean([r["best"]["metric"] for r in of(best or at_paper) if r["best"]]),
         "guess": guessed.metric,
-        "seconds": fastest * _mean([len(r["epochs"]) for r in of(at_paper)]),
     }
 
 
