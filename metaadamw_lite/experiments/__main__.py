@@ -1,4 +1,4 @@
-"""The command line: ``python -m metaadamw_lite.experiments run | sweep | status | bench``."""
+"""The command line: ``python -m metaadamw_lite.experiments run | sweep | status | sizing | bench``."""
 
 import argparse
 import sys
@@ -7,7 +7,8 @@ from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.bench import run_bench
 from metaadamw_lite.experiments.command import run_command
 from metaadamw_lite.experiments.lope_study import ARMS, NOISE
-from metaadamw_lite.experiments.records import RunKey, default_results, expanded_folder, strays
+from metaadamw_lite.experiments.records import RunKey, default_results, expanded, expanded_folder, strays
+from metaadamw_lite.experiments.sizing import sizing_table
 from metaadamw_lite.experiments.studies import (
     STUDIES,
     STUDIES_OF_PHI,
@@ -62,9 +63,11 @@ def parser() -> argparse.ArgumentParser:
 
     state = commands.add_parser("status", help="what is recorded, what is missing")
     state.add_argument("study", nargs="?", help="one study in detail (default: how much there is of each)")
+    sizes = commands.add_parser("sizing", help="whether lite is small and whole, from the records of baseline/lite")
+    sizes.add_argument("--csv", metavar="FILE", help="write the table here, too")
     for command in (one, many):
         command.add_argument("--device", default="auto", help="as torch names it (default: a GPU where there is one)")
-    for command in (one, many, state):
+    for command in (one, many, state, sizes):
         command.add_argument(
             "--results",
             metavar="FOLDER",
@@ -111,6 +114,11 @@ def _do(args: argparse.Namespace) -> int:
         ended = ends(study_runs(args.study, results, args.task), results)
         print(f"{args.study}: " + ", ".join(f"{n} {status}" for status, n in ended.items()))
         return 1 if failed else 0
+    elif args.command == "sizing":
+        table = sizing_table(results)
+        print(table.to_string())
+        if args.csv is not None:
+            table.to_csv(expanded(args.csv, "--csv"), float_format="%.4g")
     elif args.study:
         print(status_lines(args.study, results))
     else:

@@ -39,10 +39,10 @@ from metaadamw_lite.experiments.variants import (
     ABLATIONS,
     ARMS,
     EXCHANGED,
-    LEARNING_RATES,
     SEEDS,
     differs,
     learning_rate,
+    learning_rates,
     phi_of,
 )
 
@@ -443,7 +443,7 @@ def tuned_table() -> pd.DataFrame:
                 arm, tuned = by_seed(outcome, protocol, "metaadamw", best)
                 rows[name, protocol, profile] = {
                     "learning_rate": rate,
-                    "edge": rate in (min(LEARNING_RATES), max(LEARNING_RATES)),
+                    "edge": rate in (learning_rates(profile)[0], learning_rates(profile)[-1]),
                     "tuned": None
                     if best == "adamw"
                     else compare(outcome, protocol, best, "adamw", task.lower_is_better),

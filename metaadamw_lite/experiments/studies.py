@@ -40,11 +40,11 @@ from metaadamw_lite.experiments.training import (
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
     ARMS,
-    LEARNING_RATES,
     SEEDS,
     WEIGHTED,
     at_learning_rate,
     differs,
+    learning_rates,
     phi_of,
 )
 
@@ -177,7 +177,9 @@ def _baseline(profile: str, tasks: Sequence[str], results: Path) -> Iterator[Run
 def search_runs(task: str, protocol: str, profile: str) -> list[RunKey]:
     """The runs that AdamW's learning rate is chosen by."""
     return [
-        RunKey(task, at_learning_rate(lr), protocol, profile, seed) for seed in SEARCH_SEEDS for lr in LEARNING_RATES
+        RunKey(task, at_learning_rate(lr), protocol, profile, seed)
+        for seed in SEARCH_SEEDS
+        for lr in learning_rates(profile)
     ]
 
 
@@ -256,7 +258,11 @@ def _lope(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
 def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
     of_the_paper, wrong = ([t for t in tasks if t in group] for group in (TASKS, NOISY))
     runs = [key for study in (_main, _ablation, _exchange) for key in study(profile, of_the_paper, results)]
-    runs += [RunKey(task, at_learning_rate(lr), "paper", profile, 0) for task in of_the_paper for lr in LEARNING_RATES]
+    runs += [
+        RunKey(task, at_learning_rate(lr), "paper", profile, 0)
+        for task in of_the_paper
+        for lr in learning_rates(profile)
+    ]
     runs += [
         *_lilaw(profile, wrong, results),
         *_together(profile, [t for t in wrong if t == SENSITIVITY_TASK], results),

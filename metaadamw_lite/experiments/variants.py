@@ -23,6 +23,9 @@ SEEDS = range(5)
 LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 """Where the baseline's learning rate is searched; the paper's is 5e-4."""
 
+LITE_LEARNING_RATES = (*LEARNING_RATES[2:], 1.6e-2, 3.2e-2)
+"""Where it is searched for the small models of ``lite``, which do best between 1e-3 and 1.6e-2."""
+
 UNEQUAL_PRIORITIES = (3.0, 5.0, 1.0)
 """For tasks whose Table 4 has equal ones: those of the released WikiText-2 script (Table 3 does not say)."""
 
@@ -147,7 +150,7 @@ WEIGHTED = {
 }
 """The arms with LiLAW, and its sensitivity to its learning rate and to the batch size."""
 
-TUNED = {at_learning_rate(lr): lr for lr in LEARNING_RATES if lr != Settings.lr}
+TUNED = {at_learning_rate(lr): lr for lr in sorted({*LEARNING_RATES, *LITE_LEARNING_RATES}) if lr != Settings.lr}
 """AdamW at the other learning rates of the search."""
 
 VARIANTS = {
@@ -162,6 +165,11 @@ VARIANTS = {
     **LADDER,
 }
 """Every variant, by the name that runs and records have. Studies with variants of their own add a table here."""
+
+
+def learning_rates(profile: str) -> tuple[float, ...]:
+    """The grid in which a profile's learning rate is searched."""
+    return LITE_LEARNING_RATES if profile == "lite" else LEARNING_RATES
 
 
 def learning_rate(variant: str) -> float:
