@@ -313,6 +313,18 @@ def test_multi30k_sentences_begin_and_end_and_have_64_words_at_most():
         assert numbers[4].tolist() == [2, 3] + [0] * 62
 
 
+@pytest.mark.parametrize("protocol", ["paper", "clean"])
+def test_multi30k_keeps_only_pairs_that_are_short_in_both_languages(protocol):
+    """Their references, too; a sentence as long as the limit is short."""
+    train = pd.DataFrame({"de": ["a a", "a a a", "a a", "a"] * 9, "en": ["b b", "b b", "b b b", "b"] * 9})
+    other = pd.DataFrame({"de": ["a a a", "a a"], "en": ["b", "b b"]})
+    parts, _, references = multi30k.pairs(protocol, train, other, longest=2)
+    assert sum(len(part[0]) for part in parts[:-1]) == 18
+    assert max(int((x != 0).sum(axis=1).max()) for part in parts for x in part if len(x)) == 4, "<bos> and <eos> count"
+    assert len(parts[-1][0]) == 1
+    assert references == ([] if protocol == "paper" else ["b b"])
+
+
 def pairs_of_unlike_length(data):
     """Eight pairs, one of them much longer than the others."""
     source, target = (x[:8].clone() for x in data.train)
