@@ -49,21 +49,21 @@ class Evidence:
         self._movement = report.movement_frame(self.records)
 
     def label(self) -> str:
-        """A warning for pages that rest on shortened runs; the name of the profile on others (Markdown)."""
+        """Which runs the page rests on, with a warning where they are small ones (Markdown)."""
         what = f"Profile: {self._profile('`')}; {len(self.runs)} runs; data: {', '.join(self.runs['data'].unique())}."
-        short = self._shortened()
-        if not short:
+        small = self._small()
+        if not small:
             return what
-        everything = len(short) == len(self.profiles)
-        recorded = "Everything recorded on this page" if everything else f"What is under protocol `{short[0]}`"
+        everything = len(small) == len(self.profiles)
+        recorded = "Everything recorded on this page" if everything else f"What is under protocol `{small[0]}`"
         return (
-            f"**{what} {recorded} comes from shortened runs**: real data and the paper's model, "
-            f"but {self._steps()}. They show how training begins, not where it ends, and cannot be compared with "
-            f"{'the paper' if everything else 'those under the other protocol or with the paper'}'s numbers."
+            f"**{what} {recorded} comes from small whole runs**: a part of the real data and a narrow model of the "
+            f"paper's kind, trained until early stopping ends it. Its numbers cannot be compared with "
+            f"{'the paper' if everything else 'those under the other protocol or with the paper'}'s; gains can."
         )
 
-    def _shortened(self) -> list[str]:
-        """The protocols that are shown by shortened runs."""
+    def _small(self) -> list[str]:
+        """The protocols that are shown by small whole runs (profile "lite")."""
         return [protocol for protocol, profile in self.profiles.items() if profile == "lite"]
 
     def _profile(self, quote: str = "") -> str:
@@ -72,15 +72,6 @@ class Evidence:
             return f"{quote}{self.profiles['paper']}{quote}"
         parts = (f"{quote}{profile}{quote} (protocol {quote}{p}{quote})" for p, profile in self.profiles.items())
         return ", ".join(parts)
-
-    def _steps(self) -> str:
-        """How long a shortened run is, beside the paper's longest."""
-        short = [r for r in self.records if r["run"]["profile"] == "lite"]
-        settings, full = short[0]["settings"], self.task.settings("paper")
-        samples = max(r["samples"]["train"] for r in short)
-        steps = settings["epochs"] * math.ceil(samples / settings["batch_size"])
-        longest = full.epochs * full.meta_every * full.meta_per_epoch  # to a few, where these do not divide an epoch
-        return f"at most {steps} optimizer steps, where the paper's runs have up to about {longest:,}"
 
     def chance_level(self) -> str:
         """For a task with classes: what guessing gives, and how exactly an accuracy is measured at all (Markdown)."""
@@ -112,13 +103,10 @@ class Evidence:
             lines.append(f"* {self.task.unit[0].upper()}{self.task.unit[1:]}, protocol `paper`: {'; '.join(arms)}.")
         lines += [f"* {few}" for few in self._whole_but_few()]
         lines.append("* " + self.factors_statement())
-        short = self._shortened()
-        if short:
-            which = "The runs" if len(short) == len(self.profiles) else f"The runs under `{short[0]}`"
-            then = ", so this page neither confirms nor refutes the paper's number" if "paper" in short else ""
+        if "lite" in self.profiles.values():
             lines.append(
-                f"* {which} are shortened ({self._steps()}){then}. `python -m metaadamw_lite.experiments sweep "
-                f"main/paper --task {self.task.name}` makes the whole ones."
+                f"* `python -m metaadamw_lite.experiments sweep main/paper --task {self.task.name}` makes the runs "
+                "that are as published."
             )
         return "\n".join(lines)
 
@@ -136,15 +124,15 @@ class Evidence:
         return paired.pairs_by_seed(arm, baseline).assign(gain=gain)
 
     def _whole_but_few(self) -> list[str]:
-        """What whole runs there are where shortened ones are shown, since the whole ones are too few to judge by."""
+        """What runs as published there are where small ones are shown, since these are too few to judge by."""
         says = []
-        for protocol in self._shortened():
+        for protocol in self._small():
             rows = [
                 f"seed {seed}: AdamW {baseline:.5g}, MetaAdamW {arm:.5g} ({gain:+.1f} %)"
                 for seed, arm, baseline, gain in self._pairs(protocol, "paper").itertuples(name=None)
             ]
             if rows:
-                says.append(f"Whole runs under `{protocol}`, too few to judge by: {'; '.join(rows)}.")
+                says.append(f"Runs as published under `{protocol}`, too few to judge by: {'; '.join(rows)}.")
         return says
 
     def summary(self) -> pd.DataFrame:
@@ -162,7 +150,7 @@ class Evidence:
     def curves(self) -> Figure:
         """Validation curves, with the paper's two numbers where the runs have the paper's settings."""
         epochs = report.epochs_frame(self.records)
-        alike = len(set(self.profiles.values())) == 1  # whole and shortened runs end far from each other
+        alike = len(set(self.profiles.values())) == 1  # runs of both profiles end far from each other
         return self._titled(figures.plot_curves(epochs, PROTOCOLS, self.task, self._reference(), share_y=alike))
 
     def pairs(self) -> Figure:

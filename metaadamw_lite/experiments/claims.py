@@ -136,7 +136,7 @@ def _found(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.Da
     if kind == "necessary":
         return _found_parts(task)
     runs = report.main_runs(task)
-    if report.best_evidence(runs, "paper") == "lite":  # when a shortened run stops says nothing about a whole one
+    if report.best_evidence(runs, "paper") == "lite":  # when a small run stops says nothing about one as published
         return Finding("–")
     return _found_optimum(task) if kind == "earlier" else _found_length(task, kind, runs)
 

@@ -600,7 +600,7 @@ def _of_main_study(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def planned_pairs(task: str, runs: pd.DataFrame, protocol: str, profile: str) -> int:
-    """How many pairs of the main study are planned: five whole ones; of shortened ones as many as the power asks for.
+    """How many pairs of the main study are planned: five as published; of small ones as many as the power asks for.
 
     Args:
         task: which.
@@ -637,7 +637,7 @@ def bench_record(name: str = "cpu") -> dict[str, Any] | None:
 
 
 def noted(text: str, profile: str, pairs: int | None = None, planned: int = len(SEEDS)) -> str:
-    """A statement, with a note where it rests on shortened runs, or on fewer pairs than planned.
+    """A statement, with a note where it rests on small runs (`lite`), or on fewer pairs than planned.
 
     A verdict that is given before all are there may be another one with the next seed.
 

@@ -114,7 +114,7 @@ def tasks_of(name: str) -> list[str]:
 
 
 def _main(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
-    """The first seeds of all tasks; then, of shortened runs, as many as the power asks for, the cheapest task first."""
+    """The first seeds of all tasks; then, of small runs, as many as the power asks for, the cheapest task first."""
     for seed in SEEDS:
         for task in tasks:
             for protocol in PROTOCOLS:
@@ -139,7 +139,7 @@ def _main(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]
 
 
 def seeds_by_power(task: str, first: "pd.Series[float]") -> dict[str, range]:
-    """The seeds of shortened runs of the main study that tell the paper's gain from none with a power of 80 %.
+    """The seeds of the small runs of the main study that tell the paper's gain from none with a power of 80 %.
 
     Args:
         task: whose gain.
