@@ -227,7 +227,7 @@ def _sources_first(
     runs = [RunKey(task, variant, "paper", profile, seed) for seed in seeds for task in tasks for variant in variants]
     sources = {key: _source(key) for key in runs}
     plain = (RunKey(task, "adamw", "paper", profile, seed) for seed in seeds for task in tasks)
-    yield from dict.fromkeys([*plain, *sources.values()])
+    yield from dict.fromkeys([*plain, *(source for source in sources.values() if source.task in tasks)])
     usable = {source: bool((_record_of(source, results) or {}).get("trace")) for source in {*sources.values()}}
     yield from (key for key, source in sources.items() if usable[source])
 
