@@ -10,12 +10,16 @@ from torch import nn
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments import TASKS, training
+from metaadamw_lite.experiments.dose import DOSE, EVERYWHERE, TWINS
 from metaadamw_lite.experiments.ladder import LADDER, compared, every
 from metaadamw_lite.experiments.null import NULL, PHI_SEEDS, frozen_phi, trained_phi
-from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.studies import study_runs
+from metaadamw_lite.experiments.records import RunKey, write_record
+from metaadamw_lite.experiments.replay import REPLAY
+from metaadamw_lite.experiments.studies import expected_seconds, study_runs
 from metaadamw_lite.experiments.training import make_optimizer, run
+from metaadamw_lite.experiments.transfer import TRANSFER
 from metaadamw_lite.experiments.variants import SEEDS, VARIANTS, changed
+from metaadamw_lite.groups import fine_grained_groups
 
 
 def smoke_run(variant, results, task="etth1", seed=0, **more):
@@ -198,3 +202,218 @@ def test_the_ladder_has_ten_seeds_and_adamw_beside_each(tmp_path):
     for seed in range(10):
         assert {key.variant for key in runs if key.seed == seed} == {"adamw", *LADDER}
     assert isinstance(made("ladder-one"), MetaAdamW)
+
+
+# ---------------------------------------------------------------- dose
+
+
+SHAPE_OF_PHI = ("alpha_range", "attn_layers", "attn_hidden_dim", "attn_heads", "feature_version", "use_feature_gating")
+
+
+@pytest.mark.parametrize("variant", TWINS)
+def test_every_trained_phi_of_the_dose_has_a_twin_that_differs_by_the_training_alone(variant):
+    settings = TASKS["wikitext2"].settings("paper")
+    mine, theirs = (changed(settings, name) for name in (variant, TWINS[variant]))
+    assert VARIANTS[variant].updates
+    assert theirs.lr == mine.lr
+    if VARIANTS[TWINS[variant]].make is VARIANTS["adamw"].make:  # as an untrained Φ on a log scale is
+        assert set(made(variant, "wikitext2").modulator(torch.rand(3, 6).double()).alpha.tolist()) == {1}
+    else:
+        assert not VARIANTS[TWINS[variant]].updates
+        assert VARIANTS[TWINS[variant]].make is VARIANTS[variant].make
+        assert {k: theirs.metaadamw.get(k) for k in SHAPE_OF_PHI} == {k: mine.metaadamw.get(k) for k in SHAPE_OF_PHI}
+
+
+def test_no_trained_phi_of_the_dose_is_without_a_twin():
+    assert {name for name, variant in DOSE.items() if variant.updates} <= set(TWINS)
+    assert len(DOSE) <= 24
+
+
+def test_the_dose_is_on_wikitext2_and_three_variants_are_everywhere(tmp_path):
+    runs = study_runs("dose/lite", tmp_path)
+    assert len(set(runs)) == len(runs)
+    of = {task: {key.variant for key in runs if key.task == task} for task in TASKS}
+    assert of["wikitext2"] >= {*TWINS, *TWINS.values(), "adamw"} - {"dose-k10", "dose-k50"}
+    for task in ("etth1", "multi30k", "cifar10", "imdb"):
+        assert of[task] == {"adamw", "adamw-lr0.002", "metaadamw", "metaadamw-frozen", *EVERYWHERE}
+    assert {key.seed for key in runs} == {0, 1, 2}
+
+
+def test_a_dose_that_is_the_published_one_on_a_task_is_not_run_twice(tmp_path, monkeypatch):
+    task = TASKS["wikitext2"]
+    settings = dataclasses.replace(task.settings("lite"), epochs=30, meta_every=50, meta_per_epoch=2)
+    monkeypatch.setitem(TASKS, "wikitext2", dataclasses.replace(task, settings=lambda _: settings))
+    variants = {key.variant for key in study_runs("dose/lite", tmp_path, ["wikitext2"])}
+    assert "dose-k50" not in variants
+    assert "dose-k10" in variants
+    with pytest.raises(ValueError, match="'dose-k50', which is what 'metaadamw' is on this task"):
+        run(RunKey("wikitext2", "dose-k50", "paper", "lite", 0), tmp_path, progress=False)
+
+
+# ---------------------------------------------------------------- replay
+
+
+def traced(model, alphas, betas, variant="metaadamw", steps=(1, 2, 4)):
+    """A record with factors, which are drawn up by hand."""
+    groups = fine_grained_groups(model.named_parameters(), model)
+    return {
+        "run": dataclasses.asdict(RunKey("etth1", variant, "paper", "smoke", 0)),
+        "status": "finished",
+        "digest": "none",
+        "groups": [{"name": g.name, "parameters": sum(p.numel() for p in g.params)} for g in groups],
+        "trace": [
+            {"step": step, "alpha": [alphas(g, step) for g in groups], "beta": [betas(g, step) for g in groups]}
+            for step in steps
+        ],
+    }
+
+
+def rates(optimizer):
+    """η and λ of each parameter, beside its group's name."""
+    return {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("variant", REPLAY)
+def test_a_replay_of_factors_that_are_one_is_adamw(variant):
+    torch.manual_seed(0)
+    ours, theirs = (tiny() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    record = traced(ours, lambda *_: 1.0, lambda *_: 1.0)
+    optimizers = made(variant, "etth1", 0, ours, record), made("adamw", "etth1", 0, theirs)
+    for k in range(6):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            generator = torch.Generator().manual_seed(k)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
+            optimizer.step()
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
+def test_a_replay_has_the_means_of_its_groups():
+    model = tiny()
+    groups = fine_grained_groups(model.named_parameters(), model)
+    alpha = {group.name: 0.5 + k for k, group in enumerate(groups)}
+    record = traced(model, lambda g, step: alpha[g.name] * step, lambda g, step: 2.0 * step)  # the steps' mean is 7/3
+    found = rates(made("replay-groups-of-metaadamw", "etth1", 0, model, record))
+    for group in groups:
+        for p in group.params:
+            assert found[id(p)] == pytest.approx((5e-4 * alpha[group.name] * 7 / 3, 1e-2 * 14 / 3))
+    sizes = {group.name: sum(p.numel() for p in group.params) for group in groups}
+    mean = sum(sizes[name] * alpha[name] for name in sizes) / sum(sizes.values())
+    found = rates(made("replay-one-of-metaadamw", "etth1", 0, model, record))
+    assert list(found.values()) == [pytest.approx((5e-4 * mean * 7 / 3, 1e-2 * 14 / 3))] * len(found)
+    found = rates(made("replay-ends-of-metaadamw", "etth1", 0, model, record))
+    for group in groups:
+        end = group.name.startswith(("embedding/", "other/deep/"))
+        expected = (5e-4 * alpha[group.name] * 7 / 3, 1e-2 * 14 / 3) if end else (5e-4, 1e-2)
+        assert all(found[id(p)] == pytest.approx(expected) for p in group.params)
+
+
+def test_a_replayed_schedule_is_that_of_the_steps_also_after_a_resume():
+    model = tiny()
+    record = traced(model, lambda _, step: float(step), lambda *_: 1.0, "ladder-phi", steps=(2, 4, 5))
+    optimizer = made("replay-schedule-of-ladder-phi", "etth1", 0, model, record)
+    seen = []
+    for k in range(7):
+        if k == 4:
+            state = optimizer.state_dict()
+            optimizer = made("replay-schedule-of-ladder-phi", "etth1", 0, model, record)
+            optimizer.load_state_dict(state)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        seen.append(optimizer.param_groups[0]["lr"] / 5e-4)
+    assert seen == pytest.approx([2, 2, 3, 4, 5, 5, 5])
+
+
+@pytest.mark.parametrize("spoil", ["groups", "trace"])
+def test_a_record_that_does_not_fit_is_not_replayed(spoil):
+    model = tiny()
+    record = traced(model, lambda *_: 1.0, lambda *_: 1.0) | {spoil: []}
+    for variant in REPLAY:
+        with pytest.raises(ValueError, match="the record of etth1 metaadamw paper-smoke-seed0 has"):
+            made(variant, "etth1", 0, model, record)
+
+
+def test_a_replay_needs_its_source_and_says_from_which_record_it_is(tmp_path):
+    with pytest.raises(ValueError, match="needs the record of etth1 metaadamw-frozen paper-smoke-seed0"):
+        smoke_run("replay-groups-of-metaadamw-frozen", tmp_path)
+    assert list(tmp_path.rglob("*.*")) == []
+    source = smoke_run("metaadamw-frozen", tmp_path)
+    record = smoke_run("replay-groups-of-metaadamw-frozen", tmp_path)
+    assert record["source"] == {"run": source["run"], "digest": source["digest"]}
+    assert losses_of(record)[0] == pytest.approx(losses_of(source)[0], rel=0.05)
+    assert smoke_run("replay-groups-of-metaadamw-frozen", tmp_path) == record
+
+
+def test_replays_join_the_study_when_their_sources_are_recorded(tmp_path):
+    before = study_runs("replay/lite", tmp_path, ["etth1"])
+    assert {key.variant for key in before} == {"adamw", "metaadamw", "metaadamw-frozen", "ladder-phi"}
+    content = {"settings": {}, "status": "finished", "data": "made", "epochs": [], "environment": {}}
+    content |= {"best": None, "test": None}
+    trace = [{"step": 1, "alpha": [1.0], "beta": [1.0]}]
+    write_record({**content, "trace": trace}, RunKey("etth1", "ladder-phi", "paper", "lite", 3), tmp_path)
+    write_record({**content, "trace": []}, RunKey("etth1", "metaadamw", "paper", "lite", 3), tmp_path)
+    added = [key for key in study_runs("replay/lite", tmp_path, ["etth1"]) if key not in before]
+    assert {(key.variant, key.seed) for key in added} == {
+        (f"replay-{what}-of-ladder-phi", 3) for what in ("groups", "one", "schedule")
+    }
+
+
+# ---------------------------------------------------------------- circularity and transfer
+
+
+def test_with_constants_in_its_loss_only_the_decay_moves_phi(tmp_path):
+    settings = TASKS["etth1"].settings("smoke")
+    settings = dataclasses.replace(settings, metaadamw={**settings.metaadamw, "meta_weight_decay": 0.0})
+    by_constants, by_targets, published = (
+        smoke_run(v, tmp_path, settings=settings)["meta_updates"][0]
+        for v in ("circularity-constants", "circularity-targets", "metaadamw")
+    )
+    assert by_constants["phi_moved"] == 0
+    assert by_targets["phi_moved"] > 0
+    assert by_targets["phi_moved"] != published["phi_moved"] > 0
+    assert by_constants["log_var"] == published["log_var"] != by_targets["log_var"]
+
+
+def test_a_transferred_phi_is_the_one_that_its_source_ended_with_and_rests(tmp_path, monkeypatch):
+    optimizers = []
+    monkeypatch.setattr(training, "make_optimizer", lambda *a: optimizers.append(make_optimizer(*a)) or optimizers[-1])
+    with pytest.raises(ValueError, match="needs the record of wikitext2 ladder-phi paper-smoke-seed0"):
+        smoke_run("transfer-from-wikitext2", tmp_path)
+    source = smoke_run("ladder-phi", tmp_path, "wikitext2")
+    record = smoke_run("transfer-from-wikitext2", tmp_path)
+    trained, resting = (nn.utils.parameters_to_vector(o.modulator.parameters()) for o in optimizers)
+    torch.testing.assert_close(resting, trained, rtol=1e-6, atol=1e-7)
+    assert record["meta_updates"] == []
+    assert record["source"]["run"] == source["run"]
+    assert record["trace"][0]["alpha"] != [1.0] * len(record["groups"])
+
+
+def test_transfer_is_from_each_of_four_tasks_to_each(tmp_path):
+    sources = study_runs("transfer/lite", tmp_path)
+    assert {key.variant for key in sources} == {"adamw", "ladder-phi"}
+    assert len(sources) == 2 * 4 * 3
+    content = {"settings": {}, "status": "finished", "data": "made", "epochs": [], "environment": {}}
+    content |= {"best": None, "test": None, "trace": [{"step": 1, "alpha": [1.0], "beta": [1.0]}]}
+    for key in sources:
+        write_record(content, key, tmp_path)
+    added = [key for key in study_runs("transfer/lite", tmp_path) if key not in sources]
+    assert len(added) == len(set(added)) == 4 * 4 * 3
+    assert {key.variant for key in added} == set(TRANSFER)
+
+
+# ---------------------------------------------------------------- how long it will take
+
+
+def test_a_sweep_is_estimated_from_recorded_runs_of_the_same_task_and_profile(tmp_path):
+    runs = study_runs("null/lite", tmp_path, ["etth1"])
+    assert expected_seconds(runs, tmp_path) is None
+    content = {"settings": {}, "status": "finished", "data": "made", "environment": {}, "best": None, "test": None}
+    for profile, task, seconds in (("lite", "etth1", 5.0), ("paper", "etth1", 500.0), ("lite", "imdb", 70.0)):
+        for seed in range(2):
+            epochs = [{"epoch": 1, "seconds": seconds}, {"epoch": 2, "seconds": seconds * (1 + seed)}]
+            write_record({**content, "epochs": epochs}, RunKey(task, "adamw", "paper", profile, seed), tmp_path)
+    assert expected_seconds(runs, tmp_path) == pytest.approx(len(runs) * (10 + 15) / 2)
+    assert expected_seconds([], tmp_path) == 0
+    assert expected_seconds(study_runs("null/lite", tmp_path), tmp_path) is None

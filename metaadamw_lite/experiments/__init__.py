@@ -13,7 +13,8 @@
 * ``training``  one run, from the seed to the record
 * ``records``   what a run leaves behind
 * ``variant``   what a variant is: a change to a task's settings, and an optimizer; ``variants`` has all of them
-* ``null``, ``ladder``  variants of the studies of random, constant and learned factors
+* ``null``, ``ladder``, ``dose``, ``replay``, ``circularity``, ``transfer``
+                the variants of the studies of random, constant and learned factors
 * ``studies``   which runs belong together, and running all that are missing
 * ``report``    tables made from records; ``paired`` has the statistics, ``claims`` the verdicts on the paper's claims
 * ``released``  the logs that come with the released code

@@ -185,8 +185,12 @@ def every(steps: int) -> Change:
     return change
 
 
+small_phi = both(arguments(**PHI), every(META_EVERY))
+"""The settings of ``ladder-phi``."""
+
+
 def _rung(phi: Callable[[MetaAdamW, Settings, torch.Generator], nn.Module], meta_lr: float) -> Variant:
-    change = both(arguments(**{**PHI, "meta_lr": meta_lr}), every(META_EVERY))
+    change = both(small_phi, arguments(meta_lr=meta_lr))
     return Variant(change, with_phi(phi), keeps_phi=phi is log_phi)
 
 

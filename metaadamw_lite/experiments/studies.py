@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -21,12 +21,15 @@ from tqdm import tqdm
 
 from metaadamw_lite.checks import check_choice, check_count
 from metaadamw_lite.experiments import NOISY, TASKS
+from metaadamw_lite.experiments.circularity import CIRCULARITY
+from metaadamw_lite.experiments.dose import EVERYWHERE, TWINS
 from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi, trained_phi
 from metaadamw_lite.experiments.paired import improvements_by_seed, pairs_needed
-from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record
+from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record, read_records
+from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
     RunInProgressError,
@@ -37,19 +40,22 @@ from metaadamw_lite.experiments.training import (
     run,
     run_settings,
 )
+from metaadamw_lite.experiments.transfer import TRANSFER, TRANSFER_TASKS
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
     ARMS,
     LEARNING_RATES,
     SEEDS,
+    VARIANTS,
     WEIGHTED,
+    arm_of,
     at_learning_rate,
     differs,
     phi_of,
 )
 
 FEW_SEEDS = range(3)
-"""Of ``lilaw`` and ``lope``, which have many arms and kinds of noise."""
+"""Of ``lilaw`` and ``lope``, which have many arms and kinds of noise, and of ``dose`` and ``transfer``."""
 NULL_SEEDS = range(2)
 """Of ``null``, for each of its many Φ's."""
 LADDER_SEEDS = range(10)
@@ -63,13 +69,17 @@ STUDIES = {
     "exchange": "MetaAdamW with the random start of Φ of each other seed, under the paper's protocol",
     "null": "32 fresh Φ's that no other run has, never trained, and on WikiText-2 also trained",
     "ladder": "is the Transformer needed? One learned α, one for each group, an MLP, Φ",
+    "dose": "Φ trained harder, one factor at a time, on WikiText-2; the most telling on all tasks",
+    "replay": "AdamW with a recorded run's factors held constant, and with its mean schedule",
+    "circularity": "MetaAdamW with the terms of its meta-loss replaced by fixed targets and by constants",
+    "transfer": "a Φ that was trained on one task, frozen on another",
     "lilaw": "AdamW with and without LiLAW on wrong labels, and LiLAW's own settings",
     "together": "AdamW and MetaAdamW, each with and without LiLAW, on wrong labels",
     "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
     "smoke": "everything once, in seconds, on synthetic data",
 }
 STUDIES_OF_PAPER = ("main", "baseline", "ablation", "exchange")
-STUDIES_OF_PHI = ("null", "ladder")
+STUDIES_OF_PHI = ("null", "ladder", "dose", "replay", "circularity", "transfer")
 """Of random, constant and learned factors: in the profile "lite" only, under the paper's protocol."""
 STUDIES_OF_RELATIVES = ("lilaw", "together", "lope")
 SENSITIVITY_TASK = "cifar10-symmetric40"
@@ -109,8 +119,9 @@ def tasks_of(name: str) -> list[str]:
     """The tasks that a study has runs of."""
     if name == "smoke":
         return [*TASKS, *NOISY, *NOISE]
-    few = {name: ["wikitext2", "etth1", "cifar10"] for name in ("null", "ladder")}
-    return {"lilaw": [*NOISY], "together": [SENSITIVITY_TASK], "lope": [*NOISE], **few}.get(name, [*TASKS])
+    few = {name: ["wikitext2", "etth1", "cifar10"] for name in ("null", "ladder", "circularity")}
+    few |= {"lilaw": [*NOISY], "together": [SENSITIVITY_TASK], "lope": [*NOISE], "transfer": [*TRANSFER_TASKS]}
+    return few.get(name, [*TASKS])
 
 
 def _main(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
@@ -232,6 +243,51 @@ def _ladder(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKe
             yield from (RunKey(task, best, "paper", profile, seed) for seed in LADDER_SEEDS)
 
 
+def _dose(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    """On WikiText-2 every variant and its untrained twin; elsewhere ``EVERYWHERE``, beside the arms."""
+    for seed in FEW_SEEDS:
+        for task in sorted(tasks, key=lambda t: t != "wikitext2"):
+            chosen = TWINS if task == "wikitext2" else ("metaadamw", *EVERYWHERE)
+            variants = dict.fromkeys(("adamw", *(v for variant in chosen for v in (TWINS[variant], variant))))
+            here = [v for v in variants if arm_of(TASKS[task].settings(profile), v) in (None, v)]
+            yield from (RunKey(task, variant, "paper", profile, seed) for variant in here)
+
+
+def _replay(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    """The sources beside AdamW, and the replays of those that are recorded."""
+    return _sources_first(REPLAY, profile, tasks, results, SEEDS)
+
+
+def _transfer(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    """Φ trained on each task, beside AdamW, then frozen on each."""
+    return _sources_first(TRANSFER, profile, tasks, results, FEW_SEEDS)
+
+
+def _sources_first(
+    variants: Iterable[str], profile: str, tasks: Sequence[str], results: Path, seeds: Iterable[int]
+) -> Iterator[RunKey]:
+    """AdamW and the sources of some variants; and the runs of these variants whose source has left factors."""
+    seeds = list(seeds)
+    runs = [RunKey(task, variant, "paper", profile, seed) for seed in seeds for task in tasks for variant in variants]
+    sources = {key: _source(key) for key in runs}
+    plain = (RunKey(task, "adamw", "paper", profile, seed) for seed in seeds for task in tasks)
+    yield from dict.fromkeys([*plain, *sources.values()])
+    usable = {source: bool((_record_of(source, results) or {}).get("trace")) for source in {*sources.values()}}
+    yield from (key for key, source in sources.items() if usable[source])
+
+
+def _source(key: RunKey) -> RunKey:
+    source = VARIANTS[key.variant].source
+    assert source is not None
+    return source(key)
+
+
+def _circularity(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    for seed in SEEDS:
+        for task in tasks:
+            yield from (RunKey(task, variant, "paper", profile, seed) for variant in (*ARMS, *CIRCULARITY))
+
+
 def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
     for seed in FEW_SEEDS:
         for task in tasks:
@@ -276,6 +332,10 @@ _RUNS = {
     "exchange": _exchange,
     "null": _null,
     "ladder": _ladder,
+    "dose": _dose,
+    "replay": _replay,
+    "circularity": _circularity,
+    "transfer": _transfer,
     "lilaw": _lilaw,
     "together": _together,
     "lope": _lope,
@@ -338,6 +398,9 @@ def sweep(
     unexplained = False
     runs = study_runs(study, results, tasks)
     todo = missing(runs, results)
+    if todo and progress:
+        at_a_time = jobs or (runs_at_a_time(device) if scheduler is None else 1)
+        tqdm.write(f"{study}: {len(todo)} runs to make, {duration(expected_seconds(todo, results), at_a_time)}")
     if todo:
         results.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=results):  # a folder that is only for reading is better known before any run
@@ -375,6 +438,27 @@ def sweep(
             bar.total, bar.n = len(runs), len(runs) - len(todo) - len(errors)  # other sweeps make runs, too
             bar.refresh()
     return list(errors)
+
+
+def expected_seconds(runs: Sequence[RunKey], results: Path) -> float | None:
+    """How long some runs will take, one after the other: each as the mean recorded run of its task and profile.
+
+    None where a task has no recorded run of the profile.
+    """
+    seconds: dict[tuple[str, str], list[float]] = {(key.task, key.profile): [] for key in runs}
+    for task in {key.task for key in runs}:
+        for record in read_records(results, task):
+            of = seconds.get((task, record["run"]["profile"]))
+            if of is not None:
+                of.append(sum(epoch.get("seconds", 0.0) for epoch in record["epochs"]))
+    return sum(fmean(seconds[key.task, key.profile]) for key in runs) if all(seconds.values()) else None
+
+
+def duration(seconds: float | None, at_a_time: int) -> str:
+    """An estimate for a person."""
+    if seconds is None:
+        return "for how long is not known: not every task has a recorded run of this profile"
+    return f"about {seconds / at_a_time / 3600:.1f} hours with {at_a_time} at a time, going by the recorded runs"
 
 
 Outcome = tuple[RunKey, str | None]

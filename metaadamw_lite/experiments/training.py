@@ -84,7 +84,8 @@ def run(
 
     Raises:
         ValueError: for an unknown task, variant or device, settings of another kind of task, a variant that the task
-            or its protocol does not go with, or settings other than those that the record was made with.
+            or its protocol does not go with, settings other than those that the record was made with, or a variant that
+            is made from another run's record where that is missing.
         RunInProgressError: if another process is at this run.
         RecordError: if what lies in the record's place is no record.
         DataError: if the data cannot be had, or are not what they should be.
@@ -97,7 +98,7 @@ def run(
     def make(device: torch.device) -> dict[str, Any]:
         if isinstance(mine, LoPESettings):  # adaptations have training of their own
             return lope_study.make(key, mine, device, progress)
-        return _Run(_task(key), key, mine, folder, device).make(progress)
+        return _Run(_task(key), key, mine, folder, device, *_source(key, folder, settings)).make(progress)
 
     return made_with(mine, _recorded(key, folder, device, wait, make), key.path(folder))
 
@@ -127,6 +128,22 @@ def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -
     if mine.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
     return mine
+
+
+def _source(key: RunKey, results: Path, settings: Settings | LoPESettings | None) -> list[dict[str, Any]]:
+    """The record that a run's optimizer is made from, in a list; none where the variant has no source.
+
+    Raises:
+        ValueError: if the variant has one, and its run has no record or was made with other settings.
+    """
+    source = VARIANTS[key.variant].source
+    if source is None:
+        return []
+    other = source(key)
+    path = other.path(results)
+    if not path.is_file():
+        raise ValueError(f"{key} needs the record of {other}, which {results} does not have; make that run first")
+    return [made_with(run_settings(other, settings if other.task == key.task else None), read_record(path), path)]
 
 
 def _task(key: RunKey) -> Task:
@@ -310,7 +327,15 @@ class _Stopwatch:
 class _Run:
     """The state of a run between its epochs, which is what a checkpoint holds."""
 
-    def __init__(self, task: Task, key: RunKey, settings: Settings, results: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        task: Task,
+        key: RunKey,
+        settings: Settings,
+        results: Path,
+        device: torch.device,
+        *source: dict[str, Any],
+    ) -> None:
         self.task, self.key, self.settings, self.device = task, key, settings, device
         self.checkpoint = key.path(results, ".ckpt")
         data = task.load(key.protocol, settings, key.source)
@@ -322,8 +347,9 @@ class _Run:
         self.model = task.build(settings, data).to(device)
         self.steps_per_epoch = math.ceil(len(self.data.train[0]) / settings.batch_size)
         self.optimizer = make_optimizer(
-            key.variant, self.model, settings, settings.epochs * self.steps_per_epoch, key.seed
+            key.variant, self.model, settings, settings.epochs * self.steps_per_epoch, key.seed, *source
         )
+        self.sources = [{"run": record["run"], "digest": record["digest"]} for record in source]
         self.phi_at_start = copy.deepcopy(self.optimizer.modulator) if isinstance(self.optimizer, MetaAdamW) else None
         self.lilaw: LiLAW | None = None
         if settings.lilaw is not None:  # which warms up for one epoch
@@ -634,6 +660,8 @@ class _Run:
         }
         if len(self.environments) > 1:
             record["earlier_environments"] = self.environments[:-1]
+        if self.sources:
+            (record["source"],) = self.sources
         if self.samples is not None:
             record |= self._found_wrong(None if status == "failed" else self.samples)
         if self.lilaw is not None:

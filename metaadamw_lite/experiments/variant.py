@@ -37,6 +37,11 @@ def metaadamw(model: nn.Module, settings: Settings, total_steps: int, seed: int)
     return MetaAdamW(model.named_parameters(), **of_both(settings), **arguments, total_steps=total_steps)
 
 
+def unchanged(settings: Settings) -> Settings:
+    """The settings of the task itself."""
+    return settings
+
+
 @dataclass(frozen=True)
 class Variant:
     """A named way to train the model of a task.
@@ -49,7 +54,7 @@ class Variant:
         keeps_phi: whether the record has the numbers that Φ ends with.
     """
 
-    change: Change = lambda settings: settings
+    change: Change = unchanged
     make: Maker = metaadamw
     updates: bool = True
     source: Callable[[RunKey], RunKey] | None = None
@@ -64,3 +69,8 @@ def arguments(**changes: Any) -> Change:
 def both(first: Change, second: Change) -> Change:
     """One change after the other."""
     return lambda settings: second(first(settings))
+
+
+def rate(lr: float) -> Change:
+    """Another learning rate."""
+    return lambda settings: replace(settings, lr=lr)

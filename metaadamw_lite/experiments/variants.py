@@ -8,10 +8,14 @@ anyway, it *is* ``metaadamw`` there, and there is no such run.
 from dataclasses import dataclass, replace
 
 from metaadamw_lite.checks import check_choice
+from metaadamw_lite.experiments.circularity import CIRCULARITY
+from metaadamw_lite.experiments.dose import DOSE
 from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.null import NULL
+from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.task import Settings
-from metaadamw_lite.experiments.variant import Change, Variant, adamw, arguments
+from metaadamw_lite.experiments.transfer import TRANSFER
+from metaadamw_lite.experiments.variant import Change, Variant, adamw, arguments, rate
 from metaadamw_lite.features import FeatureConfig
 
 ARMS = ("adamw", "metaadamw", "metaadamw-frozen")
@@ -126,10 +130,6 @@ def _lilaw(lr: float = LILAW["lr"], batch_size: int | None = None) -> Change:
     return lambda s: replace(s, lilaw={**LILAW, "lr": lr}, batch_size=batch_size or s.batch_size)
 
 
-def _rate(lr: float) -> Change:
-    return lambda settings: replace(settings, lr=lr)
-
-
 def _batch(size: int) -> Change:
     return lambda settings: replace(settings, batch_size=size)
 
@@ -155,11 +155,15 @@ VARIANTS = {
     "metaadamw": Variant(),
     "metaadamw-frozen": Variant(updates=False),
     **{name: Variant(row.change) for name, row in ABLATIONS.items()},
-    **{name: Variant(_rate(lr), adamw) for name, lr in TUNED.items()},
+    **{name: Variant(rate(lr), adamw) for name, lr in TUNED.items()},
     **EXCHANGED,
     **WEIGHTED,
     **NULL,
     **LADDER,
+    **DOSE,
+    **REPLAY,
+    **CIRCULARITY,
+    **TRANSFER,
 }
 """Every variant, by the name that runs and records have. Studies with variants of their own add a table here."""
 
@@ -176,13 +180,16 @@ def changed(settings: Settings, variant: str) -> Settings:
         ValueError: for an unknown variant, or one that is the same as an arm on this task.
     """
     check_choice("optimizer", variant, VARIANTS)
+    if (arm := arm_of(settings, variant)) not in (None, variant):
+        raise ValueError(f"optimizer is {variant!r}, which is what {arm!r} is on this task; use that")
+    return VARIANTS[variant].change(settings)
+
+
+def arm_of(settings: Settings, variant: str) -> str | None:
+    """The arm that a variant is on a task, if it is one by another name."""
     mine = VARIANTS[variant]
-    new = mine.change(settings)
-    if variant not in ARMS and new == settings:
-        for arm in ARMS:
-            if replace(mine, change=VARIANTS[arm].change) == VARIANTS[arm]:
-                raise ValueError(f"optimizer is {variant!r}, which is what {arm!r} is on this task; use that")
-    return new
+    alike = (arm for arm in ARMS if replace(mine, change=VARIANTS[arm].change) == VARIANTS[arm])
+    return None if differs(settings, variant) else next(alike, None)
 
 
 def differs(settings: Settings, variant: str) -> bool:

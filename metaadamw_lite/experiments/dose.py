@@ -1,0 +1,77 @@
+"""How hard must Φ be trained? One factor at a time around two centres.
+
+The first centre is the published setting, which is the arm ``metaadamw``: SGD at 1e-4, α in 1 ± ½, K_meta and the
+combined objective of Table 4. The second is the rung ``ladder-phi``: Adam at 1e-2, α on a log scale, K_meta = 50, the
+objective L_loss. An untrained twin shares everything with its variant, but its Φ is never updated; on a log scale that
+is AdamW.
+"""
+
+from typing import Any
+
+from metaadamw_lite.experiments.ladder import META_EVERY, PHI, every, log_phi, small_phi, with_phi
+from metaadamw_lite.experiments.variant import Change, Variant, arguments, both, rate, unchanged
+
+
+def _adam(meta_lr: float) -> Variant:
+    return Variant(arguments(meta_optimizer="adam", meta_lr=meta_lr))
+
+
+def _small(then: Change = unchanged, **others: Any) -> Change:
+    """The settings of ``ladder-phi`` with other arguments of ``MetaAdamW``, and then a further change."""
+    return both(both(small_phi, arguments(**others)), then)
+
+
+def _log(then: Change = unchanged, **others: Any) -> Variant:
+    return Variant(_small(then, **others), with_phi(log_phi))
+
+
+def _as_in_table_4() -> Variant:
+    """Φ with the sizes and features of the task's column in Table 4; without gates, which a log scale has not."""
+    kept = {
+        k: v for k, v in PHI.items() if k not in ("attn_layers", "attn_hidden_dim", "attn_heads", "feature_version")
+    }
+    return Variant(both(arguments(**kept), every(META_EVERY)), with_phi(log_phi))
+
+
+DOSE = {
+    "dose-sgd0.01": Variant(arguments(meta_lr=1e-2)),
+    "dose-sgd1": Variant(arguments(meta_lr=1.0)),
+    "dose-adam0.001": _adam(1e-3),
+    "dose-adam0.005": _adam(5e-3),
+    "dose-adam0.02": _adam(2e-2),
+    "dose-wide": Variant(arguments(alpha_range=2.0)),
+    "dose-wide-frozen": Variant(arguments(alpha_range=2.0), updates=False),
+    "dose-k10": Variant(every(10)),
+    "dose-k50": Variant(every(50)),
+    "dose-lr0.002": Variant(rate(2e-3)),
+    "dose-lr0.002-frozen": Variant(rate(2e-3), updates=False),
+    "dose-log-sgd1": _log(meta_optimizer="sgd", meta_lr=1.0),
+    "dose-log-adam0.001": _log(meta_lr=1e-3),
+    "dose-log-adam0.005": _log(meta_lr=5e-3),
+    "dose-log-adam0.02": _log(meta_lr=2e-2),
+    "dose-log-k10": _log(every(10)),
+    "dose-log-kmeta": Variant(arguments(**PHI), with_phi(log_phi)),
+    "dose-log-combined": _log(meta_objective="combined", huw_priorities=(1.0, 1.0, 1.0)),
+    "dose-log-lr0.000125": _log(rate(1.25e-4)),
+    "dose-log-lr0.002": _log(rate(2e-3)),
+    "dose-log-lr0.008": _log(rate(8e-3)),
+    "dose-log-table4": _as_in_table_4(),
+    "dose-bounded": Variant(_small()),
+    "dose-bounded-frozen": Variant(_small(), updates=False),
+}
+"""The first eleven are around the published setting. ``objective-loss_decrease`` of the ablation is the twelfth."""
+
+_OF_THE_CONTROL = [name for name in DOSE if name.startswith(("dose-sgd", "dose-adam", "dose-k"))]
+TWINS = {
+    **dict.fromkeys(("metaadamw", *_OF_THE_CONTROL, "objective-loss_decrease"), "metaadamw-frozen"),
+    "dose-wide": "dose-wide-frozen",
+    "dose-lr0.002": "dose-lr0.002-frozen",
+    "dose-bounded": "dose-bounded-frozen",
+    "ladder-phi": "adamw",
+    **dict.fromkeys((v for v in DOSE if v.startswith("dose-log")), "adamw"),
+    **{f"dose-log-lr{lr}": f"adamw-lr{lr}" for lr in ("0.000125", "0.002", "0.008")},
+}
+"""The untrained twin of each variant with a trained Φ."""
+
+EVERYWHERE = ("dose-adam0.005", "ladder-phi", "dose-log-lr0.002")
+"""The variants that are run on all five tasks."""
