@@ -83,23 +83,24 @@ def gather(
                     f"a parameter of shape {tuple(p.shape)} has a sparse gradient; MetaAdamW, like AdamW, needs dense "
                     "ones (for nn.Embedding: sparse=False)"
                 )
-            key = index, members.number[p], p.device, p.dtype
-            if key not in buckets:
-                buckets[key] = Bucket(group, members.number[p], sign)
-            bucket = buckets[key]
+            k = members.number[p]
+            bucket = buckets.get((index, k, p.device, p.dtype))
+            if bucket is None:
+                bucket = buckets[index, k, p.device, p.dtype] = Bucket(group, k, sign)
             bucket.params.append(p)
             bucket.theta.append(local(p) if members.sharded else p)
             bucket.g.append(local_gradient(g, p) if members.sharded else g)
     for bucket in buckets.values():
-        fused = to_move and runs_fused(bucket.settings, bucket.params)
+        fused, amsgrad = to_move and runs_fused(bucket.settings, bucket.params), bucket.settings["amsgrad"]
         for p in bucket.params:
             if to_move:
-                create_state(state[p], p, fused, bucket.settings["amsgrad"])
-                bucket.step.append(state[p]["step"])
+                mine = state[p]
+                create_state(mine, p, fused, amsgrad)
+                bucket.step.append(mine["step"])
             m, v, max_v = moments_of(p, state)
             bucket.m.append(m)
             bucket.v.append(v)
-            if bucket.settings["amsgrad"]:
+            if amsgrad:
                 bucket.max_v.append(max_v)
     return list(buckets.values())
 
@@ -121,9 +122,11 @@ def create_state(state: dict[str, Any], p: Tensor, fused: bool, amsgrad: bool) -
 def moments_of(p: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
     """This process's part of m, v and the largest v of a parameter; zeros that take no memory before its first step."""
     mine = state.get(p, {})
-    zero = local(p).new_zeros(()).expand_as(local(p)) if "exp_avg" not in mine else None
-    m, v, max_v = (mine.get(name, zero) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
-    return local(m), local(v), local(max_v)
+    if "exp_avg" not in mine:
+        zero = local(p).new_zeros(()).expand_as(local(p))
+        return zero, zero, zero
+    m, v = local(mine["exp_avg"]), local(mine["exp_avg_sq"])
+    return m, v, local(mine.get("max_exp_avg_sq"))
 
 
 def runs_fused(settings: dict[str, Any], params: Sequence[Tensor]) -> bool:

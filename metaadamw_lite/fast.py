@@ -9,6 +9,7 @@ On the CPU both give the numbers of the readable version up to rounding; the tes
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from metaadamw_lite.features import Products, TensorState, inner_products
 BLOCK = 2**18
 """Numbers in a block: 1 MiB of float32. Smaller ones cost more calls, larger ones digits: a norm from a float32 sum of
 that many squares is good to about 1e-6, one from a sum of 10⁸ to 1e-2."""
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 LARGE, SMALL = 1e36, 1e-30
 """Squares taken in float32 beyond these may have overflowed, or lost the digits that a cosine needs."""
@@ -47,25 +50,31 @@ def measure(buckets: Sequence[Bucket]) -> Tensor:
 
 
 def _products(state: TensorState) -> Products:
-    """``features.inner_products`` in the tensor's own precision, in blocks; in float64 where that is not enough."""
+    """``features.inner_products`` in the tensor's own precision, in blocks; in float64 where that is not enough.
+
+    Its lines are as they are for speed: a model has many small tensors, which take longer to wrap than to multiply.
+    """
     theta, g, m, v = state
     dtype = theta.dtype
     if dtype not in (torch.float32, torch.float64) or not dtype == g.dtype == m.dtype == v.dtype:
         return inner_products(state)
-    if not in_one_order(*state):
+    if not in_one_order(theta, g, m, v):
         theta, g, m, v = (x.reshape(-1) for x in state)
-    t, x, y, w = (a.detach().numpy().ravel("K") for a in (theta, g, m, v))
-    gg = gm = mm = tt = vv = 0.0
-    for start in range(0, len(t), BLOCK):
-        if len(t) > BLOCK:
-            part = slice(start, start + BLOCK)
-            (a, b), c, d = (x[part], y[part]), t[part], w[part]
-        else:
-            a, b, c, d = x, y, t, w
-        gg, gm, mm = gg + float(a.dot(a)), gm + float(a.dot(b)), mm + float(b.dot(b))
-        tt, vv = tt + float(c.dot(c)), vv + float(d.dot(d))
-    doubtful = not max(gg, mm, tt, vv) <= LARGE or min(gg, mm, vv) < SMALL
-    return inner_products(state) if doubtful else (gg, gm, mm, tt, vv)
+    t, x = theta.detach().numpy().ravel("K"), g.detach().numpy().ravel("K")
+    y, w = m.numpy().ravel("K"), v.numpy().ravel("K")
+    if len(t) <= BLOCK:
+        products = _dots(t, x, y, w)
+    else:
+        parts = [slice(start, start + BLOCK) for start in range(0, len(t), BLOCK)]
+        rows = [_dots(t[part], x[part], y[part], w[part]) for part in parts]
+        gg, gm, mm, tt, vv = (sum(column, 0.0) for column in zip(*rows, strict=True))
+        products = gg, gm, mm, tt, vv
+    gg, _, mm, _, vv = products
+    return products if max(products) <= LARGE and min(gg, mm, vv) >= SMALL else inner_products(state)
+
+
+def _dots(t: Array, x: Array, y: Array, w: Array) -> Products:
+    return float(x.dot(x)), float(x.dot(y)), float(y.dot(y)), float(t.dot(t)), float(w.dot(w))
 
 
 def measure_on_device(states: Sequence[TensorState]) -> Tensor:
@@ -160,12 +169,12 @@ def call_fused_adamw(bucket: Bucket, lr: float, weight_decay: float) -> None:
 # ---------------------------------------------------------------- the order of elements in memory
 
 
-def in_one_order(*tensors: Tensor) -> bool:
+def in_one_order(first: Tensor, *others: Tensor) -> bool:
     """Whether tensors of one shape have no gaps and lie in the same order."""
-    if all(x.is_contiguous() for x in tensors):
+    if all(map(Tensor.is_contiguous, (first, *others))):
         return True
-    order = memory_order(tensors[0])
-    return has_no_gaps(order) and all(memory_order(x) == order for x in tensors[1:])
+    order = memory_order(first)
+    return has_no_gaps(order) and all(memory_order(x) == order for x in others)
 
 
 def memory_order(x: Tensor) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
 from metaadamw_lite.batches import handed_out
+from metaadamw_lite.buckets import State, moments_of
 from metaadamw_lite.checks import NotFiniteError
 from metaadamw_lite.modulator import Modulation
 from metaadamw_lite.sharding import (
@@ -210,33 +211,36 @@ class HypotheticalStep:
     @classmethod
     def of(
         cls,
-        params: list[Tensor],
-        theta: list[Tensor],
-        g: list[Tensor],
-        m: list[Tensor],
-        v: list[Tensor],
-        max_v: list[Tensor],
-        step: Sequence[Tensor | None],
-        settings: Sequence[Mapping[str, Any]],
-        groups: list[int],
+        theta: Mapping[Tensor, Tensor],
+        g: Mapping[Tensor, Tensor],
+        param_groups: Sequence[Mapping[str, Any]],
+        state: State,
+        number: Mapping[Tensor, int],
     ) -> "HypotheticalStep":
-        """The step that AdamW's state leads to, a list item for each tensor.
+        """The step that would be taken now with gradients ``g``, as a function of α and β.
 
         Args:
-            params, theta, g, groups: as the attributes.
-            m, v, max_v: moments before the step, and the largest v, which counts with ``amsgrad`` only.
-            step: step counts before it; None for 0.
-            settings: parameter groups, with lr, betas, eps and weight_decay.
+            theta: copies of the values of the parameters.
+            g: gradients of those that B₁ uses.
+            param_groups: parameter groups, with lr, betas, eps and weight_decay.
+            state: moments and step counts before the step.
+            number: the modulation group of each parameter.
         """
-        beta1, beta2 = ([float(group["betas"][i]) for group in settings] for i in (0, 1))
-        t = _counts_after(step)
-        eps = [float(group["eps"]) for group in settings]
+        used = [(p, group) for group in param_groups for p in group["params"] if p in g]
+        params, settings = [p for p, _ in used], [group for _, group in used]
+        gradients = [g[p] for p in params]
+        m, v, max_v = (list(column) for column in zip(*(moments_of(p, state) for p in params), strict=True))
         largest = [x if group["amsgrad"] else None for x, group in zip(max_v, settings, strict=True)]
+        beta1, beta2 = ([float(group["betas"][i]) for group in settings] for i in (0, 1))
+        lr, weight_decay, eps = ([float(group[x]) for group in settings] for x in ("lr", "weight_decay", "eps"))
+        t = _counts_after([state.get(p, {}).get("step") for p in params])
         u = [
-            x for i in _together(g) for x in directions(g[i], m[i], v[i], largest[i], t[i], beta1[i], beta2[i], eps[i])
+            x
+            for i in _together(gradients)
+            for x in directions(gradients[i], m[i], v[i], largest[i], t[i], beta1[i], beta2[i], eps[i])
         ]
-        lr, weight_decay = ([float(group[name]) for group in settings] for name in ("lr", "weight_decay"))
-        return cls(params, theta, g, u, lr, weight_decay, groups)
+        numbers = [number[p] for p in params]
+        return cls(params, [theta[p] for p in params], gradients, u, lr, weight_decay, numbers)
 
     def theta_prime(self, alpha: Tensor, beta: Tensor) -> Iterator[Tensor]:
         """θ′ for factors α and β of shape (G,), without gradients."""

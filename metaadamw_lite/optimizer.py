@@ -10,16 +10,15 @@ Every K_meta steps the training loop calls ``update_attention``, which trains Φ
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from math import inf, nan
+from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaadamw_lite.batches import Batches
-from metaadamw_lite.buckets import Bucket, gather, moments_of, runs_fused
+from metaadamw_lite.buckets import gather
 from metaadamw_lite.checks import (
-    NotFiniteError,
     check_choice,
     check_count,
     check_not_negative,
@@ -30,16 +29,9 @@ from metaadamw_lite.checks import (
     check_supported,
     without_numpy,
 )
-from metaadamw_lite.fast import measure, move
-from metaadamw_lite.features import (
-    FeatureConfig,
-    constant,
-    group_features,
-    tensor_statistics,
-    time_feature,
-    zero_counts,
-)
-from metaadamw_lite.folded import FoldedModulator, in_one_buffer
+from metaadamw_lite.factors import Factors, feature_matrix
+from metaadamw_lite.fast import move
+from metaadamw_lite.features import FeatureConfig, time_feature
 from metaadamw_lite.groups import ModulationGroup
 from metaadamw_lite.huw import PriorityHUW
 from metaadamw_lite.membership import STRATEGIES, Membership, check_parameters, model_behind
@@ -53,13 +45,10 @@ from metaadamw_lite.meta import (
     first_order_losses,
     refuse_another_loss,
 )
+from metaadamw_lite.meta_optimizer import META_OPTIMIZERS, create_meta_optimizer, create_moments, descend, follow
 from metaadamw_lite.modulator import Modulator
-from metaadamw_lite.sharding import sum_over_shards
 from metaadamw_lite.state import pack, unpack
 from metaadamw_lite.surroundings import as_found
-from metaadamw_lite.triton_step import DeviceStep, is_available
-
-META_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 _OWN_ATTRIBUTES = (
     "alpha",
@@ -73,7 +62,6 @@ _OWN_ATTRIBUTES = (
     "_total_steps",
     "_t",
     "_step_supports_amp_scaling",
-    "_meta_optimizer_name",
     "_meta_optimizer",
 )
 
@@ -145,8 +133,6 @@ class MetaAdamW(torch.optim.AdamW):
         TypeError: for ``params`` that are neither tensors nor groups of them, as in torch.
     """
 
-    _folded: FoldedModulator | None
-    _device_step: DeviceStep | None
     _loss_is_repeatable = False  # not known before the first meta-update
 
     def __init__(
@@ -246,15 +232,11 @@ class MetaAdamW(torch.optim.AdamW):
         for module in (self.modulator, self.huw):
             if module is not None:
                 module.to(torch.float64 if dtypes == {torch.float64} else torch.float32)
-        self._forget()
-        weights = {"params": list(self.modulator.parameters()), "weight_decay": float(meta_weight_decay)}
-        variances = {"params": list(self.huw.parameters()) if self.huw else [], "weight_decay": 0.0}
-        self._meta_optimizer_name = meta_optimizer
-        # Φ may have over a thousand small tensors.
-        self._meta_optimizer = META_OPTIMIZERS[meta_optimizer]([weights, variances], lr=float(meta_lr), foreach=True)
-        self._create_meta_state()
-        self.alpha = torch.ones(len(self.groups), dtype=self._phi_dtype, device=self._phi_device)
-        self.beta = torch.ones_like(self.alpha)
+        self._factors = Factors(self.modulator)
+        self._meta_optimizer = create_meta_optimizer(
+            meta_optimizer, self.modulator, self.huw, float(meta_lr), float(meta_weight_decay)
+        )
+        self._reset_factors()
 
     # ---------------------------------------------------------------- the step (Algorithm 1)
 
@@ -281,46 +263,18 @@ class MetaAdamW(torch.optim.AdamW):
         buckets = gather(self.param_groups, self._members, self.state, to_move=True)
         if not buckets:
             return loss
-        if not self._step_on_device(buckets):
-            self.alpha, self.beta = self._factors(buckets)
+        config, time = self._feature_config, time_feature(self._t, self._total_steps)
+        taken = self._factors.step_on_device(self.modulator, buckets, self._members, config, time)
+        if taken is not None:
+            self.alpha, self.beta = taken
+        else:
+            f = feature_matrix(buckets, self._members, config, time)
+            self.alpha, self.beta = self._factors.of(self.modulator, f, like=self._phi_like)
             factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
             for bucket in buckets:
                 move(bucket, *factors[bucket.k])
         self._t += 1
         return loss
-
-    def _step_on_device(self, buckets: list[Bucket]) -> bool:
-        """Take the step by the kernels of ``triton_step``, without waiting for the GPU; False where they cannot."""
-        device = buckets[0].theta[0].device
-        if not (is_available(device) and all(runs_fused(b.settings, b.params) for b in buckets)):
-            return False
-        if self._device_step is None:
-            self._device_step = DeviceStep()
-        time = time_feature(self._t, self._total_steps)
-        factors = self._device_step.take(
-            buckets, self.modulator, self._feature_config, self._members.groups, time, self._members.sharded
-        )
-        if factors is not None:
-            self.alpha, self.beta = factors
-        return factors is not None
-
-    def _factors(self, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
-        """α and β, each (G,)."""
-        f = self._group_features(buckets)
-        phi = self.modulator
-        if (
-            type(phi) is Modulator
-            and self._phi_device.type == "cpu"
-            and self._phi_dtype in (torch.float32, torch.float64)
-        ):
-            if self._folded is None or not self._folded.is_current(phi):
-                self._folded = FoldedModulator(phi)
-            factors = None if self._folded.is_hooked() else self._folded(f.numpy())
-            if factors is not None:
-                alpha, beta = (torch.from_numpy(x).to(self._phi_dtype) for x in factors)
-                return alpha, beta
-        modulation = phi(f.to(self._phi_device, self._phi_dtype))
-        return modulation.alpha.detach(), modulation.beta.detach()
 
     def features(self) -> Tensor:
         """The feature matrix F that Φ would see now (section 3.3), shape (G, D), from the gradients in ``.grad``.
@@ -336,24 +290,8 @@ class MetaAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _features(self, gradients: Mapping[Tensor, Tensor] | None) -> Tensor:
         buckets = gather(self.param_groups, self._members, self.state, gradients)
-        return self._group_features(buckets).to(self._phi_device, self._phi_dtype)
-
-    def _group_features(self, buckets: Sequence[Bucket]) -> Tensor:
-        params = [p for bucket in buckets for p in bucket.params]
-        members = [bucket.k for bucket in buckets for _ in bucket.params]
-        sums = measure(buckets)
-        enhanced = self._feature_config.version == "enhanced"
-        if enhanced:
-            zeros = zero_counts([x for b in buckets for x in b.g], [x for b in buckets for x in b.m], sums)
-            sums = torch.cat([sums, zeros], dim=1)
-        if self._members.sharded:
-            sums = sum_over_shards(sums, params)
-        measured = tensor_statistics(sums[:, :5])
-        if enhanced:
-            sizes = constant(tuple(max(p.numel(), 1) for p in params), sums)  # an empty tensor has no zeros
-            measured = torch.cat([measured, sums[:, 5:] / sizes.unsqueeze(1)], dim=1)
         time = time_feature(self._t, self._total_steps)
-        return group_features(self._feature_config, self._members.groups, members, measured, time)
+        return feature_matrix(buckets, self._members, self._feature_config, time).to(self._phi_like)
 
     # ---------------------------------------------------------------- the meta-update (Algorithm 2)
 
@@ -436,7 +374,8 @@ class MetaAdamW(torch.optim.AdamW):
             if not g:
                 raise ValueError("the loss on batch1 contains no parameter of this optimizer; is it the right model?")
             modulation = self.modulator(self._features(g))  # lines 9 and 10
-            step = self._hypothetical_step(g, dict(zip(params, theta, strict=True)))  # lines 12 to 17
+            before = dict(zip(params, theta, strict=True))
+            step = HypotheticalStep.of(before, g, self.param_groups, self.state, self._members.number)  # lines 12 to 17
             if objective != "gradient":
                 # Not under no_grad: some modules take another path there, and the difference would show it.
                 val_at_theta = evaluate.value("val_batch", val_batch)
@@ -456,54 +395,9 @@ class MetaAdamW(torch.optim.AdamW):
                 total = total + self._feature_gating_sparsity * penalty
             surroundings.refuse_changes()
             batches.refuse_writes()
-            self._descend(total)  # lines 31 to 33
+            follow(self._meta_optimizer, self.modulator, self.huw)
+            descend(self._meta_optimizer, total)  # lines 31 to 33
         return MetaLosses(total.item(), *(nan if x is None else x.item() for x in (l_grad, l_loss, l_gap)))
-
-    def _hypothetical_step(self, g: Mapping[Tensor, Tensor], theta: Mapping[Tensor, Tensor]) -> HypotheticalStep:
-        """The step that would be taken now with gradients ``g``, as a function of α and β (line 14)."""
-        used = [(p, group) for group in self.param_groups for p in group["params"] if p in g]
-        params, settings = [p for p, _ in used], [group for _, group in used]
-        m, v, max_v = (list(column) for column in zip(*(moments_of(p, self.state) for p in params), strict=True))
-        counts = [self.state.get(p, {}).get("step") for p in params]
-        groups = [self._members.number[p] for p in params]
-        return HypotheticalStep.of(
-            params, [theta[p] for p in params], [g[p] for p in params], m, v, max_v, counts, settings, groups
-        )
-
-    def _descend(self, total: Tensor) -> None:
-        """One step of the meta-optimizer down ``total``; a NotFiniteError before it if the gradient is not finite."""
-        self._follow_phi()
-        phi = [p for group in self._meta_optimizer.param_groups for p in group["params"]]
-        grads: Sequence[Tensor | None] = [None] * len(phi)
-        if total.requires_grad:  # not so for "gen_gap" without gates: nothing in it depends on Φ
-            grads = torch.autograd.grad(total, phi, allow_unused=True)
-        largest = torch._foreach_norm([x for x in (total.detach(), *grads) if x is not None], inf)
-        if not torch.isfinite(torch.stack(largest)).all():
-            raise NotFiniteError(f"the meta-loss is {total.item()} and its gradient is not finite; Φ is left as it was")
-        for p, grad in zip(phi, grads, strict=True):
-            p.grad = torch.zeros_like(p) if grad is None else grad
-        self._meta_optimizer.step()
-        self._meta_optimizer.zero_grad()
-
-    def _follow_phi(self) -> None:
-        """Let the meta-optimizer hold the parameters that Φ and the uncertainty weights have now.
-
-        They may have been replaced (``load_state_dict(..., assign=True)``, another Φ); it would train the old ones.
-        """
-        for group, module in zip(self._meta_optimizer.param_groups, (self.modulator, self.huw), strict=True):
-            now = [] if module is None else list(module.parameters())
-            for old in set(group["params"]).difference(now):
-                self._meta_optimizer.state.pop(old, None)
-            group["params"] = now
-        self._create_meta_state()
-
-    def _create_meta_state(self) -> None:
-        """Create Adam's moments of Φ before its first step: a sharded checkpoint reads only what a fresh state has."""
-        if self._meta_optimizer_name == "adam":
-            for p in chain.from_iterable(group["params"] for group in self._meta_optimizer.param_groups):
-                if not self._meta_optimizer.state[p]:
-                    moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                    self._meta_optimizer.state[p] = {"step": torch.tensor(0.0, device="cpu"), **moments}
 
     # ---------------------------------------------------------------- groups
 
@@ -556,27 +450,28 @@ class MetaAdamW(torch.optim.AdamW):
         after = [group.name for group in self._members.groups]
         if after == before:
             return
-        self.alpha = torch.ones(len(after), device=self._phi_device, dtype=self._phi_dtype)
-        self.beta = torch.ones_like(self.alpha)
+        self._reset_factors()
         if (old := self.modulator.embeddings) is not None:
             new = old.new_zeros(len(after), old.shape[1])
             for row, name in enumerate(after):
                 if name in before:
                     new[row] = old.detach()[before.index(name)]
             old.data = new
-            self._meta_optimizer.state.pop(old, None)  # Adam's moments have the old number of rows
-            self._create_meta_state()
+            self._meta_optimizer.state.pop(old, None)  # Adam's moments are of the old rows
+            create_moments(self._meta_optimizer)
 
     def _parameters(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
     @property
-    def _phi_dtype(self) -> torch.dtype:
-        return self.modulator.output.weight.dtype
+    def _phi_like(self) -> Tensor:
+        """A tensor of Φ's type, on its device."""
+        return next(self.modulator.parameters())
 
-    @property
-    def _phi_device(self) -> torch.device:
-        return self.modulator.output.weight.device
+    def _reset_factors(self) -> None:
+        phi = self._phi_like
+        self.alpha = torch.ones(len(self._members.groups), dtype=phi.dtype, device=phi.device)
+        self.beta = torch.ones_like(self.alpha)
 
     # ---------------------------------------------------------------- saving
 
@@ -607,29 +502,18 @@ class MetaAdamW(torch.optim.AdamW):
         plain, meta = unpack(self, state_dict)
         super().load_state_dict(plain)
         self._t = meta["t"]
-        self.alpha = meta["alpha"].to(self._phi_device)
-        self.beta = meta["beta"].to(self._phi_device)
+        self.alpha = meta["alpha"].to(self._phi_like.device)
+        self.beta = meta["beta"].to(self._phi_like.device)
         self.modulator.load_state_dict(meta["modulator"])
         if self.huw is not None:
             self.huw.load_state_dict(meta["huw"])
         self._meta_optimizer.load_state_dict(meta["meta_optimizer_state"])
-        self._create_meta_state()
-
-    def _forget(self) -> None:
-        """Drop the folded Φ, and the tables on a GPU.
-
-        Φ is moved into its buffer here and not in the first step, since where numbers lie in memory decides how a
-        matrix product rounds, and a resumed run has to round as the first one did.
-        """
-        self._folded = None
-        self._device_step = None
-        if isinstance(self.modulator, Modulator):
-            in_one_buffer(self.modulator)
+        create_moments(self._meta_optimizer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state: called by unpickling, ``deepcopy`` and ``load_state_dict``."""
         super().__setstate__(state)
-        self._forget()
+        self._factors = Factors(self.modulator)  # without the folded Φ, and the tables on a GPU
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, for pickle and ``deepcopy``; torch's own keeps the moments only.

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from metaadamw_lite import MetaAdamW, optimizer
+from metaadamw_lite import MetaAdamW, factors, optimizer
 from metaadamw_lite.experiments import TASKS, bench, report
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.claims import claims_table
@@ -136,12 +136,12 @@ def test_growth_has_the_time_of_each_depth(takes, monkeypatch):
 
 def test_the_parts_of_a_step_have_their_own_times(takes, monkeypatch):
     monkeypatch.setattr(bench, "STEPS", {"small": (lambda: bench.Perceptron(1000), 2, 4, 1.0)})
-    takes(optimizer, "measure", 2, then=optimizer.measure)
+    takes(factors, "measure", 2, then=factors.measure)
     takes(FoldedModulator, "__call__", 7, then=FoldedModulator.__call__)
     takes(optimizer, "move", 5, then=optimizer.move)
     takes(torch.optim.AdamW, "step", 3)
     takes(bench, "read_once", 1)
-    patched = optimizer.measure, optimizer.move
+    patched = factors.measure, optimizer.move
     found = {row["part"]: row["seconds"] for row in bench.parts(CPU, 0)}
     kernel = 5 * len(MetaAdamW(bench.Perceptron(1000).named_parameters()).groups)
     assert kernel > 5
@@ -153,7 +153,7 @@ def test_the_parts_of_a_step_have_their_own_times(takes, monkeypatch):
         "AdamW": 3,
         "⟨g, m⟩ alone": 1,
     }
-    assert (optimizer.measure, optimizer.move) == patched, "no clock is left in the optimizer"
+    assert (factors.measure, optimizer.move) == patched, "no clock is left in the optimizer"
 
 
 @pytest.mark.slow

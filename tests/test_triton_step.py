@@ -621,7 +621,7 @@ def run(model, optimizer, batches, start=0):
 def by_kernels(monkeypatch):
     """Steps are taken by the kernels, by the interpreter's where there is no GPU; how many were is counted."""
     taken, take = [], DeviceStep.take
-    monkeypatch.setattr("metaadamw_lite.optimizer.is_available", lambda device: True)
+    monkeypatch.setattr("metaadamw_lite.factors.is_available", lambda device: True)
     monkeypatch.setattr(DeviceStep, "take", lambda *args: taken.append(take(*args)) or taken[-1])
     return taken
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from metaadamw_lite import MetaAdamW, optimizer
+from metaadamw_lite import MetaAdamW, factors, optimizer
 from metaadamw_lite.buckets import Bucket, gather
 from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
@@ -141,8 +141,8 @@ GPU_STEP_TARGET = 2.0
 MEMORY_MODELS = {"etth1": "ETTh1 model", "perceptron": "8 linear layers, 2.9 M parameters, batch of 2"}
 """One model whose memory is activations, and one whose memory is parameters."""
 
-PARTS = {"statistics": (optimizer, "measure"), "factors": (MetaAdamW, "_factors"), "kernel": (optimizer, "move")}
-"""For each part of a step the function that it is."""
+PARTS = {"statistics": (factors, "measure"), "Φ": (factors.Factors, "of"), "kernel": (optimizer, "move")}
+"""For each part of a step the function that it is; Triton's kernels on a GPU call none of them."""
 
 
 # ---------------------------------------------------------------- measuring
@@ -429,7 +429,7 @@ def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
         made = optimizers(model, None, attn_layers=layers, attn_hidden_dim=width)
         ours = made["ours"]
         assert isinstance(ours, MetaAdamW)
-        inside: dict[str, list[float]] = {"statistics": [], "factors": [], "kernel": []}
+        inside: dict[str, list[float]] = {part: [] for part in PARTS}
         with ExitStack() as stack:
             for part, (owner, name) in PARTS.items():
                 noting = timed(getattr(owner, name), inside[part], device)
@@ -437,11 +437,10 @@ def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
             whole = in_turns({name: o.step for name, o in made.items()}, device, seconds)
         buckets = gather(ours.param_groups, ours._members, ours.state)
         alone = in_turns({"⟨g, m⟩ alone": partial(read_once, buckets)}, device, seconds / 4)
-        inside["kernel"] = list(
-            np.reshape(inside["kernel"], (len(inside["factors"]), -1)).sum(axis=1)
-        )  # of all buckets
-        medians = {part: float(statistics.median(times)) for part, times in {**inside, **whole, **alone}.items()}
-        medians["Φ"] = medians.pop("factors") - medians["statistics"]
+        if steps := len(inside["Φ"]):
+            inside["kernel"] = list(np.reshape(inside["kernel"], (steps, -1)).sum(axis=1))  # of all buckets
+        timed_parts = {**inside, **whole, **alone}
+        medians = {part: float(statistics.median(times)) for part, times in timed_parts.items() if times}
         rows += [{"measure": measure, "part": part, "seconds": t} for part, t in medians.items()]
     return rows
 
