@@ -1,18 +1,21 @@
 """The command line: ``python -m metaadamw_lite.experiments run | sweep | status | sizing | bench``."""
 
 import argparse
+import os
 import sys
 
 from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.bench import run_bench
 from metaadamw_lite.experiments.command import run_command
 from metaadamw_lite.experiments.lope_study import ARMS, NOISE
+from metaadamw_lite.experiments.published import VARIABLE
 from metaadamw_lite.experiments.records import RunKey, default_results, expanded, expanded_folder, strays
 from metaadamw_lite.experiments.sizing import sizing_table
 from metaadamw_lite.experiments.studies import (
     STUDIES,
     STUDIES_OF_PHI,
     STUDIES_OF_RELATIVES,
+    STUDIES_OF_RIVALS,
     ends,
     status,
     status_lines,
@@ -67,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("--csv", metavar="FILE", help="write the table here, too")
     for command in (one, many):
         command.add_argument("--device", default="auto", help="as torch names it (default: a GPU where there is one)")
+        command.add_argument(
+            "--reference", metavar="PATH", help=f"a clone of the authors' released code (default: ${VARIABLE})"
+        )
     for command in (one, many, state, sizes):
         command.add_argument(
             "--results",
@@ -96,6 +102,8 @@ def _do(args: argparse.Namespace) -> int:
         run_bench(args.device, args.reference, args.json, args.seconds)
         return 0
     results = expanded_folder(args.results, "--results")
+    if getattr(args, "reference", None) is not None:  # by the environment it reaches the workers of a sweep
+        os.environ[VARIABLE] = str(expanded_folder(args.reference, "--reference").resolve())
     if args.command != "run" and (passed := strays(results)):
         print(f"warning: passed over what is no record: {', '.join(map(str, passed))}", file=sys.stderr)
     if args.command == "run":
@@ -122,7 +130,8 @@ def _do(args: argparse.Namespace) -> int:
     elif args.study:
         print(status_lines(args.study, results))
     else:
-        tables = [status(results), status(results, STUDIES_OF_PHI), status(results, STUDIES_OF_RELATIVES).T]
+        others = (status(results, studies) for studies in (STUDIES_OF_PHI, STUDIES_OF_RIVALS))
+        tables = [status(results), *others, status(results, STUDIES_OF_RELATIVES).T]
         print("\n\n".join(table.to_string() for table in tables))
     return 0
 

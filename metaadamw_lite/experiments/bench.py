@@ -7,11 +7,9 @@ ours, … Give the machine nothing else to do meanwhile. Seconds depend on the m
 """
 
 import copy
-import importlib
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +29,7 @@ from metaadamw_lite.buckets import Bucket, gather
 from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
 from metaadamw_lite.experiments.progress import progress_bar
+from metaadamw_lite.experiments.published import released_class, their_arguments
 from metaadamw_lite.experiments.records import environment, expanded, expanded_folder, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
 from metaadamw_lite.experiments.training import pick_device
@@ -222,33 +221,14 @@ def optimizers(model: nn.Module, reference: Path | None, **phi: Any) -> dict[str
     return made
 
 
-def released(path: Path, model: nn.Module, batch: Any, attn_layers: int, attn_hidden_dim: int) -> Any:
+def released(path: Path, model: nn.Module, batch: Any, **phi: int) -> Any:
     """The released optimizer for a model, with the settings of WikiText-2 in Table 4, but for Φ's size.
 
     Raises:
         FileNotFoundError: if there is no such code at ``path``.
     """
-    if not (path / "experiments" / "meta_adamw.py").exists():
-        raise FileNotFoundError(f"{path} has no experiments/meta_adamw.py; clone the authors' repository there")
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
-    return importlib.import_module("experiments.meta_adamw").MetaAdamW(
-        model.parameters(),
-        lr=5e-4,
-        feature_dim=6,
-        attn_layers=attn_layers,
-        attn_hidden_dim=attn_hidden_dim,
-        attn_heads=6,
-        model=model,
-        group_strategy="fine_grained",
-        feature_version="basic",
-        use_v_norms=True,
-        meta_objective="combined",
-        use_huw=True,
-        task_types=["regression"] * 3,
-        huw_priorities=[1.0, 1.0, 1.0],
-        val_loader=[batch],
-    )
+    arguments = their_arguments({"attn_heads": 6, **phi})
+    return released_class(path)(model.parameters(), lr=5e-4, model=model, val_loader=[batch], **arguments)
 
 
 def steps(device: torch.device, reference: Path | None, seconds: float) -> list[Row]:

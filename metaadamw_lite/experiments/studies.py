@@ -20,14 +20,18 @@ from tabulate import tabulate
 
 from metaadamw_lite.checks import check_choice, check_count
 from metaadamw_lite.experiments import NOISY, TASKS
+from metaadamw_lite.experiments.budget import BUDGETED, SCHEDULES, searched_as
 from metaadamw_lite.experiments.circularity import CIRCULARITY
+from metaadamw_lite.experiments.departures import ALL, DEPARTURES, changes
 from metaadamw_lite.experiments.dose import EVERYWHERE, TWINS
 from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.lope_study import ARMS as LOPE_ARMS
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi, trained_phi
 from metaadamw_lite.experiments.paired import improvements_by_seed, pairs_needed
+from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.progress import progress_bar
+from metaadamw_lite.experiments.published import RELEASED, VARIABLE
 from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record, read_records
 from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.task import PROTOCOLS
@@ -58,6 +62,8 @@ FEW_SEEDS = range(3)
 NULL_SEEDS = range(2)
 """Of ``null``, for each of its many Φ's."""
 LADDER_SEEDS = range(10)
+DEPARTURE_TASKS = ("wikitext2", "etth1")
+"""Where every departure is tried."""
 SEARCH_SEEDS = range(100, 102)
 """For the search of a learning rate; no run that is reported has one of them."""
 
@@ -71,6 +77,8 @@ STUDIES = {
     "replay": "AdamW with a recorded run's factors held constant, and with its mean schedule",
     "circularity": "MetaAdamW with the terms of its meta-loss replaced by fixed targets and by constants",
     "transfer": "a Φ that was trained on one task, frozen on another",
+    "published": "the published code: each departure from the text, and the released optimizer itself",
+    "budget": "equal searches for AdamW, the control and MetaAdamW, with and without a schedule, and peers",
     "lilaw": "AdamW with and without LiLAW on wrong labels, and LiLAW's own settings",
     "together": "AdamW and MetaAdamW, each with and without LiLAW, on wrong labels",
     "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
@@ -79,6 +87,8 @@ STUDIES = {
 STUDIES_OF_PAPER = ("main", "baseline", "ablation")
 STUDIES_OF_PHI = ("null", "ladder", "dose", "replay", "circularity", "transfer")
 """Of random, constant and learned factors: in the profile "lite" only, under the paper's protocol."""
+STUDIES_OF_RIVALS = ("published", "budget")
+"""What else could be in MetaAdamW's place: in the profile "lite" only, under the paper's protocol."""
 STUDIES_OF_RELATIVES = ("lilaw", "together", "lope")
 SENSITIVITY_TASK = "cifar10-symmetric40"
 TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
@@ -91,7 +101,7 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
 
     Args:
         study: the name of one of ``STUDIES``, all but "smoke" with "/paper" or "/lite" for one profile only
-            (``STUDIES_OF_PHI`` have only "/lite").
+            (``STUDIES_OF_PHI`` and ``STUDIES_OF_RIVALS`` have only "/lite").
         results: folder of the records: the second half of ``baseline``, the runs with the best learning rate, is known
             only when its search is done.
         tasks: only these; None for all.
@@ -110,7 +120,8 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
 
 def _profiles(name: str) -> list[str]:
     """The profiles that a study has runs of."""
-    return ["smoke"] if name == "smoke" else ["lite"] if name in STUDIES_OF_PHI else ["paper", "lite"]
+    lite_only = name in (*STUDIES_OF_PHI, *STUDIES_OF_RIVALS)
+    return ["smoke"] if name == "smoke" else ["lite"] if lite_only else ["paper", "lite"]
 
 
 def tasks_of(name: str) -> list[str]:
@@ -282,6 +293,40 @@ def _circularity(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey
             yield from (RunKey(task, variant, "paper", profile, seed) for variant in (*ARMS, *CIRCULARITY))
 
 
+def _published(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+    """Departures on two tasks, and U5 where it is one; then the released optimizer on all; beside the arms."""
+    for seed in SEEDS:
+        for task in tasks:
+            settings = TASKS[task].settings(profile)
+            names = [f"departure-{d}" for d in DEPARTURES if changes(d, settings)] if task in DEPARTURE_TASKS else []
+            names += [ALL] if names else ["departure-u5"] if changes("u5", settings) else []
+            yield from (RunKey(task, variant, "paper", profile, seed) for variant in (*ARMS, *names))
+    for seed in SEEDS:
+        yield from (RunKey(task, variant, "paper", profile, seed) for task in tasks for variant in RELEASED)
+
+
+def _budget(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    """Task by task: the peers, the searches, and the best rate of each search that is done, with fresh seeds."""
+    for task in tasks:
+        yield from (RunKey(task, variant, "paper", profile, seed) for seed in SEEDS for variant in PEERS)
+        for schedule in SCHEDULES:
+            for arm in BUDGETED:
+                search = budget_search(task, arm, schedule, profile)
+                yield from search
+                best = best_variant(search, results)
+                if best is not None:
+                    yield from (RunKey(task, best, "paper", profile, seed) for seed in SEEDS)
+
+
+def budget_search(task: str, arm: str, schedule: str, profile: str) -> list[RunKey]:
+    """The runs that the learning rate of an arm with a schedule is chosen by."""
+    return [
+        RunKey(task, searched_as(arm, schedule, lr), "paper", profile, seed)
+        for seed in SEARCH_SEEDS
+        for lr in LEARNING_RATES
+    ]
+
+
 def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
     for seed in FEW_SEEDS:
         for task in tasks:
@@ -316,10 +361,17 @@ def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey
         *_together(profile, [t for t in wrong if t == SENSITIVITY_TASK], results),
     ]
     runs += _lope(profile, [t for t in tasks if t in NOISE], results)
-    for name in STUDIES_OF_PHI:
+    for name in (*STUDIES_OF_PHI, *STUDIES_OF_RIVALS):
         runs += _RUNS[name](profile, [t for t in tasks_of(name) if t in tasks], results)
     more_phis = {kind(phi) for phi in PHI_SEEDS[1:] for kind in (frozen_phi, trained_phi)}
-    runs = [key for key in runs if key.variant not in more_phis]
+    left_out = more_phis if os.environ.get(VARIABLE) else more_phis.union(RELEASED)
+    runs += [
+        RunKey(task, searched_as(arm, "cosine", lr), "paper", profile, 0)
+        for task in of_the_paper
+        for arm in BUDGETED
+        for lr in LEARNING_RATES[-1:]
+    ]
+    runs = [key for key in runs if key.variant not in left_out]
     yield from dict.fromkeys(key for key in runs if key.seed == 0)
 
 
@@ -333,6 +385,8 @@ _RUNS = {
     "replay": _replay,
     "circularity": _circularity,
     "transfer": _transfer,
+    "published": _published,
+    "budget": _budget,
     "lilaw": _lilaw,
     "together": _together,
     "lope": _lope,

@@ -34,6 +34,7 @@ class Settings:
         model: the model's sizes.
         data: how much of the data is used (empty for all), and under "noise" how its labels are made wrong.
         lilaw: arguments of ``LiLAW``; None for samples of equal weight.
+        schedule: of the learning rate: "constant", or "cosine", which falls to zero at the last step allowed.
     """
 
     epochs: int
@@ -51,6 +52,7 @@ class Settings:
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     lilaw: Mapping[str, Any] | None = None
+    schedule: str = "constant"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from metaadamw_lite import LiLAW, MetaAdamW
@@ -264,6 +265,13 @@ def make_optimizer(
     return VARIANTS[variant].make(model, settings, total_steps, seed, *source)
 
 
+def switch_weights(optimizer: torch.optim.Optimizer, training: bool) -> None:
+    """Let an optimizer that has two sets of weights (Schedule-Free) put in those to train, or those to evaluate."""
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if switch is not None:
+        switch()
+
+
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:
     """A seed of its own for each purpose in each epoch of a run."""
     return int(np.random.SeedSequence([seed, epoch, *purpose.encode()]).generate_state(1)[0])
@@ -350,6 +358,9 @@ class _Run:
         )
         self.sources = [{"run": record["run"], "digest": record["digest"]} for record in source]
         self.phi_at_start = copy.deepcopy(self.optimizer.modulator) if isinstance(self.optimizer, MetaAdamW) else None
+        self.schedule: CosineAnnealingLR | None = None
+        if settings.schedule == "cosine":
+            self.schedule = CosineAnnealingLR(self.optimizer, settings.epochs * self.steps_per_epoch)
         self.lilaw: LiLAW | None = None
         if settings.lilaw is not None:  # which warms up for one epoch
             self.lilaw = LiLAW(**settings.lilaw, warmup_steps=self.steps_per_epoch).to(device)
@@ -403,6 +414,7 @@ class _Run:
         meta_batches = self._meta_batches(epoch)
         torch.manual_seed(derived_seed(seed, epoch, "dropout"))
         self.model.train()
+        switch_weights(self.optimizer, training=True)
         started = time.perf_counter()
         in_step, in_meta = _Stopwatch(self.device), _Stopwatch(self.device)
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -414,6 +426,8 @@ class _Run:
             score.loss.backward()  # type: ignore[no-untyped-call]
             with in_step.running():
                 self.optimizer.step()
+            if self.schedule is not None:
+                self.schedule.step()
             if self.lilaw is not None:
                 with in_meta.running():
                     self._weigh(t, self.lilaw, looking=t % look_every == 0)
@@ -436,6 +450,7 @@ class _Run:
                 bar.set_postfix(self._figures(value), refresh=False)
 
         train_loss = float(summed / terms)
+        switch_weights(self.optimizer, training=False)
         train_seconds = time.perf_counter() - started
         val, seen = Measured(math.nan, math.nan), None
         if math.isfinite(train_loss):
@@ -592,6 +607,7 @@ class _Run:
                 "settings": _plain(asdict(self.settings)),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "schedule": None if self.schedule is None else self.schedule.state_dict(),
                 "best_weights": self.best_weights,
                 "meta_updates": self.meta_updates,
                 "history": self.history,
@@ -626,6 +642,8 @@ class _Run:
             raise ValueError(f"{self.checkpoint} is of a run with other settings; delete it to start this one afresh")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
         self.best_weights, self.meta_updates = state["best_weights"], state["meta_updates"]
         self.history = state["history"]
         before = state["environments"]

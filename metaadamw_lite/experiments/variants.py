@@ -8,10 +8,14 @@ anyway, it *is* ``metaadamw`` there, and there is no such run.
 from dataclasses import dataclass, replace
 
 from metaadamw_lite.checks import check_choice
+from metaadamw_lite.experiments.budget import budget_variants
 from metaadamw_lite.experiments.circularity import CIRCULARITY
+from metaadamw_lite.experiments.departures import DEPARTED
 from metaadamw_lite.experiments.dose import DOSE
 from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.null import NULL
+from metaadamw_lite.experiments.peers import PEERS
+from metaadamw_lite.experiments.published import RELEASED
 from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.task import Settings
 from metaadamw_lite.experiments.transfer import TRANSFER
@@ -154,6 +158,10 @@ VARIANTS = {
     **REPLAY,
     **CIRCULARITY,
     **TRANSFER,
+    **DEPARTED,
+    **RELEASED,
+    **budget_variants(LEARNING_RATES),
+    **PEERS,
 }
 """Every variant, by the name that runs and records have. Studies with variants of their own add a table here."""
 
