@@ -323,7 +323,7 @@ def budget_search(task: str, arm: str, schedule: str, profile: str) -> list[RunK
     return [
         RunKey(task, searched_as(arm, schedule, lr), "paper", profile, seed)
         for seed in SEARCH_SEEDS
-        for lr in LEARNING_RATES
+        for lr in learning_rates(profile)
     ]
 
 
@@ -369,7 +369,7 @@ def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey
         RunKey(task, searched_as(arm, "cosine", lr), "paper", profile, 0)
         for task in of_the_paper
         for arm in BUDGETED
-        for lr in LEARNING_RATES[-1:]
+        for lr in learning_rates(profile)[-1:]
     ]
     runs = [key for key in runs if key.variant not in left_out]
     yield from dict.fromkeys(key for key in runs if key.seed == 0)

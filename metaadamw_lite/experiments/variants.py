@@ -160,7 +160,7 @@ VARIANTS = {
     **TRANSFER,
     **DEPARTED,
     **RELEASED,
-    **budget_variants(LEARNING_RATES),
+    **budget_variants(sorted({*LEARNING_RATES, *LITE_LEARNING_RATES})),
     **PEERS,
 }
 """Every variant, by the name that runs and records have. Studies with variants of their own add a table here."""
