@@ -183,7 +183,7 @@ class Released(MetaAdamW):
 
         self.theirs._get_val_batch = lambda device: (val_batch, _NO_TARGETS)
         devices = [p.device for p in model.parameters()]
-        with same_random_numbers(devices), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        with same_random_numbers(devices), sdpa_kernel(SDPBackend.MATH):
             total = self.theirs.update_attention(model, batch1, batch2, unpacked)
         return MetaLosses(float(total), *[float("nan")] * 3)
 
@@ -217,6 +217,7 @@ _NO_TARGETS = _NoTargets()
 def released(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> MetaAdamW:
     """The released optimizer with a task's settings."""
     theirs, common = released_class(reference()), of_both(settings)
+    model.to(memory_format=torch.contiguous_format)  # its statistics know no other order of the elements
 
     def make() -> Any:
         arguments = their_arguments(settings.metaadamw)
