@@ -14,7 +14,7 @@ from metaadamw_lite.experiments.paired import PairedDifference, improvement, ver
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS
 from metaadamw_lite.experiments.task import PROTOCOLS
-from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, SEEDS, phi_of
+from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, SEEDS
 
 
 def series(values, start=0):
@@ -125,53 +125,6 @@ def test_the_alpha_of_a_group_stands_beside_what_its_pair_gained(monkeypatch):
     assert table.loc[("a", 0), "gain"] == pytest.approx(10)
 
 
-def exchanged(metric, task):
-    """Records of AdamW (metric 10) and of each Φ with each seed; Φ number k gives an α of 1 + k / 10."""
-    records = [made("adamw", seed, [10.0], task, "lite") for seed in SEEDS]
-    for seed in SEEDS:
-        for phi in SEEDS:
-            record = made("metaadamw" if phi == seed else phi_of(phi), seed, [metric(seed, phi)], task, "lite")
-            groups = [{"name": "other/deep/weight", "parameters": 1}]
-            records.append(record | {"groups": groups, "trace": [{"step": 1, "alpha": [1 + phi / 10], "beta": [1.0]}]})
-    return records
-
-
-@pytest.mark.parametrize(("task", "sign"), [("wikitext2", -1), ("imdb", 1)])
-def test_what_an_exchanged_phi_gains_is_set_beside_adamw_with_the_runs_own_seed(task, sign, monkeypatch):
-    records = exchanged(lambda seed, phi: 10.0 * math.exp(phi + seed / 100), task)
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    table = report.exchanged_phi(task, "lite").set_index(["seed", "phi"])
-    assert len(table) == 25
-    assert table.loc[(3, 1), ["alpha", "gain"]].tolist() == pytest.approx([1.1, sign * 103])
-    assert table.loc[(2, 2), ["alpha", "gain"]].tolist() == pytest.approx([1.2, sign * 202]), "metaadamw's own"
-    assert table.loc[(2, 2), "outcome"] == pytest.approx(10 * math.exp(2.02))
-    monkeypatch.setattr(report, "recorded", lambda task: records[1:])
-    without = report.exchanged_phi(task, "lite").set_index("seed")["gain"].isna()
-    assert set(without[without].index) == {0}, "seed 0 has no AdamW"
-    assert report.exchanged_phi(task, "paper").empty
-
-
-@pytest.mark.parametrize(
-    ("log", "shares"),
-    [
-        (lambda seed, phi: phi, (1, 0, 0)),
-        (lambda seed, phi: (seed + phi) % 5, (0, 0, 1)),
-        (lambda seed, phi: phi + 2 * seed, (0.2, 0.8, 0)),
-    ],
-)
-def test_what_a_seed_does_is_taken_apart(log, shares):
-    rows = [(s, p, math.exp(log(s, p))) for s in SEEDS for p in SEEDS]
-    table = pd.DataFrame(rows, columns=["seed", "phi", "outcome"])
-    parts = report.what_a_seed_does(table)
-    assert [parts[k] for k in ("phi", "seed", "rest")] == pytest.approx(shares, abs=1e-12)
-    if shares[0] > 0:
-        assert parts["p"] < 0.001
-    if shares[2] == 1:
-        assert parts["p"] == pytest.approx(1)
-    with pytest.raises(ValueError, match=r"\(2, 1\)"):
-        report.what_a_seed_does(table.drop(index=11))
-
-
 def test_the_papers_tables_are_whole():
     tasks = ["etth1", "wikitext2", "multi30k", "cifar10", "imdb"]
     for number in (2, 4, 5):
@@ -254,21 +207,6 @@ def test_the_findings_on_the_front_page_are_those_of_the_records():
     times = [f"{spread[key]:.0f} times" for key in (("wikitext2", "paper"), ("imdb", "paper"))]
     blind_times = "{:.0f} and {:.0f} times".format(*(spread[task, "clean"] for task in ("wikitext2", "imdb")))
     assert f"is {times[0]} AdamW's on WikiText-2 and {times[1]} on IMDB (under `clean` {blind_times})" in says
-
-    exchanged = {task: report.exchanged_phi(task, "lite") for task in ("wikitext2", "multi30k", "etth1")}
-    shares = [100 * report.what_a_seed_does(table)["phi"] for table in exchanged.values()]
-    assert "{:.1f} and {:.1f} % go with Φ on these two tasks".format(*shares[:2]) in says
-    assert f"On ETTh1 it is {shares[2]:.0f} %" in says
-    text = (report.repository() / "notebooks" / "12_results.ipynb").read_text(encoding="utf-8")
-    gains = {task: exchanged[task].pivot(index="seed", columns="phi", values="gain") for task in exchanged}
-    within = [(g.max() - g.min()).max() for g in gains.values()]
-    between = [g.mean().max() - g.mean().min() for g in gains.values()]
-    assert f"to within {math.ceil(within[0])} (log ratio × 100) on WikiText-2 and {within[1]:.0f} on Multi30k" in text
-    assert f"lie up to {(gains['wikitext2'].max().max() - gains['wikitext2'].min().min()):.0f} and" in text
-    assert min(between[:2]) > 5 * max(within[:2])
-    new = pd.concat(exchanged[task].query("phi != seed") for task in ("wikitext2", "multi30k"))
-    assert ((new["alpha"] > 1) == (new["gain"] > 0)).all()
-    assert f"all {len(new)} new runs gain where the output layer's α is above one" in says
 
     table, clean_table = report.table_of_tasks(), report.table_of_tasks(protocol="clean")
     gains = [t.loc["etth1", "difference"].mean for t in (table, clean_table)]
@@ -1118,13 +1056,5 @@ def test_pictures_show_the_numbers_of_their_tables():
     assert list(means) == [d.mean for d in tested["difference"]]
 
     epochs = report.epochs_frame(made("adamw", k, [3.0 + k, 2.0 - k / 10]) for k in range(3))
-    crossed = report.exchanged_phi("wikitext2", "lite")
-    dots_of = [c.get_offsets() for c in figures.plot_exchanged_phi(crossed).axes[0].collections]
-    places = pd.DataFrame(np.concatenate([np.asarray(of) for of in dots_of if len(of)]), columns=["x", "gain"])
-    order = crossed.groupby("phi")["alpha"].mean().sort_values().index
-    for place, phi in enumerate(order):
-        shown = places[places["x"].round() == place]["gain"]
-        assert sorted(shown) == pytest.approx(sorted(crossed[crossed["phi"] == phi]["gain"]))
-
     band = figures.plot_curves(epochs, ["paper"], TASKS["etth1"]).axes[0].collections[0].get_paths()[0].vertices
     assert {(1.0, 3.0), (1.0, 5.0), (2.0, 1.8), (2.0, 2.0)} <= {(x, round(y, 9)) for x, y in band}, "lowest to highest"

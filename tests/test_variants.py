@@ -8,17 +8,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_same, tiny
-from torch.nn.utils import parameters_to_vector
+from conftest import tiny
 
 from metaadamw_lite import MetaAdamW
-from metaadamw_lite.experiments import TASKS, training
+from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments.budget import BUDGETED, searched_as
 from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.null import NULL
 from metaadamw_lite.experiments.paired import pairs_needed
+from metaadamw_lite.experiments.peers import PEERS
+from metaadamw_lite.experiments.published import RELEASED
 from metaadamw_lite.experiments.records import RunKey, write_record
 from metaadamw_lite.experiments.studies import (
     SEARCH_SEEDS,
+    STUDIES_OF_PHI,
     best_variant,
     missing,
     status,
@@ -31,7 +34,6 @@ from metaadamw_lite.experiments.variant import Variant
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
     ARMS,
-    EXCHANGED,
     LEARNING_RATES,
     OTHER_ATTENTION,
     SEEDS,
@@ -42,7 +44,6 @@ from metaadamw_lite.experiments.variants import (
     changed,
     differs,
     learning_rate,
-    phi_of,
 )
 
 PAPER = Path(__file__).parent.parent / "data" / "paper"
@@ -257,8 +258,7 @@ def test_names_of_the_variants():
     assert {"adamw-lr0.000125", "adamw-lr0.00025", "adamw-lr0.001", "adamw-lr0.008"} < set(VARIANTS)
     assert len(set(VARIANTS)) == len(VARIANTS)
     rates = map(at_learning_rate, LEARNING_RATES)
-    assert {*ARMS, *ABLATIONS, *rates, *EXCHANGED, *WEIGHTED, *NULL, *LADDER} <= set(VARIANTS)
-    assert [*EXCHANGED] == [phi_of(seed) for seed in SEEDS]
+    assert {*ARMS, *ABLATIONS, *rates, *WEIGHTED, *NULL, *LADDER} <= set(VARIANTS)
     assert 5e-4 in LEARNING_RATES
     assert list(LEARNING_RATES) == sorted(LEARNING_RATES)
 
@@ -282,45 +282,6 @@ def test_a_variant_that_is_an_arm_by_another_name_is_refused(monkeypatch):
             changed(settings, "alias")
     monkeypatch.setitem(VARIANTS, "alias", Variant(make=lambda *_: None))
     assert changed(settings, "alias") == settings
-
-
-def test_an_exchanged_phi_is_that_of_the_other_seed_and_nothing_else_is():
-    settings = TASKS["imdb"].settings("paper")
-    own, other = (make_optimizer("metaadamw", tiny(), settings, 10, seed) for seed in (0, 3))
-    exchanged = make_optimizer(phi_of(3), tiny(), changed(settings, phi_of(3)), 10, 0)
-    assert_same(exchanged.modulator.state_dict(), other.modulator.state_dict())
-    assert not all(
-        torch.equal(a, b) for a, b in zip(*(o.modulator.parameters() for o in (exchanged, own)), strict=True)
-    )
-    assert exchanged.defaults == own.defaults
-
-
-def test_runs_with_an_exchanged_phi_have_the_weights_and_batches_of_their_own_seed(tmp_path, monkeypatch):
-    weights, batches = {}, {}
-
-    def noted(variant, model, *rest):
-        weights[variant, rest[-1]] = parameters_to_vector(model.parameters()).detach().clone()
-        batches[variant, rest[-1]] = order = []
-        monkeypatch.setattr(training, "shuffled_batches", lambda *a: order.append(shuffled_batches(*a)) or order[-1])
-        return make_optimizer(variant, model, *rest)
-
-    shuffled_batches = training.shuffled_batches
-    monkeypatch.setattr(training, "make_optimizer", noted)
-    for variant, seed in (("metaadamw", 0), ("metaadamw", 1), (phi_of(1), 0)):
-        run(RunKey("etth1", variant, "paper", "smoke", seed), tmp_path, progress=False)
-    assert_same(weights[phi_of(1), 0], weights["metaadamw", 0])
-    assert_same(batches[phi_of(1), 0], batches["metaadamw", 0])
-    assert not torch.equal(weights["metaadamw", 1], weights["metaadamw", 0])
-    assert not torch.equal(batches["metaadamw", 1][0][0], batches["metaadamw", 0][0][0])
-
-
-def test_the_exchange_crosses_every_seed_with_every_other_phi(tmp_path):
-    runs = study_runs("exchange/lite", tmp_path, ["multi30k"])
-    assert len(runs) == 20
-    assert {(key.seed, key.variant) for key in runs} == {(s, phi_of(p)) for s in SEEDS for p in SEEDS if s != p}
-    with pytest.raises(ValueError, match="'phi-seed2', which is what 'metaadamw' is with seed 2"):
-        run(RunKey("etth1", phi_of(2), "paper", "smoke", 2), tmp_path, progress=False)
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- studies
@@ -393,7 +354,7 @@ def test_further_seeds_come_after_all_first_ones_the_cheapest_task_first(tmp_pat
 
 
 def test_a_study_without_a_profile_has_both(tmp_path):
-    for name in ("main", "baseline", "ablation", "exchange"):
+    for name in ("main", "baseline", "ablation"):
         both = study_runs(name, tmp_path)
         assert both == study_runs(f"{name}/paper", tmp_path) + study_runs(f"{name}/lite", tmp_path)
 
@@ -415,17 +376,19 @@ def test_the_smoke_study_has_every_variant_of_every_task(tmp_path):
     assert {(key.profile, key.seed, key.source) for key in runs} == {("smoke", 0, "synthetic")}
     for task in TASKS:
         rates = {at_learning_rate(lr) for lr in LEARNING_RATES}
-        others = {name for name in EXCHANGED if name != phi_of(0)}
-        expected = {*ARMS, *changing(task), *rates, *others}
-        expected |= {key.variant for s in ("null", "ladder") for key in study_runs(s, tmp_path) if key.task == task}
+        expected = {*ARMS, *changing(task), *rates}
+        expected |= {key.variant for s in STUDIES_OF_PHI for key in study_runs(s, tmp_path) if key.task == task}
         expected -= {name for name in NULL if name.endswith("-phi1000")}.symmetric_difference(NULL)
+        expected -= {"dose-k10", "dose-k50"}  # runs are too short for these
+        expected |= {key.variant for key in study_runs("published", tmp_path) if key.task == task}.difference(RELEASED)
+        expected |= {*PEERS, *(searched_as(arm, "cosine", LEARNING_RATES[-1]) for arm in BUDGETED)}
         assert {key.variant for key in runs if key.task == task} == expected
         clean = {key.variant for key in runs if (key.task, key.protocol) == (task, "clean")}
         assert clean == set(ARMS)
 
 
 def test_only_the_tasks_that_were_asked_for(tmp_path):
-    for study in ("main", "baseline", "ablation", "exchange", "smoke"):
+    for study in ("main", "baseline", "ablation", "smoke"):
         assert {key.task for key in study_runs(study, tmp_path, ["imdb"])} == {"imdb"}
 
 
@@ -466,7 +429,7 @@ def reruns(task, results, protocol="clean"):
 def test_search_seeds_are_used_for_nothing_that_is_reported(tmp_path):
     assert set(SEEDS).isdisjoint(SEARCH_SEEDS)
     assert list(SEEDS) == list(range(5))
-    for study in ("main", "ablation", "exchange"):
+    for study in ("main", "ablation"):
         assert {key.seed for key in study_runs(study, tmp_path)} == set(SEEDS)
 
 
@@ -528,9 +491,7 @@ def test_if_the_paper_s_rate_is_the_best_the_runs_are_those_of_the_main_study(tm
 def test_status_counts_the_records_of_every_study(tmp_path):
     empty = status(tmp_path)
     assert list(empty.columns) == list(TASKS)
-    assert list(empty.index) == [
-        f"{s}/{p}" for s in ("main", "baseline", "ablation", "exchange") for p in ("paper", "lite")
-    ]
+    assert list(empty.index) == [f"{s}/{p}" for s in ("main", "baseline", "ablation") for p in ("paper", "lite")]
     assert set(empty.loc["main/paper"]) == {"0/30"}
     assert set(empty.loc["baseline/lite"]) == {"0/28"}
     assert set(empty.loc["ablation/paper"]) == {"0/70"}
@@ -540,7 +501,7 @@ def test_status_counts_the_records_of_every_study(tmp_path):
     record(0.9, RunKey("imdb", "adamw", "clean", "lite", 0), tmp_path)
     record(0.9, RunKey("imdb", "adamw", "paper", "lite", 0, "synthetic"), tmp_path)
     after = status(tmp_path)
-    assert list(after["imdb"]) == ["1/30", "1/30", "0/28", "0/28", "2/70", "0/70", "0/20", "0/20"]
+    assert list(after["imdb"]) == ["1/30", "1/30", "0/28", "0/28", "2/70", "0/70"]
     assert after.drop(columns="imdb").equals(empty.drop(columns="imdb"))
 
 

@@ -249,23 +249,6 @@ def plot_alpha_and_gain(pairs: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_exchanged_phi(table: pd.DataFrame) -> Figure:
-    """What each Φ gains in the runs of each seed: a column of dots for each Φ, from the smallest α to the largest.
-
-    Args:
-        table: from ``report.exchanged_phi``.
-    """
-    alpha = table.groupby("phi")["alpha"].mean().sort_values()
-    place = {phi: f"{phi}\nα = {a:.2f}" for phi, a in alpha.items()}
-    shown = table.assign(phi=table["phi"].map(place), seed=table["seed"].map("{:.0f}".format))
-    figure, ax = plt.subplots(figsize=(6.4, 3.4))
-    sns.stripplot(shown, x="phi", y="gain", order=place.values(), hue="seed", palette="colorblind", dodge=True, ax=ax)
-    ax.axhline(0, color="black", linewidth=0.7)
-    ax.set(xlabel="seed of Φ's random start, and the α that it gives the output layer", ylabel="gain (log ratio × 100)")
-    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title="seed of all else", fontsize="small")
-    return figure
-
-
 def plot_ablations(table: pd.DataFrame) -> Figure:
     """The change that each ablation makes against MetaAdamW, with Student's 95 % interval; a row for each variant.
 

@@ -51,7 +51,7 @@ def replaying(factors: Callable[[dict[str, Any]], Factors]) -> Maker:
     def make(
         model: nn.Module, settings: Settings, total_steps: int, seed: int, record: dict[str, Any]
     ) -> torch.optim.Optimizer:
-        groups = zip(_groups(model, record), *factors(record), strict=True)
+        groups = zip(groups_of(model, record), *factors(record), strict=True)
         return torch.optim.AdamW(
             [
                 {"params": group.params, "lr": settings.lr * alpha, "weight_decay": settings.weight_decay * beta}
@@ -63,7 +63,7 @@ def replaying(factors: Callable[[dict[str, Any]], Factors]) -> Maker:
     return make
 
 
-def _groups(model: nn.Module, record: dict[str, Any]) -> list[ModulationGroup]:
+def groups_of(model: nn.Module, record: dict[str, Any]) -> list[ModulationGroup]:
     """The modulation groups of the model, which are those of the record.
 
     Raises:
@@ -102,7 +102,8 @@ def mean_schedule(
 
     The mean is over groups, weighted by parameters; between traced steps it is a straight line, and constant outside.
     """
-    sizes = [len(group.params) and sum(p.numel() for p in group.params) for group in _groups(model, record)]
+    groups_of(model, record)  # which refuses a record that does not fit
+    sizes = [group["parameters"] for group in record["groups"]]
     steps = [point["step"] for point in record["trace"]]
     means = [np.average(point["alpha"], weights=sizes) for point in record["trace"]]
     return ScheduledAdamW(model.parameters(), lambda t: float(np.interp(t, steps, means)), **of_both(settings))

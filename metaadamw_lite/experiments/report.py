@@ -3,14 +3,12 @@
 ``paired`` has the statistics, ``claims`` what the tables say of the paper's claims.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
@@ -43,12 +41,10 @@ from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
     ARMS,
-    EXCHANGED,
     LEARNING_RATES,
     SEEDS,
     differs,
     learning_rate,
-    phi_of,
 )
 
 OF_REAL_DATA = ("lite", "paper")
@@ -172,66 +168,6 @@ def alphas_and_gains(task: str, protocol: str) -> pd.DataFrame:
     shares = {g["name"]: 100 * g["parameters"] / r["parameters"] for r in records for g in r.get("groups", [])}
     table = alpha.join(gain, on=["profile", "seed"], how="inner")
     return table.assign(share=table["group"].map(shares))
-
-
-OUTPUT_LAYER = "other/deep/weight"
-"""The modulation group that the output layer's weight is in, in all five models."""
-
-
-def exchanged_phi(task: str, profile: str) -> pd.DataFrame:
-    """What MetaAdamW does with the Φ of each seed in the runs of each seed, under the paper's protocol.
-
-    Returns:
-        One row for each run that ended with a finite result: "seed" (of weights, batches and dropout), "phi" (the seed
-        that Φ's random start is of), "alpha" (the output layer's mean over the run), "outcome" (what the run reports)
-        and "gain": the logarithm of its ratio to AdamW's with the run's seed, times 100 (positive is better; NaN
-        without AdamW's run).
-
-    Raises:
-        ValueError: for an unknown task, or a profile other than "lite" and "paper".
-    """
-    check_choice("profile", profile, OF_REAL_DATA)
-    of_profile = [r for r in recorded(task) if (r["run"]["protocol"], r["run"]["profile"]) == ("paper", profile)]
-    columns = ["seed", "phi", "alpha", "outcome", "gain"]
-    factors = factors_frame(r for r in of_profile if r["run"]["variant"] in ("metaadamw", *EXCHANGED))
-    if factors.empty:
-        return pd.DataFrame(columns=columns)
-    outcome = outcomes(runs_frame(of_profile)).set_index(["variant", "seed"])["outcome"].astype(float)
-    alpha = factors[factors["group"] == OUTPUT_LAYER].groupby(["variant", "seed"])["alpha"].mean()
-    sign = -1 if TASKS[task].lower_is_better else 1
-    rows = []
-    for seed, phi in itertools.product(SEEDS, SEEDS):
-        run = ("metaadamw" if phi == seed else phi_of(phi), seed)
-        result = outcome.get(run, np.nan)
-        gain = 100 * sign * np.log(result / outcome.get(("adamw", seed), np.nan))
-        rows.append((seed, phi, alpha.get(run, np.nan), result, gain))
-    return pd.DataFrame(rows, columns=columns).dropna(subset="outcome")
-
-
-def what_a_seed_does(table: pd.DataFrame) -> dict[str, float]:
-    """How much of MetaAdamW's results goes with Φ's random start, and how much with all else that a seed draws.
-
-    Args:
-        table: from ``exchanged_phi``.
-
-    Returns:
-        Of the logarithms of the results, the shares of the sum of squares (they add up to one) that the means of the
-        Φ's explain ("phi"), the means of the seeds of everything else ("seed"), and neither ("rest"); where nothing
-        matters, the first two are (k − 1)/(k² − 1) each on average, 1/6 for k = 5. And "p" of Friedman's test that
-        the Φ's do not differ, with the seeds as blocks.
-
-    Raises:
-        ValueError: where a run is missing, or did not end with a finite result.
-    """
-    results = table.pivot(index="seed", columns="phi", values="outcome").reindex(index=[*SEEDS], columns=[*SEEDS])
-    if results.isna().any(axis=None):
-        missing = [(int(seed), int(phi)) for seed, phi in np.argwhere(results.isna())]
-        raise ValueError(f"no result for (seed, Φ) {missing}; each seed is needed with each Φ")
-    logs = np.log(results.to_numpy())
-    apart = logs - logs.mean()
-    phi, seed = (float(len(SEEDS) * (apart.mean(axis=axis) ** 2).sum() / (apart**2).sum()) for axis in (0, 1))
-    p = stats.friedmanchisquare(*apart.T).pvalue
-    return {"phi": phi, "seed": seed, "rest": 1 - phi - seed, "p": float(p)}
 
 
 def null_gains(task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:

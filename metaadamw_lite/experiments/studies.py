@@ -55,7 +55,6 @@ from metaadamw_lite.experiments.variants import (
     arm_of,
     at_learning_rate,
     differs,
-    phi_of,
 )
 
 FEW_SEEDS = range(3)
@@ -72,7 +71,6 @@ STUDIES = {
     "main": "Table 2, Table 5 and figures 1 to 5: every task, arm and protocol",
     "baseline": "AdamW with a learning rate that was searched for",
     "ablation": "Table 3: every row that differs from MetaAdamW, under the paper's protocol",
-    "exchange": "MetaAdamW with the random start of Φ of each other seed, under the paper's protocol",
     "null": "32 fresh Φ's that no other run has, never trained, and on WikiText-2 also trained",
     "ladder": "is the Transformer needed? One learned α, one for each group, an MLP, Φ",
     "dose": "Φ trained harder, one factor at a time, on WikiText-2; the most telling on all tasks",
@@ -86,7 +84,7 @@ STUDIES = {
     "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
     "smoke": "everything once, in seconds, on synthetic data",
 }
-STUDIES_OF_PAPER = ("main", "baseline", "ablation", "exchange")
+STUDIES_OF_PAPER = ("main", "baseline", "ablation")
 STUDIES_OF_PHI = ("null", "ladder", "dose", "replay", "circularity", "transfer")
 """Of random, constant and learned factors: in the profile "lite" only, under the paper's protocol."""
 STUDIES_OF_RIVALS = ("published", "budget")
@@ -227,12 +225,6 @@ def _ablation(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
                     yield RunKey(task, variant, "paper", profile, seed)
 
 
-def _exchange(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
-    for seed in SEEDS:
-        for task in tasks:
-            yield from (RunKey(task, phi_of(other), "paper", profile, seed) for other in SEEDS if other != seed)
-
-
 def _null(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
     """Φ by Φ, so that the spread over the Φ's is known before all are run; the arms are those of ``main``."""
     for seed in NULL_SEEDS:
@@ -282,7 +274,7 @@ def _sources_first(
     runs = [RunKey(task, variant, "paper", profile, seed) for seed in seeds for task in tasks for variant in variants]
     sources = {key: _source(key) for key in runs}
     plain = (RunKey(task, "adamw", "paper", profile, seed) for seed in seeds for task in tasks)
-    yield from dict.fromkeys([*plain, *sources.values()])
+    yield from dict.fromkeys([*plain, *(source for source in sources.values() if source.task in tasks)])
     usable = {source: bool((_record_of(source, results) or {}).get("trace")) for source in {*sources.values()}}
     yield from (key for key, source in sources.items() if usable[source])
 
@@ -356,7 +348,7 @@ def _lope(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
 
 def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
     of_the_paper, wrong = ([t for t in tasks if t in group] for group in (TASKS, NOISY))
-    runs = [key for study in (_main, _ablation, _exchange) for key in study(profile, of_the_paper, results)]
+    runs = [key for study in (_main, _ablation) for key in study(profile, of_the_paper, results)]
     runs += [RunKey(task, at_learning_rate(lr), "paper", profile, 0) for task in of_the_paper for lr in LEARNING_RATES]
     runs += [
         *_lilaw(profile, wrong, results),
@@ -381,7 +373,6 @@ _RUNS = {
     "main": _main,
     "baseline": _baseline,
     "ablation": _ablation,
-    "exchange": _exchange,
     "null": _null,
     "ladder": _ladder,
     "dose": _dose,

@@ -47,7 +47,7 @@ from metaadamw_lite.experiments.records import (
     write_record,
 )
 from metaadamw_lite.experiments.task import Batch, Measured, Score, Settings, Task
-from metaadamw_lite.experiments.variants import VARIANTS, changed, phi_of
+from metaadamw_lite.experiments.variants import VARIANTS, changed
 
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
@@ -108,8 +108,8 @@ def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -
     """The settings of a run: those of its task and profile, or others that are given, with its variant's change.
 
     Raises:
-        ValueError: for an unknown task or variant, settings of another kind of task, or a variant that the task, its
-            protocol or the seed does not go with.
+        ValueError: for an unknown task or variant, settings of another kind of task, or a variant that the task or its
+            protocol does not go with.
     """
     check_choice("task", key.task, (*TASKS, *NOISY, *lope_study.NOISE))
     if key.task in lope_study.NOISE:
@@ -124,8 +124,6 @@ def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -
     if isinstance(settings, LoPESettings):
         raise ValueError(f"settings are LoPESettings; {key.task} needs Settings")
     mine = changed(settings or task.settings(key.profile), key.variant)
-    if key.variant == phi_of(key.seed):
-        raise ValueError(f"optimizer is {key.variant!r}, which is what 'metaadamw' is with seed {key.seed}; use that")
     if mine.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
     return mine

@@ -1,5 +1,5 @@
-"""The registry of variants: the three arms, one for each cell of Table 3, AdamW at other learning rates, MetaAdamW with
-the Φ of another seed, arms with LiLAW, and the tables of the studies that have a file of their own.
+"""The registry of variants: the three arms, one for each cell of Table 3, AdamW at other learning rates, arms
+with LiLAW, and the tables of the studies that have a file of their own.
 
 ``VARIANTS`` has all of them. A variant of the ablation changes exactly one factor; where a task has the variant's value
 anyway, it *is* ``metaadamw`` there, and there is no such run.
@@ -114,18 +114,6 @@ def at_learning_rate(lr: float) -> str:
     return "adamw" if lr == Settings.lr else f"adamw-lr{lr:g}"
 
 
-def phi_of(seed: int) -> str:
-    """The name of MetaAdamW with the Φ of a seed."""
-    return f"phi-seed{seed}"
-
-
-EXCHANGED = {phi_of(seed): Variant(arguments(seed=seed)) for seed in SEEDS}
-"""MetaAdamW whose Φ has the random start that another seed draws; weights, batches and dropout keep the run's own.
-
-So what a seed does through Φ is told from all else that it does. With the run's own seed this *is* ``metaadamw``.
-"""
-
-
 LILAW = {"alpha": 10.0, "delta": 6.0, "beta": 2.0, "lr": 0.005, "weight_decay": 1e-4}
 """The settings of LiLAW's paper."""
 
@@ -160,7 +148,6 @@ VARIANTS = {
     "metaadamw-frozen": Variant(updates=False),
     **{name: Variant(row.change) for name, row in ABLATIONS.items()},
     **{name: Variant(rate(lr), adamw) for name, lr in TUNED.items()},
-    **EXCHANGED,
     **WEIGHTED,
     **NULL,
     **LADDER,
