@@ -268,11 +268,11 @@ class MetaAdamW(torch.optim.AdamW):
         if taken is not None:
             self.alpha, self.beta = taken
         else:
-            f = feature_matrix(buckets, self._members, config, time)
-            self.alpha, self.beta = self._factors.of(self.modulator, f, like=self._phi_like)
+            f = feature_matrix(buckets, self._members, config, time)  # line 2
+            self.alpha, self.beta = self._factors.of(self.modulator, f, like=self._phi_like)  # line 3
             factors = list(zip(self.alpha.tolist(), self.beta.tolist(), strict=True))
             for bucket in buckets:
-                move(bucket, *factors[bucket.k])
+                move(bucket, *factors[bucket.k])  # lines 4 to 7
         self._t += 1
         return loss
 
@@ -361,6 +361,7 @@ class MetaAdamW(torch.optim.AdamW):
         if double_backward and evaluate.processes:
             raise ValueError("double_backward is for checking, and does not work with several processes")
         batches = Batches(batch1=batch1, batch2=batch2, val_batch=val_batch)
+        # Lines 1 to 4: keep θ and whatever else a loss may change.
         with torch.enable_grad(), batches.as_found(), as_found(model, params, also) as (theta, surroundings):
             evaluate.put_back, evaluate.check = surroundings.put_back, batches.refuse_counted_writes
             if not self._loss_is_repeatable:
