@@ -12,9 +12,12 @@ from conftest import tiny
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments.budget import BUDGETED, searched_as
 from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.null import NULL
 from metaadamw_lite.experiments.paired import pairs_needed
+from metaadamw_lite.experiments.peers import PEERS
+from metaadamw_lite.experiments.published import RELEASED
 from metaadamw_lite.experiments.records import RunKey, write_record
 from metaadamw_lite.experiments.studies import (
     SEARCH_SEEDS,
@@ -371,6 +374,8 @@ def test_the_smoke_study_has_every_variant_of_every_task(tmp_path):
         expected |= {key.variant for s in STUDIES_OF_PHI for key in study_runs(s, tmp_path) if key.task == task}
         expected -= {name for name in NULL if name.endswith("-phi1000")}.symmetric_difference(NULL)
         expected -= {"dose-k10", "dose-k50"}  # runs are too short for these
+        expected |= {key.variant for key in study_runs("published", tmp_path) if key.task == task}.difference(RELEASED)
+        expected |= {*PEERS, *(searched_as(arm, "cosine", LEARNING_RATES[-1]) for arm in BUDGETED)}
         assert {key.variant for key in runs if key.task == task} == expected
         clean = {key.variant for key in runs if (key.task, key.protocol) == (task, "clean")}
         assert clean == set(ARMS)

@@ -17,6 +17,8 @@
                 the variants of the studies of random, constant and learned factors
 * ``studies``   which runs belong together, and running all that are missing
 * ``report``    tables made from records; ``paired`` has the statistics, ``claims`` the verdicts on the paper's claims
+* ``departures``, ``published``, ``budget``, ``peers``
+                variants of the studies "published" and "budget"; ``rivals_report`` has their tables
 * ``released``  the logs that come with the released code
 * ``figures``   the book's figures
 * ``chapter``   what the chapters about single tasks have in common

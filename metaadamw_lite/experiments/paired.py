@@ -6,6 +6,7 @@ Nothing here reads a file.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -450,3 +451,32 @@ def expected_best(gains: pd.DataFrame, draws: int) -> Estimate:
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Estimate(best(rows), float(interval.low), float(interval.high))
+
+
+# ---------------------------------------------------------------- time to a target
+
+
+def median_time(times: "pd.Series[float]", reached: "pd.Series[bool]") -> Estimate:
+    """The time by which half of some runs have reached a target; runs that end before they do are censored there.
+
+    Args:
+        times: when each run reached the target, or when it ended without.
+        reached: which of the two.
+
+    Returns:
+        Kaplan and Meier's median with its 95 % interval (log-log); infinite where a half is never reached, NaN for all
+        without any run.
+    """
+    if times.empty:
+        return Estimate(math.nan, math.nan, math.nan)
+    sample = stats.CensoredData(uncensored=times[reached].to_numpy(), right=times[~reached].to_numpy())
+    alive = stats.ecdf(sample).sf
+    with warnings.catch_warnings(category=RuntimeWarning, action="ignore"):
+        band = alive.confidence_interval(CONFIDENCE, method="log-log")
+
+    def first(probabilities: Any) -> float:
+        known = np.where(np.isnan(probabilities), alive.probabilities, probabilities)  # unknown where all or none live
+        at = alive.quantiles[known <= 0.5]
+        return float(at[0]) if len(at) else math.inf
+
+    return Estimate(first(alive.probabilities), first(band.low.probabilities), first(band.high.probabilities))

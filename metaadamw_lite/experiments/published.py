@@ -8,13 +8,14 @@ they are, double differentiation also through attention, and records like those 
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments.records import expanded_folder
@@ -102,6 +103,16 @@ class TheirWeights(nn.Module):
         return weights
 
 
+class ViewsOfAnyOrder(TorchFunctionMode):
+    """Let ``view`` be ``reshape``: that code flattens gradients by it, which channels-last ones refuse."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function, or ``reshape`` in its place."""
+        return (Tensor.reshape if func is Tensor.view else func)(*args, **(kwargs or {}))
+
+
 class Released(MetaAdamW):
     """The released optimizer, from outside like MetaAdamW.
 
@@ -147,7 +158,8 @@ class Released(MetaAdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """A step of theirs."""
-        loss = self.theirs.step(closure)
+        with ViewsOfAnyOrder():
+            loss = self.theirs.step(closure)
         self.alpha, self.beta = self._seen
         return loss
 
@@ -156,9 +168,10 @@ class Released(MetaAdamW):
         """What their Φ would see now, (G, D)."""
         theirs, rows = self.theirs, []
         t_norm = theirs._get_t_norm(theirs.all_params[0].device)
-        for k, indices in enumerate(theirs.group_indices):
-            params = [theirs.all_params[i] for i in indices]
-            rows.append(theirs._extract_group_features(params, theirs.state, t_norm, k))
+        with ViewsOfAnyOrder():
+            for k, indices in enumerate(theirs.group_indices):
+                params = [theirs.all_params[i] for i in indices]
+                rows.append(theirs._extract_group_features(params, theirs.state, t_norm, k))
         f = torch.stack(rows)
         return f if theirs._feature_gates is None else f * torch.sigmoid(theirs._feature_gates)
 
@@ -183,7 +196,7 @@ class Released(MetaAdamW):
 
         self.theirs._get_val_batch = lambda device: (val_batch, _NO_TARGETS)
         devices = [p.device for p in model.parameters()]
-        with same_random_numbers(devices), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        with same_random_numbers(devices), sdpa_kernel(SDPBackend.MATH), ViewsOfAnyOrder():
             total = self.theirs.update_attention(model, batch1, batch2, unpacked)
         return MetaLosses(float(total), *[float("nan")] * 3)
 

@@ -1,0 +1,132 @@
+"""Tables of the studies ``published`` and ``budget``: the published code, equal searches, peers, time to a target."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite.experiments.budget import BUDGETED, SCHEDULES, searched_as
+from metaadamw_lite.experiments.departures import DEPARTED
+from metaadamw_lite.experiments.paired import PairedDifference, corrected, improvement, median_time, verdict_after
+from metaadamw_lite.experiments.peers import PEERS
+from metaadamw_lite.experiments.published import RELEASED
+from metaadamw_lite.experiments.studies import best_variant, budget_search
+from metaadamw_lite.experiments.variants import LEARNING_RATES, SEEDS
+
+
+def published_table(task: str) -> pd.DataFrame:
+    """What each departure of the released code is worth, and the released optimizer itself, in shortened runs.
+
+    Returns:
+        A row for each variant that has runs: "difference" (against MetaAdamW as the paper has it, a
+        ``PairedDifference``; positive is better), "adamw" (against AdamW), and "verdict" on whether it is better than
+        MetaAdamW, after Holm's correction over the rows.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
+    columns = ["difference", "adamw", "verdict"]
+    if not _records(task):
+        return pd.DataFrame(columns=columns)
+    outcome, lower_is_better = _outcome(task), TASKS[task].lower_is_better
+    rows = {}
+    for variant in (*DEPARTED, *RELEASED):
+        arm, metaadamw, adamw = report.by_seed(outcome, "paper", variant, "metaadamw", "adamw")
+        if len(arm):
+            rows[variant] = improvement(arm, metaadamw, lower_is_better), improvement(arm, adamw, lower_is_better)
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns[:2], dtype=object)
+    return table.assign(verdict=_verdicts(table["difference"]))
+
+
+def budget_table(task: str) -> pd.DataFrame:
+    """Every arm after the same search, and the peers, in shortened runs with seeds that no search has seen.
+
+    Returns:
+        A row for each arm with each schedule whose search is done, and for each peer that has runs: "variant",
+        "learning_rate" (the best; NaN for a peer), "edge" (it is the largest or smallest one tried), "difference"
+        (against AdamW at its best constant rate, a ``PairedDifference``; None for that row itself), "verdict" after
+        Holm's correction over the rows, and, from ``time_to_target`` with the best that the median run of that AdamW
+        reaches: "reached" (how many runs, of how many), "steps" and "seconds" (``Estimate``s of the median).
+
+    Raises:
+        ValueError: for an unknown task, or while the search for AdamW's constant rate is not complete.
+    """
+    results = report.repository() / "data" / "results"
+    chosen: dict[str, tuple[str, float]] = {}
+    for arm in BUDGETED:
+        for schedule in SCHEDULES:
+            best = best_variant(budget_search(task, arm, schedule, "lite"), results)
+            if best is not None:
+                rates = {searched_as(arm, schedule, lr): lr for lr in LEARNING_RATES}
+                chosen[f"{arm}, {schedule}"] = best, rates[best]
+    baseline = "adamw, constant"
+    if baseline not in chosen:
+        raise ValueError(f"the search for AdamW's rate on {task} is not complete: `sweep budget/lite` makes it")
+    outcome, lower_is_better = _outcome(task), TASKS[task].lower_is_better
+    chosen |= {name: (name, math.nan) for name in PEERS if (outcome["variant"] == name).any()}
+    (reference,) = report.by_seed(outcome, "paper", chosen[baseline][0])
+    records = [r for r in _records(task) if r["run"]["variant"] in {variant for variant, _ in chosen.values()}]
+    times = time_to_target(records, float(reference.median()), lower_is_better)
+    rows = {}
+    for name, (variant, rate) in chosen.items():
+        (arm_results,) = report.by_seed(outcome, "paper", variant)
+        mine = times[times["variant"] == variant]
+        rows[name] = {
+            "variant": variant,
+            "learning_rate": rate,
+            "edge": rate in (min(LEARNING_RATES), max(LEARNING_RATES)),
+            "difference": None if name == baseline else improvement(arm_results, reference, lower_is_better),
+            "reached": f"{mine['reached'].sum()} of {len(mine)}",
+            "steps": median_time(mine["steps"], mine["reached"]),
+            "seconds": median_time(mine["seconds"], mine["reached"]),
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.assign(verdict=_verdicts(table["difference"].dropna()).reindex(table.index, fill_value="–"))
+
+
+def time_to_target(records: Iterable[dict[str, Any]], target: float, lower_is_better: bool) -> pd.DataFrame:
+    """When each run first has a validation metric as good as a target.
+
+    Args:
+        records: of one task.
+        target: the metric to be reached.
+        lower_is_better: direction of the metric.
+
+    Returns:
+        A row for each run: "variant", "seed", "reached", and "steps" and "seconds" of training (without evaluation)
+        until then, or until the run ended where it never is as good.
+    """
+    sign = 1 if lower_is_better else -1
+    rows = []
+    for record in records:
+        epochs = record["epochs"]
+        metric = [math.inf if e["metric"] is None else sign * e["metric"] for e in epochs]
+        hits = np.flatnonzero(np.asarray(metric) <= sign * target)
+        count = int(hits[0]) + 1 if len(hits) else len(epochs)
+        a_pass = math.ceil(record["samples"]["train"] / record["settings"]["batch_size"])
+        seconds = sum(e["train_seconds"] for e in epochs[:count])
+        rows.append((record["run"]["variant"], record["run"]["seed"], bool(len(hits)), count * a_pass, seconds))
+    return pd.DataFrame(rows, columns=["variant", "seed", "reached", "steps", "seconds"])
+
+
+def _records(task: str) -> list[dict[str, Any]]:
+    """The shortened runs of a task under the paper's protocol with the seeds that are reported."""
+    return [
+        r
+        for r in report.recorded(task)
+        if (r["run"]["protocol"], r["run"]["profile"]) == ("paper", "lite") and r["run"]["seed"] in SEEDS
+    ]
+
+
+def _outcome(task: str) -> pd.DataFrame:
+    return report.outcomes(report.runs_frame(_records(task)))
+
+
+def _verdicts(differences: "pd.Series[Any]") -> "pd.Series[Any]":
+    """The verdicts on "it is better", after Holm's correction."""
+    after: list[PairedDifference] = [*corrected(differences)]
+    says = [verdict_after(d, c) for d, c in zip(differences, after, strict=True)]
+    return pd.Series(says, index=differences.index, dtype=object)
