@@ -438,7 +438,7 @@ def test_whole_runs_that_are_too_few_to_judge_by_are_shown_all_the_same(monkeypa
     monkeypatch.setattr(Evidence, "factors_statement", lambda evidence: "no factors in these")
     monkeypatch.setattr(report, "recorded", lambda task: records + runs_of("paper", 1))
     says = Evidence(TASKS["etth1"]).conclusion()
-    assert "Whole runs under `paper`, too few to judge by: seed 0: AdamW 2, MetaAdamW 1.8 (+10.0 %)." in says
+    assert "Runs as published under `paper`, too few to judge by: seed 0: AdamW 2, MetaAdamW 1.8 (+10.0 %)." in says
     monkeypatch.setattr(report, "recorded", lambda task: records)
     assert "too few to judge by" not in Evidence(TASKS["etth1"]).conclusion()
 
@@ -943,7 +943,7 @@ def test_table_2_and_its_claims_have_the_sign_of_the_papers_formula(monkeypatch,
 
 def test_table_2_is_corrected_over_its_tasks():
     table = report.table_of_tasks()
-    assert table["p_holm"].tolist() == paired.holm(table["p"]).tolist()
+    pd.testing.assert_series_equal(table["p_holm"], paired.holm(table["p"]), check_names=False)
     assert (table["p_holm"] > table["p"]).any()
 
 

@@ -371,7 +371,10 @@ def test_the_smoke_study_has_every_variant_of_every_task(tmp_path):
     for task in TASKS:
         rates = {at_learning_rate(lr) for lr in LEARNING_RATES}
         expected = {*ARMS, *changing(task), *rates}
-        expected |= {key.variant for s in STUDIES_OF_PHI for key in study_runs(s, tmp_path) if key.task == task}
+        studies = (*STUDIES_OF_PHI, "published")
+        expected |= {key.variant for s in studies for key in study_runs(s, tmp_path) if key.task == task}
+        expected |= {*PEERS, *(searched_as(arm, "cosine", LEARNING_RATES[-1]) for arm in BUDGETED)}
+        expected -= {*RELEASED}  # whose code is elsewhere
         expected -= {name for name in NULL if name.endswith("-phi1000")}.symmetric_difference(NULL)
         expected -= {"dose-k10", "dose-k50"}  # runs are too short for these
         expected |= {key.variant for key in study_runs("published", tmp_path) if key.task == task}.difference(RELEASED)
