@@ -94,7 +94,8 @@ def test_u4_takes_the_step_that_the_moments_lead_to(departures):
         seen.append(weights(model).clone())
         return loss_fn(model, batch_)
 
-    modulation = optimizer.modulator(optimizer.features())  # of the training gradient
+    with torch.no_grad():
+        modulation = optimizer.modulator(optimizer.features())  # of the training gradient
     optimizer.update_attention(model, batch(1), batch(2), looking, batch(3))
     number = optimizer._members.number
     rows = []

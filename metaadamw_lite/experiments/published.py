@@ -22,6 +22,7 @@ from metaadamw_lite.experiments.records import expanded_folder
 from metaadamw_lite.experiments.task import Settings
 from metaadamw_lite.experiments.variant import Variant, of_both
 from metaadamw_lite.features import FeatureConfig
+from metaadamw_lite.folded import in_one_buffer
 from metaadamw_lite.groups import ModulationGroup
 from metaadamw_lite.meta import LossFn, MetaLosses
 from metaadamw_lite.modulator import Modulation
@@ -132,6 +133,7 @@ class Released(MetaAdamW):
             self.theirs._build_groups(everything)
             self.theirs._build_attention_module(len(self.theirs.group_indices), everything[0].device)
         self.modulator = TheirPhi(self.theirs._attention_encoder, self.theirs._output_proj)  # type: ignore[assignment]
+        in_one_buffer(self.modulator)  # so that a resumed run rounds as the first one
         self.huw = None if self.theirs.huw is None else TheirWeights(self.theirs.huw)  # type: ignore[assignment]
         self._seen: list[Tensor] = []
         original = self.theirs._compute_scaling_factors
@@ -213,6 +215,8 @@ class Released(MetaAdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
         torch.optim.Optimizer.load_state_dict(self.theirs, state_dict["adamw"])
+        for state in self.theirs.state.values():
+            state["step"] = int(state["step"])  # torch's loading makes tensors of them, which round otherwise
         self.param_groups = self.theirs.param_groups
         self.theirs._step_count = state_dict["t"]
         self.modulator.load_state_dict(state_dict["modulator"])
