@@ -14,6 +14,7 @@ from scipy import stats
 
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
+from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     MOST_PAIRS,
@@ -48,6 +49,9 @@ from metaadamw_lite.experiments.variants import (
 
 OF_REAL_DATA = ("lite", "paper")
 """Profiles that are reported; the third, "smoke", runs on made-up data."""
+
+TESTED = {"paper": "as published", "lite": "small, whole"}
+"""How a task was tested, as readers see a profile."""
 
 
 def recorded(task: str) -> list[dict[str, Any]]:
@@ -167,6 +171,30 @@ def alphas_and_gains(task: str, protocol: str) -> pd.DataFrame:
     shares = {g["name"]: 100 * g["parameters"] / r["parameters"] for r in records for g in r.get("groups", [])}
     table = alpha.join(gain, on=["profile", "seed"], how="inner")
     return table.assign(share=table["group"].map(shares))
+
+
+def null_gains(task: str) -> pd.DataFrame:
+    """The gains of random, untrained Φ's over AdamW in the study ``null``.
+
+    Returns:
+        A row for each Φ, a column for each run seed: the gain in percent; NaN for a run without a finite result, or
+        without AdamW's with its seed.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
+    records = [r for r in recorded(task) if r["run"]["profile"] == "lite" and r["run"]["protocol"] == "paper"]
+    if not records:
+        return pd.DataFrame()
+    outcome = outcomes(runs_frame(records))
+    names = [frozen_phi(seed) for seed in PHI_SEEDS]
+    adamw, *phis = by_seed(outcome, "paper", "adamw", *names)
+    gains = {
+        seed: improvements_by_seed(phi, adamw, TASKS[task].lower_is_better)
+        for seed, phi in zip(PHI_SEEDS, phis, strict=True)
+        if len(phi)
+    }
+    return pd.DataFrame(gains).T
 
 
 OUTPUT_LAYER = "other/deep/weight"
@@ -368,12 +396,12 @@ def table_of_tasks(
 
 
 def improvements_frame(table: pd.DataFrame) -> pd.DataFrame:
-    """Every pair of a ``table_of_tasks``, for a figure: task (title and profile), improvement and paper (percent)."""
+    """Every pair of a ``table_of_tasks``, for a figure: task (and how tested), improvement and paper (percent)."""
     paper: Any = paper_table(2)["improvement_percent"]
     return pd.concat(
         pd.DataFrame(
             {
-                "task": f"{TASKS[str(task)].title} ({row['profile']})",
+                "task": f"{TASKS[str(task)].title} ({TESTED[row['profile']]})",
                 "improvement": row["improvements"],
                 "paper": paper[task],
             }
