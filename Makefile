@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: book test check notebooks address picture lock clean
+.PHONY: book test check notebooks address findings lock clean
 .DEFAULT_GOAL := book
 
 book: $(READY)  ## every notebook executed, then the HTML book at _build/html/index.html
@@ -29,8 +29,8 @@ notebooks: $(READY)  ## store the outputs that nbval compares, after a change to
 address: $(READY)  ## carry the repository's address from pyproject.toml to wherever it is needed
 	$(BIN)/python book/address.py
 
-picture: $(READY)  ## redraw the README's picture from the records
-	$(BIN)/python book/picture.py
+findings: $(READY)  ## write the README's findings, and draw their picture, from the records
+	$(BIN)/python book/findings.py
 
 lock: $(READY)  ## write down the versions that are installed
 	$(BIN)/pip freeze --exclude-editable > requirements.lock

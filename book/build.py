@@ -71,7 +71,9 @@ def build() -> int:
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, SOURCE / name)
     shutil.copy(ROOT / "README.md", SOURCE / "README.md")  # the first page includes a part of it
-    shutil.copytree(ROOT / "book", SOURCE / "book", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py"))
+    shutil.copytree(
+        ROOT / "book", SOURCE / "book", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "*.jinja")
+    )
     command = ["jupyter-book", "build", str(SOURCE), "--path-output", str(ROOT), "-W", "--keep-going", "--all"]
     return subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=False).returncode
 

@@ -50,6 +50,9 @@ from metaadamw_lite.experiments.variants import (
 OF_REAL_DATA = ("lite", "paper")
 """Profiles that are reported; the third, "smoke", runs on made-up data."""
 
+TESTED = {"paper": "as published", "lite": "small, whole"}
+"""How a task was tested, as readers see a profile."""
+
 
 def recorded(task: str) -> list[dict[str, Any]]:
     """The committed records of a task that were made from real data.
@@ -362,12 +365,12 @@ def table_of_tasks(
 
 
 def improvements_frame(table: pd.DataFrame) -> pd.DataFrame:
-    """Every pair of a ``table_of_tasks``, for a figure: task (title and profile), improvement and paper (percent)."""
+    """Every pair of a ``table_of_tasks``, for a figure: task (and how tested), improvement and paper (percent)."""
     paper: Any = paper_table(2)["improvement_percent"]
     return pd.concat(
         pd.DataFrame(
             {
-                "task": f"{TASKS[str(task)].title} ({row['profile']})",
+                "task": f"{TASKS[str(task)].title} ({TESTED[row['profile']]})",
                 "improvement": row["improvements"],
                 "paper": paper[task],
             }

@@ -1,0 +1,199 @@
+"""Write the findings in README.md, which the book's first page shows, too, and draw their picture, from the records.
+
+Numbers and verdicts come from here, the sentences from ``findings.md.jinja``. ``make findings`` runs this file when
+there are new records; a test fails where README.md differs from what it writes.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from statsmodels.stats.proportion import proportion_confint
+
+from metaadamw_lite.experiments import TASKS, figures, released, report
+from metaadamw_lite.experiments.paired import (
+    CONFIDENCE,
+    ENOUGH_SEEDS,
+    FEWEST_PAIRS,
+    NEVER,
+    SAME,
+    Estimate,
+    PairedDifference,
+    corrected,
+    expected_best,
+    share_of_phi,
+    verdict_after,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PICTURE = ROOT / "book" / "_static" / "tasks.png"
+MAIN = "wikitext2"
+"""The task that the released logs and the null test have most runs of."""
+
+
+def comparisons() -> pd.DataFrame:
+    """Every comparison of MetaAdamW with AdamW and with the control under the paper's protocol.
+
+    Returns:
+        A row for each task and profile with a pair: "task", "how" (it was tested), "planned" (pairs), "gain" over AdamW
+        and "trained" over the control (each a ``PairedDifference``), their verdicts "gain_is" and "trained_is" after
+        Holm's correction over the tasks of a profile, "power" for the paper's gain, and "improvements" (by seed).
+    """
+    parts = []
+    for profile, how in report.TESTED.items():
+        profiles = dict.fromkeys(TASKS, profile)
+        main = report.table_of_tasks(profiles=profiles)
+        control = report.table_of_tasks(baseline="metaadamw-frozen", profiles=profiles)["difference"]
+        table = main[["profile", "planned", "power", "improvements"]].assign(
+            task=main.index,
+            how=how,
+            gain=main["difference"],
+            gain_is=judged(main["difference"]),
+            trained=control,
+            trained_is=judged(control),
+        )
+        parts.append(table[table["gain"].map(lambda d: d.pairs > 0)])
+    return pd.concat(parts, ignore_index=True)
+
+
+def judged(differences: "pd.Series[Any]") -> "list[str]":
+    """Each difference in a word: "better", "worse", "equivalent" (±1 %), "open", or "untested" with too few pairs."""
+    kinds = {"holds": "better", "does not hold": "worse", SAME: "equivalent", NEVER: "untested"}
+    verdicts = [verdict_after(d, c) for d, c in zip(differences, corrected(differences), strict=True)]
+    return [next((kind for start, kind in kinds.items() if v.startswith(start)), "open") for v in verdicts]
+
+
+def share(count: int, of: int) -> Estimate:
+    """A share with its exact interval (Clopper and Pearson)."""
+    low, high = proportion_confint(count, of, 1 - CONFIDENCE, method="beta")
+    return Estimate(count / of, float(low), float(high))
+
+
+def answers_about(rows: pd.DataFrame, kind: str) -> dict[str, Any]:
+    """The verdicts on one difference of ``comparisons``.
+
+    Args:
+        rows: from ``comparisons``.
+        kind: "gain" or "trained".
+
+    Returns:
+        How many are "tested", how many "better", "worse", "equivalent" and "open", and under "example" for each of
+        these the comparison with the most pairs.
+    """
+    verdicts = rows[f"{kind}_is"]
+    counts = {name: int((verdicts == name).sum()) for name in ("better", "worse", "equivalent", "open")}
+    examples = {}
+    for name in counts:
+        of_it = rows[verdicts == name]
+        if len(of_it):
+            row = of_it.loc[of_it[kind].map(lambda d: d.seeds).idxmax()]
+            examples[name] = {"task": short(row["task"]), "how": row["how"], "difference": row[kind]}
+    return {**counts, "tested": sum(counts.values()), "example": examples}
+
+
+def short(task: str) -> str:
+    """The name of a task's data."""
+    return TASKS[task].title.split()[0]
+
+
+def gains_with_alpha() -> dict[str, Any] | None:
+    """In how many pairs on WikiText-2 gain and loss go with the output layer's α, in the profile with most pairs."""
+    table = report.alphas_and_gains(MAIN, "paper")
+    table = table[table["group"] == report.OUTPUT_LAYER]
+    if table.empty:
+        return None
+    profile = table["profile"].value_counts().reindex([*report.TESTED]).idxmax()
+    pairs = table[table["profile"] == profile]
+    count = int(((pairs["alpha"] > 1) == (pairs["gain"] > 0)).sum())
+    return {"how": report.TESTED[str(profile)], "count": count, "pairs": len(pairs), "share": share(count, len(pairs))}
+
+
+def random_phis() -> dict[str, Any] | None:
+    """What the null test says of untrained Φ's on WikiText-2; None while fewer than ten have all their runs."""
+    gains = report.null_gains(MAIN)
+    whole = gains.dropna()
+    if len(whole) < FEWEST_PAIRS:
+        return None
+    draws = len(released.released_log(MAIN))
+    return {"phis": len(whole), "share": share_of_phi(whole), "draws": draws, "best": expected_best(gains, draws)}
+
+
+def logged_runs() -> dict[str, Any]:
+    """How many of the released logs' runs of MetaAdamW do not reach the published AdamW, by task."""
+    losing = {}
+    for name, row in report.paper_table(2).iterrows():
+        task, values = TASKS[str(name)], released.released_log(str(name))["value"].astype(float)
+        below = values > row["adamw"] if task.lower_is_better else values < row["adamw"]
+        losing[str(name)] = (int(below.sum()), len(values))
+    mostly = {short(task): of for task, of in losing.items() if of[0] > of[1] / 2}
+    return {"all": sum(runs for _, runs in losing.values()), "mostly": mostly, "main": losing[MAIN]}
+
+
+def facts(rows: pd.DataFrame) -> dict[str, Any]:
+    """What the template takes, from ``comparisons`` and the records of the other studies."""
+    tested = rows[rows["gain"].map(lambda d: d.seeds >= ENOUGH_SEEDS)]
+    pairs = pd.concat([*tested["improvements"]]) if len(tested) else pd.Series(dtype=float)
+    won = int((pairs > 0).sum())
+    gained: Any = report.paper_table(2)["improvement_percent"]
+    trained = (rows["trained_is"] == "better") & rows["trained"].map(lambda d: d.mean > 1)
+    as_large = (rows["gain_is"] == "better") & (rows["gain"].map(lambda d: d.mean) >= rows["task"].map(gained))
+    return {
+        "rows": [row | {"title": short(row["task"])} for row in rows.to_dict("records")],
+        "papers_gain": gained.to_dict(),
+        "task": short(MAIN),
+        "gain": answers_about(rows, "gain"),
+        "trained": answers_about(rows, "trained"),
+        "won": {"count": won, "pairs": len(pairs), "share": share(won, len(pairs))} if len(pairs) else None,
+        "alpha": gains_with_alpha(),
+        "null": random_phis(),
+        "log": logged_runs(),
+        "refuted": {"trained": rows[trained]["task"].nunique(), "as_large": rows[as_large]["task"].nunique()},
+    }
+
+
+def rendered(facts: Mapping[str, Any]) -> str:
+    """The findings (Markdown), each answer in one line."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT / "book"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # it is no HTML
+    )
+    environment.filters |= {"difference": written, "percent": report.percent, "estimate": in_percent}
+    return re.sub(r"\n   (?=\S)", " ", environment.get_template("findings.md.jinja").render(facts))
+
+
+def written(d: PairedDifference) -> str:
+    """A mean with Student's interval, in percent."""
+    return f"{d.mean_text} % {d.t_interval}" if d.seeds >= ENOUGH_SEEDS else f"{d.mean_text} %" if d.seeds else "–"
+
+
+def in_percent(share: Estimate) -> str:
+    """A share with its interval, in percent."""
+    return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
+def updated(readme: str, findings: str) -> str:
+    """README.md with these findings between its two markers."""
+    head, tail = r"(<!-- findings.*?-->\n)", r"(<!-- end of findings -->)"
+    text, count = re.subn(f"{head}.*?{tail}", lambda m: m[1] + findings.rstrip() + "\n" + m[2], readme, flags=re.DOTALL)
+    assert count == 1, "README.md has not exactly one place for the findings"
+    return text
+
+
+def drawn(rows: pd.DataFrame) -> str:
+    """The numbers in the picture; it carries them, so that a test sees whether it is the records'."""
+    return report.improvements_frame(rows.set_index("task")).to_csv(index=False, float_format="%.3g")
+
+
+if __name__ == "__main__":
+    rows = comparisons()
+    README.write_text(updated(README.read_text(encoding="utf-8"), rendered(facts(rows))), encoding="utf-8")
+    figures.use_style()
+    figure = figures.plot_improvements(report.improvements_frame(rows.set_index("task")))
+    figure.savefig(PICTURE, dpi=110, metadata={"Software": None, "Description": drawn(rows)})

@@ -1,0 +1,181 @@
+"""The findings on the front page: made from the records, one sentence for each verdict."""
+
+import itertools
+import math
+import re
+
+import pandas as pd
+import pytest
+from PIL import Image
+from test_book import script
+from test_report import made
+
+from metaadamw_lite.experiments import TASKS, paired, report
+from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi
+
+findings = script("findings")
+LOG = findings.logged_runs()
+
+BETTER, WORSE = [6.0, 6.1, 6.2, 5.8, 5.9], [-6.0, -6.1, -6.2, -5.8, -5.9]
+SAME, OPEN, FEW = [0.1, -0.1, 0.2, 0.0, -0.2], [9.0, -8.0, 7.0, -6.0, 1.0], [1.0, 2.0]
+
+
+def compared(*kinds, title_of="etth1", how="as published"):
+    """Rows as ``comparisons`` makes them, from the gains over AdamW and over the control in each."""
+    gains, controls = (
+        pd.Series([paired.paired_difference(pd.Series(kind[side]), "%") for kind in kinds], dtype=object)
+        for side in (0, 1)
+    )
+    tasks = [*TASKS][: len(kinds)] if title_of == "etth1" else [title_of] * len(kinds)
+    return pd.DataFrame(
+        {
+            "task": tasks,
+            "profile": "paper",
+            "how": how,
+            "planned": 5,
+            "gain": gains,
+            "gain_is": findings.judged(gains),
+            "trained": controls,
+            "trained_is": findings.judged(controls),
+            "power": 0.3,
+            "improvements": [pd.Series(kind[0]) for kind in kinds],
+        }
+    )
+
+
+@pytest.fixture
+def other_evidence(monkeypatch):
+    """What answers 3 and 4 rest on, to be set by a test."""
+    evidence = {"gains_with_alpha": None, "random_phis": None, "logged_runs": LOG}
+    for name in evidence:
+        monkeypatch.setattr(findings, name, lambda name=name: evidence[name])
+    return evidence
+
+
+def answers(rows):
+    """The five answers, without their questions."""
+    text = findings.rendered(findings.facts(rows))
+    found = re.findall(r"^\d\. \*\*.*?\?\*\* (.*)$", text, flags=re.MULTILINE)
+    assert len(found) == 5
+    return found
+
+
+def test_the_front_page_and_its_picture_are_those_of_the_records():
+    rows = findings.comparisons()
+    readme = findings.README.read_text(encoding="utf-8")
+    assert readme == findings.updated(readme, findings.rendered(findings.facts(rows))), "run `make findings`"
+    with Image.open(findings.PICTURE) as picture:
+        assert picture.text["Description"] == findings.drawn(rows), "run `make findings`"
+
+
+KINDS = [BETTER, WORSE, SAME, OPEN]
+ALPHA = [(0, 10), (5, 10), (10, 10)]
+NULL = [(x, y) for x in (0.2, 0.5, 0.9) for y in (1.0, 4.1, 30.0)]
+
+
+def is_one_short_sentence(answer):
+    return (
+        len(re.findall(r"\S*\w\S*", answer)) <= 25
+        and answer.endswith(".")
+        and not re.search(r"[a-z)]\. |nan|None", answer)
+    )
+
+
+@pytest.mark.parametrize("kinds", itertools.product([*KINDS, FEW], repeat=2), ids=range(25))
+def test_every_answer_is_one_short_sentence_whatever_the_verdicts_are(kinds, other_evidence):
+    for answer in answers(compared(kinds, kinds[::-1], title_of="wikitext2")):
+        assert is_one_short_sentence(answer), answer
+
+
+@pytest.mark.parametrize("alpha", [None, *ALPHA])
+@pytest.mark.parametrize("null", [None, *NULL])
+def test_every_answer_is_one_short_sentence_whatever_the_other_studies_say(alpha, null, other_evidence):
+    if alpha:
+        share = findings.share(*alpha)
+        other_evidence["gains_with_alpha"] = {
+            "how": "as published",
+            "count": alpha[0],
+            "pairs": alpha[1],
+            "share": share,
+        }
+    if null:
+        share, best = (paired.Estimate(x, x - apart, x + apart) for x, apart in zip(null, (0.1, 1), strict=True))
+        other_evidence["random_phis"] = {"phis": 32, "draws": 46, "share": share, "best": best}
+    for answer in answers(compared((OPEN, OPEN))):
+        assert is_one_short_sentence(answer), answer
+
+
+def test_another_verdict_is_another_sentence(other_evidence):
+    def verdicts(side, *kinds):
+        rows = compared(*((kind, OPEN) if side == 0 else (OPEN, kind) for kind in kinds))
+        return answers(rows)[side].split()[:2]
+
+    cases = [(BETTER,) * 2, (BETTER, OPEN), (BETTER, WORSE), (WORSE, OPEN), (SAME, SAME), (OPEN, OPEN), (FEW, FEW)]
+    said = [verdicts(0, *case) for case in cases]
+    assert len({*map(tuple, said)}) == len(cases), said
+    cases = [(BETTER, OPEN), (WORSE, OPEN), (SAME, SAME), (SAME, OPEN), (OPEN, OPEN), (FEW, FEW)]
+    assert len({*(tuple(verdicts(1, *case)) for case in cases)}) == len(cases) - 1, "two are left open"
+
+
+def test_a_gain_that_the_correction_leaves_open_is_not_called_better():
+    several = pd.Series([paired.paired_difference(pd.Series([1.0, 1.3, 1.7, 0.7]) * 3, "%")] * 5, dtype=object)
+    assert findings.judged(several[:1]) == ["better"]
+    assert findings.judged(several) == ["open"] * 5
+    lost = pd.Series([paired.paired_difference(pd.Series([*BETTER, math.nan]), "%")], dtype=object)
+    assert findings.judged(lost) == ["open"]
+
+
+def test_what_would_change_the_answer_is_seen_when_it_comes(other_evidence):
+    def last(*kinds):
+        rows = compared(*kinds)
+        return findings.facts(rows)["refuted"], answers(rows)[4]
+
+    refuted, before = last((OPEN, OPEN), (OPEN, SAME))
+    assert refuted == {"trained": 0, "as_large": 0}
+    refuted, after = last((OPEN, BETTER), (OPEN, SAME))
+    assert refuted == {"trained": 1, "as_large": 0}
+    assert after != before
+    large = [20.0, 20.1, 19.9, 20.2, 19.8]
+    assert last(*[(large, OPEN)] * 4)[0] == {"trained": 0, "as_large": 4}
+    assert last(*[([x / 40 for x in large], OPEN)] * 4)[0]["as_large"] == 0, "better, but by less than in the paper"
+
+
+def test_a_task_counts_once_however_it_was_tested(other_evidence):
+    rows = compared((OPEN, BETTER), (OPEN, BETTER), title_of="imdb")
+    assert findings.facts(rows)["refuted"]["trained"] == 1
+
+
+def test_the_gains_of_random_phis_are_paired_with_adamw_by_the_seed_of_the_run(monkeypatch):
+    records = [made("adamw", seed, [100.0 + seed], "wikitext2", "lite") for seed in (0, 1)]
+    records += [
+        made(frozen_phi(phi), seed, [(100.0 + seed) * (1 - k / 100)], "wikitext2", "lite")
+        for k, phi in enumerate(PHI_SEEDS[:12])
+        for seed in (0, 1)
+    ]
+    monkeypatch.setattr(report, "recorded", lambda task: records)
+    gains = report.null_gains("wikitext2")
+    assert gains.shape == (12, 2)
+    assert gains.loc[PHI_SEEDS[3]].tolist() == pytest.approx([3, 3])
+    assert findings.random_phis()["phis"] == 12
+    assert findings.random_phis()["share"].value == pytest.approx(1)
+    records[-1] = records[-1] | {"status": "failed"}
+    assert math.isnan(report.null_gains("wikitext2").loc[PHI_SEEDS[11], 1])
+    assert findings.random_phis()["phis"] == 11
+    del records[-6:]
+    assert findings.random_phis() is None, "fewer than ten say little of how Φ's vary"
+    del records[2:]
+    assert report.null_gains("wikitext2").empty
+    assert findings.random_phis() is None
+
+
+def test_logged_runs_that_do_not_reach_the_published_adamw_are_counted_in_the_direction_of_the_metric():
+    log = findings.logged_runs()
+    assert log["main"] == (6, 46)
+    assert log["mostly"] == {"Multi30k": (7, 9), "CIFAR-10": (8, 10)}
+
+
+def test_only_what_stands_between_the_markers_is_written():
+    page = "# a\n<!-- findings: b -->\nold\n\n1. x\n<!-- end of findings -->\nrest \\1\n"
+    assert findings.updated(page, "new \\1\n\n") == page.replace("old\n\n1. x\n", "new \\1\n")
+    with pytest.raises(AssertionError, match="place for the findings"):
+        findings.updated("# a\n", "new")
