@@ -35,6 +35,10 @@ MAIN = "wikitext2"
 """The task that the released logs and the null test have most runs of."""
 
 
+OUTPUT_LAYER = "other/deep/weight"
+"""The modulation group that the output layer's weight is in, in all five models."""
+
+
 def comparisons() -> pd.DataFrame:
     """Every comparison of MetaAdamW with AdamW and with the control under the paper's protocol.
 
@@ -103,7 +107,7 @@ def short(task: str) -> str:
 def gains_with_alpha() -> dict[str, Any] | None:
     """In how many pairs on WikiText-2 gain and loss go with the output layer's α, in the profile with most pairs."""
     table = report.alphas_and_gains(MAIN, "paper")
-    table = table[table["group"] == report.OUTPUT_LAYER]
+    table = table[table["group"] == OUTPUT_LAYER]
     if table.empty:
         return None
     profile = table["profile"].value_counts().reindex([*report.TESTED]).idxmax()
