@@ -696,6 +696,14 @@ def test_means_of_table_2_are_over_the_pairs():
         assert row["baseline_mean"] == pytest.approx(mine["outcome"].mean())
 
 
+def test_without_a_complete_search_nothing_is_compared_with_a_tuned_baseline(monkeypatch):
+    monkeypatch.setattr(report, "best_variant", lambda runs, results: None)
+    table = report.tuned_table()
+    assert table.empty
+    assert paired.better_and_worse(table["difference"]) == (0, 0)
+    assert {"learning_rate", "edge", "tuned", "worse", "p_holm"} <= set(table.columns)
+
+
 def test_the_tuned_baseline_is_corrected_for_all_searches():
     table = report.tuned_table()
     assert len(table) >= len(TASKS)
