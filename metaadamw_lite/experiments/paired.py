@@ -263,13 +263,15 @@ def holm(p_values: "pd.Series[float]") -> "pd.Series[float]":
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % bootstrap interval."""
+    """A number with its 95 % bootstrap interval; a dash where there are too few pairs for one."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "–"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
