@@ -58,8 +58,8 @@ class Evidence:
         recorded = "Everything recorded on this page" if everything else f"What is under protocol `{small[0]}`"
         return (
             f"**{what} {recorded} comes from small whole runs**: a part of the real data and a narrow model of the "
-            f"paper's kind, trained until early stopping ends it. Its numbers cannot be compared with "
-            f"{'the paper' if everything else 'those under the other protocol or with the paper'}'s; gains can."
+            "paper's kind, trained until early stopping or the limit of epochs ends it. Its numbers cannot be compared "
+            f"with {'the paper' if everything else 'those under the other protocol or with the paper'}'s; gains can."
         )
 
     def _small(self) -> list[str]:
