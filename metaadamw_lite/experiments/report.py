@@ -174,7 +174,7 @@ def alphas_and_gains(task: str, protocol: str) -> pd.DataFrame:
 
 
 def null_gains(task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:
-    """The gains of random Φ's over AdamW in percent, of shortened runs under the paper's protocol.
+    """The gains of random Φ's over AdamW in percent, of small whole runs (``lite``) under the paper's protocol.
 
     Args:
         task: which.

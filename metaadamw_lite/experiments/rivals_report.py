@@ -18,7 +18,7 @@ from metaadamw_lite.experiments.variants import LEARNING_RATES, SEEDS
 
 
 def published_table(task: str) -> pd.DataFrame:
-    """What each departure of the released code is worth, and the released optimizer itself, in shortened runs.
+    """What each departure of the released code is worth, and the released optimizer itself, in small whole runs.
 
     Returns:
         A row for each variant that has runs: "difference" (against MetaAdamW as the paper has it, a
@@ -42,7 +42,7 @@ def published_table(task: str) -> pd.DataFrame:
 
 
 def budget_table(task: str) -> pd.DataFrame:
-    """Every arm after the same search, and the peers, in shortened runs with seeds that no search has seen.
+    """Every arm after the same search, and the peers, in small whole runs with seeds that no search has seen.
 
     Returns:
         A row for each arm with each schedule whose search is done, and for each peer that has runs: "variant",
@@ -113,7 +113,7 @@ def time_to_target(records: Iterable[dict[str, Any]], target: float, lower_is_be
 
 
 def _records(task: str) -> list[dict[str, Any]]:
-    """The shortened runs of a task under the paper's protocol with the seeds that are reported."""
+    """The small whole runs of a task under the paper's protocol with the seeds that are reported."""
     return [
         r
         for r in report.recorded(task)
