@@ -1,11 +1,11 @@
-"""The step of ``MetaAdamW`` with torch's own kernels: statistics of all tensors, and their update (Eq. 1 to 4).
+"""The step of ``MetaAdamW`` without Triton: statistics of all tensors, and their update by torch (Eq. 1 to 4).
 
 Nothing is kept from one step to the next, so whoever writes to a parameter, a moment or a setting is followed.
 
-* ``measure`` measures every tensor by a BLAS library, in blocks that fit the cache.
-* ``move`` updates every tensor: torch's AdamW with learning rate ηα and weight decay βλ.
+* ``measure`` measures every tensor: on a CPU by a BLAS library, in blocks that fit the cache.
+* ``move`` updates the tensors of a bucket: torch's AdamW with learning rate ηα and weight decay βλ.
 
-On the CPU both give the numbers of the readable version up to rounding; the tests compare them.
+On the CPU both give the numbers of ``reference`` up to rounding; the tests compare them.
 """
 
 from collections.abc import Sequence

@@ -102,7 +102,7 @@ def time_feature(step: int, total_steps: int | None) -> float:
 def inner_products(state: TensorState) -> Products:
     """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of one tensor, in float64.
 
-    The readable version: ``fast`` takes them of many tensors together, and calls this one for those it cannot take so.
+    The readable version: ``fast`` takes them faster, and calls this one where that is not exact enough.
     """
     theta, g, m, v = (x.detach().double() for x in state)
     gg, gm, mm, tt, vv = (float((x * y).sum()) for x, y in ((g, g), (g, m), (m, m), (theta, theta), (v, v)))

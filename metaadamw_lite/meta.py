@@ -1,4 +1,6 @@
-"""How Φ is trained: the three meta-losses and their gradient (paper, section 3.5 and Algorithm 2).
+"""How Φ is trained: L_grad (Eq. 10) and L_val(θ′), with their derivatives by Φ (paper, section 3.5).
+
+Eq. 11 to 13 and the order of Algorithm 2 are in ``optimizer.update_attention``, the step of Φ in ``meta_optimizer``.
 
 The hypothetical step θ′ = θ − ηα_g(u + β_gλθ), with u = m̂′/(√v̂′ + ε), depends on Φ only through the 2G numbers α
 and β. So
@@ -400,8 +402,8 @@ def first_order_losses(
     """L_grad and L_val(θ′) as functions of Φ, with first-order gradients of the model only.
 
     Returns:
-        (L_grad, L_val(θ′)): scalars with the right value and the right derivative by Φ; None where ``objective`` does
-        not need the term. The parameters are left at θ′ or near it: the caller restores them.
+        (L_grad, L_val(θ′)): scalars with the right value and derivative by Φ (L_grad's up to the error of the
+        difference); None where ``objective`` does not need the term. The parameters are left at θ′ or near it: the caller restores them.
     """
     alpha, beta = modulation.alpha.detach(), modulation.beta.detach()
     with torch.no_grad():

@@ -39,7 +39,7 @@ def name_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def create_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Create Adam's moments of Φ before its first step: a sharded checkpoint reads only what a fresh state has."""
+    """Create Adam's moments before its first step: a sharded checkpoint reads only what a fresh state has."""
     if type(optimizer) is torch.optim.Adam:
         for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
             if not optimizer.state[p]:

@@ -1,6 +1,7 @@
 """MetaAdamW: AdamW with a learning-rate factor α_g and a decay factor β_g for each parameter group g (Eq. 1 to 4).
 
-One step is torch's AdamW with learning rate ηα_g and weight decay β_gλ, run by torch's own kernels (``fast``):
+One step is AdamW with learning rate ηα_g and weight decay β_gλ, by torch's own kernels (``fast``) or, on an NVIDIA GPU,
+by Triton's (``triton_step``):
 
     θ ← θ − ηα_g (m̂/(√v̂ + ε) + β_gλθ)
 
@@ -109,26 +110,27 @@ class MetaAdamW(torch.optim.AdamW):
         meta_objective: "combined" (Eq. 13), "gradient" (Eq. 10), "loss_decrease" (Eq. 11) or "gen_gap" (Eq. 12).
         huw_priorities: p of Eq. 13, in the order gradient, loss decrease, generalisation gap; None for the plain sum.
             Used by the combined objective.
-        meta_lr, meta_weight_decay: step size of Φ and the L2 decay on it.
+        meta_lr, meta_weight_decay: step size of Φ and of the uncertainty weights, and the L2 decay on Φ.
         meta_optimizer: "sgd" (Algorithm 2, line 33) or "adam".
         total_steps: length of the run, for the time column; None if unknown.
         seed: of Φ's random start. The global random number generators are not touched.
         amsgrad, maximize: as in torch. With ``maximize`` a meta-update takes the loss for its negative, too.
         foreach, fused: which of torch's AdamW kernels to use. Where neither is given, the fused one, which is the
-            fastest, moves all parameters that torch has it for.
+            fastest, moves float32, float16 and bfloat16 (``buckets.runs_fused``).
         capturable, differentiable, decoupled_weight_decay: torch's AdamW has them; only its defaults are supported.
 
     Attributes:
         groups: the G modulation groups, in order, each with ``name`` and ``params``; formed anew where
             ``param_groups`` holds other parameters than before.
-        alpha, beta: the factors that the last step used, shape (G,); ones before the first step.
+        alpha, beta: the factors that the last step used, shape (G,); ones before the first step, and
+            where groups have changed.
         modulator: Φ, an ``nn.Module``.
         huw: the uncertainty weights, or None.
 
     Raises:
         ValueError: for an argument out of range (a parameter group's included), an unknown name, heads that do not
             divide the features, options of torch's AdamW that are not supported, complex parameters, parameters that
-            FSDP1 has flattened, an empty parameter list, or nameless parameters that ``model`` does not have.
+            FSDP1 has flattened, an empty parameter list, or nameless parameters that ``named_from`` does not have.
         RuntimeError: for ``foreach`` and ``fused`` together, as in torch.
         TypeError: for ``params`` that are neither tensors nor groups of them, as in torch.
     """
@@ -313,8 +315,8 @@ class MetaAdamW(torch.optim.AdamW):
         buffers, what modules hold in attributes (``surroundings.Surroundings`` says what is looked at), train/eval mode
         and random number generators, also when ``loss_fn`` raises. The losses are taken in the mode (train or eval) the
         model is in, from the same random numbers and this state, so that only θ makes a difference. The first
-        meta-update takes the loss on B₁ twice to see whether that is so. (Parameters are written to and put back: a
-        graph that was made before cannot be used after.)
+        meta-update takes the loss on B₁ two times more to see whether that is so. (Parameters are written to and put
+        back: a graph that was made before cannot be used after.)
 
         Under ``DistributedDataParallel`` and ``fully_shard`` every process calls this with batches of its own; losses
         and gradients are means over the processes, so Φ stays the same in all of them. Under ``fully_shard`` call it
@@ -383,7 +385,7 @@ class MetaAdamW(torch.optim.AdamW):
             route = double_backward_losses if double_backward else first_order_losses
             l_grad, val_at_theta_prime = route(
                 evaluate, step, modulation, objective, batch2, val_batch
-            )  # lines 19 to 22
+            )  # lines 19 to 22, and L_val(θ′) of line 24
             l_loss = l_gap = None
             if val_at_theta_prime is not None:
                 l_loss = val_at_theta_prime - val_at_theta  # line 24, Eq. 11
@@ -517,7 +519,7 @@ class MetaAdamW(torch.optim.AdamW):
         self._factors = Factors(self.modulator)  # without the folded Φ, and the tables on a GPU
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything, for pickle and ``deepcopy``; torch's own keeps the moments only.
+        """Everything, for pickle and ``deepcopy``; torch's own keeps ``defaults``, ``state`` and ``param_groups`` only.
 
         Attributes that others hang on the instance (a scheduler replaces ``step``) stay out, as in torch.
         """

@@ -82,7 +82,8 @@ class Group(NamedTuple):
 def features(groups: Sequence[Group], time: float | None, version: str = "basic", use_v_norms: bool = True) -> Tensor:
     """F, shape (G, D), in float64: the statistics of every group, and the time as the last column if it is not None.
 
-    "norm_basic" and "norm_basic_plus" standardise the statistics over the groups with a gradient; others get zeros.
+    "norm_basic" and "norm_basic_plus" standardise the statistics over the groups with a gradient; the
+    other groups get zeros.
     """
     f = torch.stack([statistics(group, version, use_v_norms) for group in groups])
     some = torch.tensor([any(p.g is not None for p in group.params) for group in groups], device=f.device)

@@ -23,7 +23,7 @@ def is_sharded(x: Tensor) -> bool:
 
 def local(x: Any) -> Tensor:
     """The part of a tensor that this process holds, sharing its memory; the tensor itself if it is whole."""
-    # The attribute and not ``to_local()``, which makes a new tensor each time: ``fast`` knows tensors by identity.
+    # The attribute and not ``to_local()``, which makes a new tensor each time.
     part: Tensor = x._local_tensor if is_sharded(x) else x
     return part
 
