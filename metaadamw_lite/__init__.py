@@ -13,7 +13,8 @@ Read the files in this order (equations, sections and algorithms are those of th
 
 ``membership`` follows ``param_groups``, and ``buckets`` collects its tensors. ``factors`` calls Φ for a step, by
 ``folded`` or by ``triton_step`` (with ``triton_kernels``), which give the same numbers with less work, on a CPU and on
-a GPU; ``meta_optimizer`` takes Φ's own steps; ``sharding`` adds up over several processes. ``checks`` and ``state`` refuse arguments and saved states that do not fit. ``batches`` and
+a GPU; ``meta_optimizer`` takes Φ's own steps; ``sharding`` adds up over several processes.
+``checks`` and ``state`` refuse arguments and saved states that do not fit. ``batches`` and
 ``surroundings`` keep a meta-update from disturbing anything. Two relatives stand beside it and know nothing of it:
 ``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an adapter with an expert for noise, arXiv 2505.23868);
 ``precision`` keeps their numbers in float32.

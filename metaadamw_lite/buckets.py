@@ -133,8 +133,9 @@ def runs_fused(settings: dict[str, Any], params: Sequence[Tensor]) -> bool:
     """Whether torch's fused kernel moves parameters of one device and type.
 
     It does where ``fused`` asks for it, and where neither ``fused`` nor ``foreach`` is set and torch has it for them.
-    Only float64 and subclasses of ``Tensor`` are then left to torch's own choice: in float64 it is precision that counts,
-    and AdamW called with the same arguments takes the same kernel, so that the trajectories agree to the last digit.
+    Only float64 and subclasses of ``Tensor`` are then left to torch's own choice: in float64 it is precision that
+    counts, and AdamW called with the same arguments takes the same kernel, so that the trajectories agree to the last
+    digit.
     """
     if settings["fused"] is not None or settings["foreach"] is not None:
         return bool(settings["fused"])

@@ -403,7 +403,8 @@ def first_order_losses(
 
     Returns:
         (L_grad, L_val(θ′)): scalars with the right value and derivative by Φ (L_grad's up to the error of the
-        difference); None where ``objective`` does not need the term. The parameters are left at θ′ or near it: the caller restores them.
+        difference); None where ``objective`` does not need the term. The parameters are left at θ′ or near it: the
+        caller restores them.
     """
     alpha, beta = modulation.alpha.detach(), modulation.beta.detach()
     with torch.no_grad():
