@@ -242,7 +242,7 @@ def test_departures_are_set_against_metaadamw(monkeypatch):
 
 
 def test_arms_are_compared_at_the_best_rate_that_each_search_found(monkeypatch):
-    best = {("adamw", "constant"): 1e-3, ("metaadamw", "constant"): 8e-3}
+    best = {("adamw", "constant"): 1e-3, ("metaadamw", "constant"): 3.2e-2}
     monkeypatch.setattr(
         rivals_report,
         "best_variant",
@@ -251,7 +251,7 @@ def test_arms_are_compared_at_the_best_rate_that_each_search_found(monkeypatch):
             None,
         ),
     )
-    errors = {"adamw-lr0.001": 1.0, "metaadamw-lr0.008": 0.8, "prodigy": 2.0, "metaadamw": 0.1}
+    errors = {"adamw-lr0.001": 1.0, "metaadamw-lr0.032": 0.8, "prodigy": 2.0, "metaadamw": 0.1}
     records = [
         timed(variant, k, [3.0, x + k / 1000], seconds=2.0)
         for variant, x in errors.items()

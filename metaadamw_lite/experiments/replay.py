@@ -113,6 +113,9 @@ def _replay(source: str, make: Maker) -> Variant:
     return Variant(make=make, source=lambda key: replace(key, variant=source))
 
 
+WITH_ENDS = ("etth1", "wikitext2", "multi30k")
+"""Tasks whose group ``other/deep/weight`` is the output layer; on the others it holds more than that."""
+
 _CONSTANT = {"groups": mean_factors, "one": for_all, "ends": at_the_ends}
 REPLAY = {
     **{

@@ -507,6 +507,11 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
     return table.assign(paper=printed[task], p_holm=holm(tested))
 
 
+def _reported(task: str) -> list[dict[str, Any]]:
+    """The records of a task without those of searches, and of as many seeds as each row of Table 3 has."""
+    return [r for r in recorded(task) if r["run"]["seed"] in SEEDS]
+
+
 def movement_table(task: str, profile: str) -> pd.DataFrame:
     """How far meta-learning moved the factors in MetaAdamW and in each variant of Table 3, under the paper's protocol.
 
@@ -520,7 +525,7 @@ def movement_table(task: str, profile: str) -> pd.DataFrame:
         ValueError: for an unknown task, or a profile other than "lite" and "paper".
     """
     check_choice("profile", profile, OF_REAL_DATA)
-    records = [r for r in recorded(task) if (r["run"]["profile"], r["run"]["protocol"]) == (profile, "paper")]
+    records = [r for r in _reported(task) if (r["run"]["profile"], r["run"]["protocol"]) == (profile, "paper")]
     moved = movement_frame(r for r in records if r["run"]["variant"] in ("metaadamw", *ABLATIONS))
     if moved.empty:
         return pd.DataFrame(columns=["change", "variant", "seed", "meta_updates", "alpha_moved", "same_phi"])
@@ -548,7 +553,7 @@ def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
     columns = ["meta_updates", "alpha_moved", "largest", "difference", "p_holm"]
     if runs.empty:
         return pd.DataFrame(columns=columns)
-    outcome = outcomes(runs_frame(r for r in recorded(task) if r["run"]["profile"] == profile))
+    outcome = outcomes(runs_frame(r for r in _reported(task) if r["run"]["profile"] == profile))
     rows = {}
     for (change, variant), group in runs[runs["same_phi"]].groupby(["change", "variant"]):
         difference = compare(outcome, "paper", str(variant), "metaadamw-frozen", TASKS[task].lower_is_better)

@@ -14,7 +14,7 @@ from metaadamw_lite.experiments.paired import PairedDifference, corrected, impro
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED
 from metaadamw_lite.experiments.studies import best_variant, budget_search
-from metaadamw_lite.experiments.variants import LEARNING_RATES, SEEDS
+from metaadamw_lite.experiments.variants import SEEDS, learning_rates
 
 
 def published_table(task: str) -> pd.DataFrame:
@@ -55,12 +55,12 @@ def budget_table(task: str) -> pd.DataFrame:
         ValueError: for an unknown task, or while the search for AdamW's constant rate is not complete.
     """
     results = report.repository() / "data" / "results"
-    chosen: dict[str, tuple[str, float]] = {}
+    grid, chosen = learning_rates("lite"), dict[str, tuple[str, float]]()
     for arm in BUDGETED:
         for schedule in SCHEDULES:
             best = best_variant(budget_search(task, arm, schedule, "lite"), results)
             if best is not None:
-                rates = {searched_as(arm, schedule, lr): lr for lr in LEARNING_RATES}
+                rates = {searched_as(arm, schedule, lr): lr for lr in grid}
                 chosen[f"{arm}, {schedule}"] = best, rates[best]
     baseline = "adamw, constant"
     if baseline not in chosen:
@@ -77,7 +77,7 @@ def budget_table(task: str) -> pd.DataFrame:
         rows[name] = {
             "variant": variant,
             "learning_rate": rate,
-            "edge": rate in (min(LEARNING_RATES), max(LEARNING_RATES)),
+            "edge": rate in (grid[0], grid[-1]),
             "difference": None if name == baseline else improvement(arm_results, reference, lower_is_better),
             "reached": f"{mine['reached'].sum()} of {len(mine)}",
             "steps": median_time(mine["steps"], mine["reached"]),

@@ -33,7 +33,7 @@ from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.progress import progress_bar
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE
 from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record, read_records
-from metaadamw_lite.experiments.replay import REPLAY
+from metaadamw_lite.experiments.replay import REPLAY, WITH_ENDS
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
     RunInProgressError,
@@ -260,7 +260,8 @@ def _dose(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
 
 def _replay(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
     """The sources beside AdamW, and the replays of those that are recorded."""
-    return _sources_first(REPLAY, profile, tasks, results, SEEDS)
+    runs = _sources_first(REPLAY, profile, tasks, results, SEEDS)
+    return (key for key in runs if "-ends-" not in key.variant or key.task in WITH_ENDS)
 
 
 def _transfer(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
