@@ -11,11 +11,9 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from statsmodels.stats.proportion import proportion_confint
 
 from metaadamw_lite.experiments import TASKS, figures, released, report
 from metaadamw_lite.experiments.paired import (
-    CONFIDENCE,
     ENOUGH_SEEDS,
     FEWEST_PAIRS,
     NEVER,
@@ -23,6 +21,7 @@ from metaadamw_lite.experiments.paired import (
     Estimate,
     PairedDifference,
     corrected,
+    exact_share,
     expected_best,
     share_of_phi,
     verdict_after,
@@ -34,9 +33,8 @@ PICTURE = ROOT / "book" / "_static" / "tasks.png"
 MAIN = "wikitext2"
 """The task that the released logs and the null test have most runs of."""
 
-
 OUTPUT_LAYER = "other/deep/weight"
-"""The modulation group that the output layer's weight is in, in all five models."""
+"""The modulation group that is the output layer's weight in the model of WikiText-2."""
 
 
 def comparisons() -> pd.DataFrame:
@@ -69,12 +67,6 @@ def judged(differences: "pd.Series[Any]") -> "list[str]":
     kinds = {"holds": "better", "does not hold": "worse", SAME: "equivalent", NEVER: "untested"}
     verdicts = [verdict_after(d, c) for d, c in zip(differences, corrected(differences), strict=True)]
     return [next((kind for start, kind in kinds.items() if v.startswith(start)), "open") for v in verdicts]
-
-
-def share(count: int, of: int) -> Estimate:
-    """A share with its exact interval (Clopper and Pearson)."""
-    low, high = proportion_confint(count, of, 1 - CONFIDENCE, method="beta")
-    return Estimate(count / of, float(low), float(high))
 
 
 def answers_about(rows: pd.DataFrame, kind: str) -> dict[str, Any]:
@@ -113,11 +105,16 @@ def gains_with_alpha() -> dict[str, Any] | None:
     profile = table["profile"].value_counts().reindex([*report.TESTED]).idxmax()
     pairs = table[table["profile"] == profile]
     count = int(((pairs["alpha"] > 1) == (pairs["gain"] > 0)).sum())
-    return {"how": report.TESTED[str(profile)], "count": count, "pairs": len(pairs), "share": share(count, len(pairs))}
+    return {
+        "how": report.TESTED[str(profile)],
+        "count": count,
+        "pairs": len(pairs),
+        "share": exact_share(count, len(pairs)),
+    }
 
 
 def random_phis() -> dict[str, Any] | None:
-    """What the null test says of untrained Φ's on WikiText-2; None while fewer than ten have all their runs."""
+    """Describe the gains of untrained Φ's on WikiText-2; None while fewer than ten have all their runs."""
     gains = report.null_gains(MAIN)
     whole = gains.dropna()
     if len(whole) < FEWEST_PAIRS:
@@ -138,7 +135,7 @@ def logged_runs() -> dict[str, Any]:
 
 
 def facts(rows: pd.DataFrame) -> dict[str, Any]:
-    """What the template takes, from ``comparisons`` and the records of the other studies."""
+    """Collect the template's variables from ``comparisons`` and the records of the other studies."""
     tested = rows[rows["gain"].map(lambda d: d.seeds >= ENOUGH_SEEDS)]
     pairs = pd.concat([*tested["improvements"]]) if len(tested) else pd.Series(dtype=float)
     won = int((pairs > 0).sum())
@@ -151,7 +148,7 @@ def facts(rows: pd.DataFrame) -> dict[str, Any]:
         "task": short(MAIN),
         "gain": answers_about(rows, "gain"),
         "trained": answers_about(rows, "trained"),
-        "won": {"count": won, "pairs": len(pairs), "share": share(won, len(pairs))} if len(pairs) else None,
+        "won": {"count": won, "pairs": len(pairs), "share": exact_share(won, len(pairs))} if len(pairs) else None,
         "alpha": gains_with_alpha(),
         "null": random_phis(),
         "log": logged_runs(),

@@ -99,7 +99,7 @@ def test_every_answer_is_one_short_sentence_whatever_the_verdicts_are(kinds, oth
 @pytest.mark.parametrize("null", [None, *NULL])
 def test_every_answer_is_one_short_sentence_whatever_the_other_studies_say(alpha, null, other_evidence):
     if alpha:
-        share = findings.share(*alpha)
+        share = findings.exact_share(*alpha)
         other_evidence["gains_with_alpha"] = {
             "how": "as published",
             "count": alpha[0],

@@ -98,6 +98,16 @@ def test_a_frozen_phi_never_moves(tmp_path, monkeypatch, variant):
     assert still == (record["meta_updates"] == []) == (not variant.startswith("trained"))
 
 
+def step_alike(models, optimizers, steps):
+    """Steps with the same random gradients for each model."""
+    for k in range(steps):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(k)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
+            optimizer.step()
+
+
 # ---------------------------------------------------------------- ladder
 
 
@@ -110,12 +120,7 @@ def test_a_rung_starts_as_adamw(rung, rest):
     settings = changed(TASKS["etth1"].settings("smoke"), rung)
     settings = dataclasses.replace(settings, metaadamw={**settings.metaadamw, **rest})
     optimizers = [make_optimizer(*a, settings, 10, 0) for a in ((rung, ours), ("adamw", theirs))]
-    for k in range(3):
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-            generator = torch.Generator().manual_seed(k)
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
-            optimizer.step()
+    step_alike((ours, theirs), optimizers, 3)
     assert optimizers[0].alpha.tolist() == [1.0] * len(optimizers[0].groups)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
@@ -280,12 +285,7 @@ def test_a_replay_of_factors_that_are_one_is_adamw(variant):
     theirs.load_state_dict(ours.state_dict())
     record = traced(ours, lambda *_: 1.0, lambda *_: 1.0)
     optimizers = made(variant, "etth1", 0, ours, record), made("adamw", "etth1", 0, theirs)
-    for k in range(6):
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-            generator = torch.Generator().manual_seed(k)
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
-            optimizer.step()
+    step_alike((ours, theirs), optimizers, 6)
     assert_same(ours.state_dict(), theirs.state_dict())
 
 

@@ -17,7 +17,7 @@ from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE, released_class, their_arguments
 from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.studies import SEARCH_SEEDS, budget_search, study_runs
+from metaadamw_lite.experiments.studies import SEARCH_SEEDS, search_runs, study_runs
 from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS, LEARNING_RATES, SEEDS, VARIANTS
 
@@ -50,7 +50,7 @@ def test_every_arm_is_searched_alike_and_its_best_rate_run_again_with_fresh_seed
     assert {key.variant for key in runs if key.seed in SEEDS} == set(PEERS), "before a search is done"
     best = {("metaadamw", "cosine"): 2e-3, ("metaadamw-frozen", "constant"): 5e-4}
     for (arm, schedule), rate in best.items():
-        for key in budget_search("etth1", arm, schedule, "lite"):
+        for key in search_runs("etth1", "paper", "lite", arm, schedule):
             record(1.0 if key.variant == searched_as(arm, schedule, rate) else 2.0, key, tmp_path)
     again = [key for key in study_runs("budget/lite", tmp_path, ["etth1"]) if key.seed in SEEDS]
     assert {key.variant for key in again} == {*PEERS, "metaadamw-cosine-lr0.002", "metaadamw-frozen"}

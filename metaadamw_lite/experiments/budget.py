@@ -7,7 +7,7 @@ from metaadamw_lite.experiments.task import Settings
 from metaadamw_lite.experiments.variant import Change, Variant, adamw, both, rate
 
 BUDGETED = {"adamw": Variant(make=adamw), "metaadamw": Variant(), "metaadamw-frozen": Variant(updates=False)}
-"""The arms that are searched."""
+"""The three arms; all of them are searched."""
 
 SCHEDULES = ("constant", "cosine")
 

@@ -124,7 +124,7 @@ class Evidence:
         return paired.pairs_by_seed(arm, baseline).assign(gain=gain)
 
     def _whole_but_few(self) -> list[str]:
-        """What runs as published there are where small ones are shown, since these are too few to judge by."""
+        """List the runs as published where small ones are shown, since these are too few to judge by."""
         says = []
         for protocol in self._small():
             rows = [

@@ -46,4 +46,4 @@ CIRCULARITY = {
     "circularity-targets": Variant(make=with_terms(squared_distance_to_zero)),
     "circularity-constants": Variant(make=with_terms(Tensor.detach)),
 }
-"""With constants only the weight decay moves Φ; the uncertainty weights see the same values as ever."""
+"""With constants only weight decay and a penalty of gates could move Φ; the uncertainty weights see the same values."""

@@ -30,7 +30,7 @@ from metaadamw_lite.experiments.variants import ABLATIONS, SEEDS
 
 @dataclass(frozen=True)
 class Finding:
-    """What the records have on a claim.
+    """Evidence of the records on a claim.
 
     Attributes:
         ours: our number, as text.
@@ -115,7 +115,7 @@ KINDS = (
 
 
 def _found(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.DataFrame]) -> Finding:
-    """What we have on a claim."""
+    """Find the evidence on a claim."""
     kind, task = claim["kind"], claim["task"]
     check_choice("kind (of a claim)", kind, KINDS)
     if kind in COSTS:

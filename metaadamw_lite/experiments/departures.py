@@ -1,5 +1,5 @@
-"""What the released code does beside what the paper says, one switch for each: MetaAdamW with some of them is what a
-reader of the code, and not of the text, would have written.
+"""Departures of the released code from the paper, one switch for each: with some of them MetaAdamW is what a reader of
+the code, and not of the text, would have written.
 
 The package has the paper's algorithm. Each departure here is seen in the released optimizer, and none of its code is.
 """
@@ -16,7 +16,7 @@ from metaadamw_lite import MetaAdamW, optimizer
 from metaadamw_lite.buckets import State, moments_of
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments.task import Settings
-from metaadamw_lite.experiments.variant import Maker, Variant, of_both
+from metaadamw_lite.experiments.variant import Maker, Variant, of_metaadamw
 from metaadamw_lite.features import FeatureConfig
 from metaadamw_lite.meta import HypotheticalStep, LossFn, MetaLosses
 from metaadamw_lite.modulator import Modulation
@@ -32,7 +32,7 @@ DEPARTURES = {
     "u9": "Φ is held small by the sum of its norms, not by weight decay",
     "u13": "L_val(θ) and L_val(θ′) have dropout masks of their own, and meta-updates move batch statistics",
 }
-"""By name, what is done instead of what the paper says."""
+"""By name, the behaviour in the place of the paper's."""
 
 GROUP_EMBEDDING = 4
 """Columns that ``enhanced`` leaves to the group embeddings, also where there are none."""
@@ -145,9 +145,7 @@ class DepartedMetaAdamW(MetaAdamW):
         batch2: Any,
         loss_fn: LossFn,
         val_batch: Any = None,
-        *,
-        also: Any = (),
-        double_backward: bool = False,
+        **options: Any,
     ) -> MetaLosses:
         """A meta-update of MetaAdamW, with the departures that were asked for."""
         stale, params = "u4" in self._departures, [p for p in self._parameters() if p.requires_grad]
@@ -163,9 +161,7 @@ class DepartedMetaAdamW(MetaAdamW):
                 stack.enter_context(patch.object(optimizer, "HypotheticalStep", StaleStep))
             if "u2" in self._departures:
                 stack.callback(self.modulator.register_forward_hook(_without_gradient_by_beta).remove)
-            losses: MetaLosses = super().update_attention(
-                model, batch1, batch2, loss, val_batch, also=also, double_backward=double_backward
-            )
+            losses: MetaLosses = super().update_attention(model, batch1, batch2, loss, val_batch, **options)
         if gates is not None and gates_before is not None:
             gates.data.copy_(gates_before)
         if "u13" in self._departures:
@@ -229,8 +225,7 @@ def departed(*departures: str) -> Maker:
     """MetaAdamW with some departures."""
 
     def make(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> MetaAdamW:
-        arguments = {"seed": seed, **settings.metaadamw, "total_steps": total_steps}
-        return DepartedMetaAdamW(model.named_parameters(), departures, **of_both(settings), **arguments)
+        return DepartedMetaAdamW(model.named_parameters(), departures, **of_metaadamw(settings, total_steps, seed))
 
     return make
 

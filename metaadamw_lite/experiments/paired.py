@@ -7,7 +7,7 @@ Nothing here reads a file.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -296,18 +296,23 @@ def over_tasks(improvements: "dict[str, pd.Series[float]]") -> dict[str, Estimat
     for name, statistic in statistics.items():
         value = low = high = statistic(groups)
         if many:
-            interval = stats.bootstrap(
-                many,
-                lambda *parts, statistic=statistic: statistic([*parts, *alone]),
-                n_resamples=2000,
-                vectorized=False,
-                confidence_level=CONFIDENCE,
-                method="percentile",
-                rng=np.random.default_rng(0),
-            ).confidence_interval
-            low, high = float(interval.low), float(interval.high)
+            low, high = _bootstrapped(many, lambda *parts, statistic=statistic: statistic([*parts, *alone]))
         result[name] = Estimate(value, low, high)
     return result
+
+
+def _bootstrapped(samples: Sequence["np.ndarray[Any, Any]"], statistic: Callable[..., float]) -> tuple[float, float]:
+    """The 95 % bootstrap interval (percentiles) of a statistic of some samples, each of which is drawn from anew."""
+    interval = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=2000,
+        vectorized=False,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 # ---------------------------------------------------------------- how many pairs a question takes
@@ -419,9 +424,13 @@ def share_as_good(gains: pd.DataFrame, gain: float) -> Estimate:
     Returns:
         The share with its exact interval (Clopper and Pearson), by which all runs of a Φ count as one.
     """
-    value = float((gains >= gain).to_numpy().mean())
-    low, high = proportion_confint(value * len(gains), len(gains), 1 - CONFIDENCE, method="beta")
-    return Estimate(value, float(low), float(high))
+    return exact_share(float((gains >= gain).to_numpy().mean()) * len(gains), len(gains))
+
+
+def exact_share(count: float, of: int) -> Estimate:
+    """A share with its exact interval (Clopper and Pearson)."""
+    low, high = proportion_confint(count, of, 1 - CONFIDENCE, method="beta")
+    return Estimate(count / of, float(low), float(high))
 
 
 def expected_best(gains: pd.DataFrame, draws: int) -> Estimate:
@@ -443,16 +452,7 @@ def expected_best(gains: pd.DataFrame, draws: int) -> Estimate:
         return float(values @ np.diff((np.arange(len(values) + 1) / len(values)) ** draws))
 
     rows = np.arange(len(table))
-    interval = stats.bootstrap(
-        (rows,),
-        best,
-        n_resamples=2000,
-        vectorized=False,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Estimate(best(rows), float(interval.low), float(interval.high))
+    return Estimate(best(rows), *_bootstrapped((rows,), best))
 
 
 # ---------------------------------------------------------------- time to a target

@@ -113,16 +113,20 @@ def _replay(source: str, make: Maker) -> Variant:
     return Variant(make=make, source=lambda key: replace(key, variant=source))
 
 
+ENDS = {f"replay-ends-of-{source}": source for source in ("metaadamw", "metaadamw-frozen")}
+"""The replays ``at_the_ends``, with their sources."""
+
 WITH_ENDS = ("etth1", "wikitext2", "multi30k")
 """Tasks whose group ``other/deep/weight`` is the output layer; on the others it holds more than that."""
 
-_CONSTANT = {"groups": mean_factors, "one": for_all, "ends": at_the_ends}
+_CONSTANT = {"groups": mean_factors, "one": for_all}
 REPLAY = {
     **{
         f"replay-{what}-of-{source}": _replay(source, replaying(factors))
         for source in ("metaadamw", "metaadamw-frozen")
         for what, factors in _CONSTANT.items()
     },
+    **{name: _replay(source, replaying(at_the_ends)) for name, source in ENDS.items()},
     "replay-groups-of-ladder-phi": _replay("ladder-phi", replaying(mean_factors)),
     "replay-one-of-ladder-phi": _replay("ladder-phi", replaying(for_all)),
     "replay-schedule-of-ladder-phi": _replay("ladder-phi", mean_schedule),

@@ -507,9 +507,14 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
     return table.assign(paper=printed[task], p_holm=holm(tested))
 
 
-def _reported(task: str) -> list[dict[str, Any]]:
-    """The records of a task without those of searches, and of as many seeds as each row of Table 3 has."""
-    return [r for r in recorded(task) if r["run"]["seed"] in SEEDS]
+def reported(task: str, profile: str) -> list[dict[str, Any]]:
+    """The records of a task under the paper's protocol with the seeds that every study has, which no search has."""
+    runs = ((record, record["run"]) for record in recorded(task))
+    return [
+        record
+        for record, run in runs
+        if (run["protocol"], run["profile"]) == ("paper", profile) and run["seed"] in SEEDS
+    ]
 
 
 def movement_table(task: str, profile: str) -> pd.DataFrame:
@@ -525,7 +530,7 @@ def movement_table(task: str, profile: str) -> pd.DataFrame:
         ValueError: for an unknown task, or a profile other than "lite" and "paper".
     """
     check_choice("profile", profile, OF_REAL_DATA)
-    records = [r for r in _reported(task) if (r["run"]["profile"], r["run"]["protocol"]) == (profile, "paper")]
+    records = reported(task, profile)
     moved = movement_frame(r for r in records if r["run"]["variant"] in ("metaadamw", *ABLATIONS))
     if moved.empty:
         return pd.DataFrame(columns=["change", "variant", "seed", "meta_updates", "alpha_moved", "same_phi"])
@@ -553,7 +558,7 @@ def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
     columns = ["meta_updates", "alpha_moved", "largest", "difference", "p_holm"]
     if runs.empty:
         return pd.DataFrame(columns=columns)
-    outcome = outcomes(runs_frame(r for r in _reported(task) if r["run"]["profile"] == profile))
+    outcome = outcomes(runs_frame(reported(task, profile)))
     rows = {}
     for (change, variant), group in runs[runs["same_phi"]].groupby(["change", "variant"]):
         difference = compare(outcome, "paper", str(variant), "metaadamw-frozen", TASKS[task].lower_is_better)

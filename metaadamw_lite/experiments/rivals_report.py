@@ -13,8 +13,8 @@ from metaadamw_lite.experiments.departures import DEPARTED
 from metaadamw_lite.experiments.paired import PairedDifference, corrected, improvement, median_time, verdict_after
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED
-from metaadamw_lite.experiments.studies import best_variant, budget_search
-from metaadamw_lite.experiments.variants import SEEDS, learning_rates
+from metaadamw_lite.experiments.studies import best_variant, search_runs
+from metaadamw_lite.experiments.variants import learning_rates
 
 
 def published_table(task: str) -> pd.DataFrame:
@@ -29,9 +29,10 @@ def published_table(task: str) -> pd.DataFrame:
         ValueError: for an unknown task.
     """
     columns = ["difference", "adamw", "verdict"]
-    if not _records(task):
+    records = report.reported(task, "lite")
+    if not records:
         return pd.DataFrame(columns=columns)
-    outcome, lower_is_better = _outcome(task), TASKS[task].lower_is_better
+    outcome, lower_is_better = report.outcomes(report.runs_frame(records)), TASKS[task].lower_is_better
     rows = {}
     for variant in (*DEPARTED, *RELEASED):
         arm, metaadamw, adamw = report.by_seed(outcome, "paper", variant, "metaadamw", "adamw")
@@ -58,18 +59,20 @@ def budget_table(task: str) -> pd.DataFrame:
     grid, chosen = learning_rates("lite"), dict[str, tuple[str, float]]()
     for arm in BUDGETED:
         for schedule in SCHEDULES:
-            best = best_variant(budget_search(task, arm, schedule, "lite"), results)
+            best = best_variant(search_runs(task, "paper", "lite", arm, schedule), results)
             if best is not None:
                 rates = {searched_as(arm, schedule, lr): lr for lr in grid}
                 chosen[f"{arm}, {schedule}"] = best, rates[best]
     baseline = "adamw, constant"
     if baseline not in chosen:
         raise ValueError(f"the search for AdamW's rate on {task} is not complete: `sweep budget/lite` makes it")
-    outcome, lower_is_better = _outcome(task), TASKS[task].lower_is_better
+    records, lower_is_better = report.reported(task, "lite"), TASKS[task].lower_is_better
+    outcome = report.outcomes(report.runs_frame(records))
     chosen |= {name: (name, math.nan) for name in PEERS if (outcome["variant"] == name).any()}
     (reference,) = report.by_seed(outcome, "paper", chosen[baseline][0])
-    records = [r for r in _records(task) if r["run"]["variant"] in {variant for variant, _ in chosen.values()}]
-    times = time_to_target(records, float(reference.median()), lower_is_better)
+    variants = {variant for variant, _ in chosen.values()}
+    compared = [record for record in records if record["run"]["variant"] in variants]
+    times = time_to_target(compared, float(reference.median()), lower_is_better)
     rows = {}
     for name, (variant, rate) in chosen.items():
         (arm_results,) = report.by_seed(outcome, "paper", variant)
@@ -110,19 +113,6 @@ def time_to_target(records: Iterable[dict[str, Any]], target: float, lower_is_be
         seconds = sum(e["train_seconds"] for e in epochs[:count])
         rows.append((record["run"]["variant"], record["run"]["seed"], bool(len(hits)), count * a_pass, seconds))
     return pd.DataFrame(rows, columns=["variant", "seed", "reached", "steps", "seconds"])
-
-
-def _records(task: str) -> list[dict[str, Any]]:
-    """The small whole runs of a task under the paper's protocol with the seeds that are reported."""
-    return [
-        r
-        for r in report.recorded(task)
-        if (r["run"]["protocol"], r["run"]["profile"]) == ("paper", "lite") and r["run"]["seed"] in SEEDS
-    ]
-
-
-def _outcome(task: str) -> pd.DataFrame:
-    return report.outcomes(report.runs_frame(_records(task)))
 
 
 def _verdicts(differences: "pd.Series[Any]") -> "pd.Series[Any]":

@@ -33,7 +33,7 @@ from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.progress import progress_bar
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE
 from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record, read_records
-from metaadamw_lite.experiments.replay import REPLAY, WITH_ENDS
+from metaadamw_lite.experiments.replay import ENDS, REPLAY, WITH_ENDS
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
     RunInProgressError,
@@ -194,10 +194,10 @@ def _baseline(profile: str, tasks: Sequence[str], results: Path) -> Iterator[Run
                 yield from (RunKey(task, best, protocol, profile, seed) for seed in SEEDS)
 
 
-def search_runs(task: str, protocol: str, profile: str) -> list[RunKey]:
-    """The runs that AdamW's learning rate is chosen by."""
+def search_runs(task: str, protocol: str, profile: str, arm: str = "adamw", schedule: str = "constant") -> list[RunKey]:
+    """The runs that the learning rate of an arm with a schedule is chosen by."""
     return [
-        RunKey(task, at_learning_rate(lr), protocol, profile, seed)
+        RunKey(task, searched_as(arm, schedule, lr), protocol, profile, seed)
         for seed in SEARCH_SEEDS
         for lr in learning_rates(profile)
     ]
@@ -261,7 +261,7 @@ def _dose(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
 def _replay(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
     """The sources beside AdamW, and the replays of those that are recorded."""
     runs = _sources_first(REPLAY, profile, tasks, results, SEEDS)
-    return (key for key in runs if "-ends-" not in key.variant or key.task in WITH_ENDS)
+    return (key for key in runs if key.variant not in ENDS or key.task in WITH_ENDS)
 
 
 def _transfer(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
@@ -312,20 +312,11 @@ def _budget(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKe
         yield from (RunKey(task, variant, "paper", profile, seed) for seed in SEEDS for variant in PEERS)
         for schedule in SCHEDULES:
             for arm in BUDGETED:
-                search = budget_search(task, arm, schedule, profile)
+                search = search_runs(task, "paper", profile, arm, schedule)
                 yield from search
                 best = best_variant(search, results)
                 if best is not None:
                     yield from (RunKey(task, best, "paper", profile, seed) for seed in SEEDS)
-
-
-def budget_search(task: str, arm: str, schedule: str, profile: str) -> list[RunKey]:
-    """The runs that the learning rate of an arm with a schedule is chosen by."""
-    return [
-        RunKey(task, searched_as(arm, schedule, lr), "paper", profile, seed)
-        for seed in SEARCH_SEEDS
-        for lr in learning_rates(profile)
-    ]
 
 
 def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
@@ -368,13 +359,9 @@ def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey
         runs += _RUNS[name](profile, [task] if task in of_the_paper else [], results)
     more_phis = {kind(phi) for phi in PHI_SEEDS[1:] for kind in (frozen_phi, trained_phi)}
     left_out = more_phis if os.environ.get(VARIABLE) else more_phis.union(RELEASED)
-    runs += [
-        RunKey(task, searched_as(arm, "cosine", lr), "paper", profile, 0)
-        for task in of_the_paper
-        if task == "etth1"
-        for arm in BUDGETED
-        for lr in learning_rates(profile)[-1:]
-    ]
+    if "etth1" in of_the_paper:
+        last = learning_rates(profile)[-1]
+        runs += [RunKey("etth1", searched_as(arm, "cosine", last), "paper", profile, 0) for arm in BUDGETED]
     runs = [key for key in runs if key.variant not in left_out]
     yield from dict.fromkeys(key for key in runs if key.seed == 0)
 

@@ -26,15 +26,19 @@ def of_both(settings: Settings) -> dict[str, Any]:
     }
 
 
+def of_metaadamw(settings: Settings, total_steps: int, seed: int) -> dict[str, Any]:
+    """All arguments of MetaAdamW. Φ's random start follows the run's seed, unless the settings have another."""
+    return {**of_both(settings), "seed": seed, **settings.metaadamw, "total_steps": total_steps}
+
+
 def adamw(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> torch.optim.Optimizer:
     """torch's AdamW."""
     return torch.optim.AdamW(model.parameters(), **of_both(settings))
 
 
 def metaadamw(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> MetaAdamW:
-    """MetaAdamW. Φ's random start follows the run's seed, unless the settings have another."""
-    arguments = {"seed": seed, **settings.metaadamw}
-    return MetaAdamW(model.named_parameters(), **of_both(settings), **arguments, total_steps=total_steps)
+    """MetaAdamW."""
+    return MetaAdamW(model.named_parameters(), **of_metaadamw(settings, total_steps, seed))
 
 
 def unchanged(settings: Settings) -> Settings:

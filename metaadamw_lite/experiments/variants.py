@@ -8,7 +8,7 @@ anyway, it *is* ``metaadamw`` there, and there is no such run.
 from dataclasses import dataclass, replace
 
 from metaadamw_lite.checks import check_choice
-from metaadamw_lite.experiments.budget import budget_variants
+from metaadamw_lite.experiments.budget import BUDGETED, budget_variants, searched_as
 from metaadamw_lite.experiments.circularity import CIRCULARITY
 from metaadamw_lite.experiments.departures import DEPARTED
 from metaadamw_lite.experiments.dose import DOSE
@@ -22,7 +22,7 @@ from metaadamw_lite.experiments.transfer import TRANSFER
 from metaadamw_lite.experiments.variant import Change, Variant, adamw, arguments, rate
 from metaadamw_lite.features import FeatureConfig
 
-ARMS = ("adamw", "metaadamw", "metaadamw-frozen")
+ARMS = tuple(BUDGETED)
 """AdamW; MetaAdamW; and the control, MetaAdamW whose random Φ is never updated."""
 
 SEEDS = range(5)
@@ -114,7 +114,7 @@ ABLATIONS: dict[str, Ablation] = {
 
 def at_learning_rate(lr: float) -> str:
     """The name of AdamW at a learning rate."""
-    return "adamw" if lr == Settings.lr else f"adamw-lr{lr:g}"
+    return searched_as("adamw", "constant", lr)
 
 
 LILAW = {"alpha": 10.0, "delta": 6.0, "beta": 2.0, "lr": 0.005, "weight_decay": 1e-4}
@@ -146,9 +146,7 @@ TUNED = {at_learning_rate(lr): lr for lr in sorted({*LEARNING_RATES, *LITE_LEARN
 """AdamW at the other learning rates of the search."""
 
 VARIANTS = {
-    "adamw": Variant(make=adamw),
-    "metaadamw": Variant(),
-    "metaadamw-frozen": Variant(updates=False),
+    **BUDGETED,
     **{name: Variant(row.change) for name, row in ABLATIONS.items()},
     **{name: Variant(rate(lr), adamw) for name, lr in TUNED.items()},
     **WEIGHTED,
