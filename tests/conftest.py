@@ -123,7 +123,7 @@ def clock_of(monkeypatch):
 
     def stop(module):
         now = [0.0]
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0]))
 
         def takes(owner, name, seconds, then=None):
             """The call takes seconds (or what they are for its first argument), and does ``then``, or nothing."""

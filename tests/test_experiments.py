@@ -54,7 +54,7 @@ COMMAND = [sys.executable, "-m", "metaadamw_lite.experiments"]
 
 def results_of(record):
     """What must not depend on when, where and in how many attempts a run was made."""
-    clocks = ("seconds", "train_seconds", "step_seconds", "meta_seconds")
+    clocks = ("seconds", "train_seconds", "cpu_seconds", "step_seconds", "meta_seconds")
     kept = {k: v for k, v in record.items() if k not in ("environment", "peak_memory_mib", "digest")}
     kept["epochs"] = [{k: v for k, v in e.items() if k not in clocks} for e in record["epochs"]]
     return kept

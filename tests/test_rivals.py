@@ -1,5 +1,6 @@
 """The published code, equal budgets and peers: what is run, and what the tables say of it."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,15 +12,15 @@ from test_variants import record
 
 from metaadamw_lite.experiments import TASKS, paired, report, rivals_report, training
 from metaadamw_lite.experiments.__main__ import main
-from metaadamw_lite.experiments.budget import BUDGETED, searched_as
+from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
 from metaadamw_lite.experiments.departures import DEPARTURES
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE, released_class, their_arguments
-from metaadamw_lite.experiments.records import RunKey
-from metaadamw_lite.experiments.studies import SEARCH_SEEDS, search_runs, study_runs
+from metaadamw_lite.experiments.records import RunKey, default_results, read_record
+from metaadamw_lite.experiments.studies import SEARCH_SEEDS, best_variant, search_runs, study_runs
 from metaadamw_lite.experiments.training import run
-from metaadamw_lite.experiments.variants import ARMS, LEARNING_RATES, SEEDS, VARIANTS
+from metaadamw_lite.experiments.variants import ARMS, LEARNING_RATES, SEEDS, VARIANTS, changed
 
 
 def smoke(variant, folder, task="etth1"):
@@ -46,30 +47,76 @@ def test_departures_are_run_where_they_are_any_and_the_released_optimizer_everyw
 def test_every_arm_is_searched_alike_and_its_best_rate_run_again_with_fresh_seeds(tmp_path):
     runs = study_runs("budget/lite", tmp_path, ["etth1"])
     searches = [key for key in runs if key.seed in SEARCH_SEEDS]
-    assert len(searches) == len(set(searches)) == 3 * 2 * 7 * 2
-    assert {key.variant for key in runs if key.seed in SEEDS} == set(PEERS), "before a search is done"
+    assert len(searches) == len(set(searches)) == 7 * 7 * 2
+    assert {key.variant for key in runs if key.seed in SEEDS} == {*PEERS, LEARNED}, "before a search is done"
     best = {("metaadamw", "cosine"): 2e-3, ("metaadamw-frozen", "constant"): 5e-4}
     for (arm, schedule), rate in best.items():
         for key in search_runs("etth1", "paper", "lite", arm, schedule):
             record(1.0 if key.variant == searched_as(arm, schedule, rate) else 2.0, key, tmp_path)
     again = [key for key in study_runs("budget/lite", tmp_path, ["etth1"]) if key.seed in SEEDS]
-    assert {key.variant for key in again} == {*PEERS, "metaadamw-cosine-lr0.002", "metaadamw-frozen"}
+    assert {key.variant for key in again} == {*PEERS, LEARNED, "metaadamw-cosine-lr0.002", "metaadamw-frozen"}
     assert sum(key.variant == "metaadamw-cosine-lr0.002" for key in again) == len(SEEDS)
 
 
-@pytest.mark.parametrize("arm", BUDGETED)
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize(("arm", "schedule"), SEARCHES)
 @pytest.mark.parametrize("lr", LEARNING_RATES)
 def test_a_searched_arm_changes_rate_and_schedule_only(arm, schedule, lr):
     settings = TASKS["etth1"].settings("lite")
     variant = VARIANTS[searched_as(arm, schedule, lr)]
     mine = variant.change(settings)
-    assert (mine.lr, mine.schedule) == (lr, schedule)
-    assert {k for k, v in vars(mine).items() if v != getattr(settings, k)} <= {"lr", "schedule"}
+    length = (settings.epochs, settings.patience) if schedule == "constant" else (settings.scheduled_epochs, None)
+    assert (mine.lr, mine.schedule, mine.epochs, mine.patience) == (lr, schedule, *length)
+    changed = {k for k, v in vars(mine).items() if v != getattr(settings, k)}
+    assert changed <= {"lr", "schedule", "epochs", "patience"}
     assert (variant.make, variant.updates) == (VARIANTS[arm].make, VARIANTS[arm].updates)
 
 
 # ---------------------------------------------------------------- how it is trained
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_with_a_schedule_is_half_as_long_again_as_adamws_at_its_best_rate(task):
+    search = search_runs(task, "paper", "lite")
+    best = best_variant(search, default_results())
+    lengths = [len(read_record(key.path(default_results()))["epochs"]) for key in search if key.variant == best]
+    settings = changed(TASKS[task].settings("lite"), "adamw-cosine")
+    assert settings.epochs == pytest.approx(1.5 * np.mean(lengths), abs=0.5)
+    assert settings.scheduled_epochs is None, "as in records that are older than schedules"
+
+
+def test_a_warm_up_rises_to_the_rate_and_then_falls_to_zero():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule, rates = training.schedule_of(optimizer, "warmup-linear", 100), []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert (rates[0], rates[29]) == pytest.approx((2 / 30, 2.0))
+    assert np.allclose(np.diff(rates[:30]), 2 / 30)
+    assert np.allclose(np.diff(rates[30:]), -2 / 70)
+    assert optimizer.param_groups[0]["lr"] == 0
+    with pytest.raises(ValueError, match="schedule is 'linear'"):
+        training.schedule_of(optimizer, "linear", 100)
+
+
+def test_a_run_of_fixed_length_does_not_stop_early(tmp_path):
+    settings = dataclasses.replace(TASKS["etth1"].settings("smoke"), epochs=4, patience=1, min_delta=10.0)
+    ends = {}
+    for variant in ("adamw", "adamw-warmup-linear"):
+        key = RunKey("etth1", variant, "paper", "smoke", 0)
+        done = run(key, tmp_path, "cpu", progress=False, settings=settings)
+        ends[variant] = done["status"], len(done["epochs"])
+    assert ends == {"adamw": ("stopped early", 2), "adamw-warmup-linear": ("finished", 4)}
+
+
+def test_a_record_that_lacks_a_setting_was_made_with_its_default(tmp_path):
+    key = RunKey("etth1", "adamw", "paper", "smoke", 0)
+    old = smoke("adamw", tmp_path)
+    del old["settings"]["schedule"]
+    assert training.made_with(training.run_settings(key), old, tmp_path) is old
+    other = dataclasses.replace(training.run_settings(key), schedule="cosine")
+    with pytest.raises(ValueError, match="schedule 'constant' instead of 'cosine'"):
+        training.made_with(other, old, tmp_path)
 
 
 def test_a_cosine_schedule_ends_at_zero(tmp_path, monkeypatch):
@@ -101,7 +148,7 @@ def stopped_and_resumed(variant, folder, monkeypatch):
     return smoke(variant, folder)
 
 
-@pytest.mark.parametrize("variant", ["metaadamw-cosine", "departure-all", *PEERS])
+@pytest.mark.parametrize("variant", ["metaadamw-cosine", "adamw-warmup-linear", "departure-all", *PEERS])
 def test_a_rival_goes_on_from_its_checkpoint_to_the_same_result(variant, tmp_path, monkeypatch):
     whole, resumed = smoke(variant, tmp_path / "a"), stopped_and_resumed(variant, tmp_path / "b", monkeypatch)
     for one, other in zip(whole["epochs"], resumed["epochs"], strict=True):
@@ -192,7 +239,7 @@ def test_the_released_optimizer_is_paired_with_the_other_arms(tmp_path, monkeypa
 
 def timed(variant, seed, metrics, seconds=1.0, task="etth1"):
     done = made(variant, seed, metrics, task, "lite")
-    epochs = [e | {"train_seconds": seconds} for e in done["epochs"]]
+    epochs = [e | {"cpu_seconds": seconds} for e in done["epochs"]]
     return done | {"epochs": epochs, "samples": {"train": 25}, "settings": {"batch_size": 10}}
 
 
@@ -200,11 +247,13 @@ def timed(variant, seed, metrics, seconds=1.0, task="etth1"):
 def test_the_time_to_a_target_ends_with_the_run_where_it_is_not_reached(sign):
     metrics = {"a": [3.0, 2.0, 1.0], "b": [3.0, 2.5], "c": [1.5, 9.0, 9.0]}
     records = [timed(name, 0, [sign * m for m in metric], 0.5) for name, metric in metrics.items()]
-    records.append(timed("d", 0, [math.inf, 1.0]) | {"epochs": [{"metric": None, "train_seconds": 2.0}]})
+    records.append(timed("d", 0, [math.inf, 1.0]) | {"epochs": [{"metric": None, "cpu_seconds": 2.0}]})
     table = rivals_report.time_to_target(records, sign * 2.0, lower_is_better=sign > 0).set_index("variant")
     assert table["reached"].to_dict() == {"a": True, "b": False, "c": True, "d": False}
     assert table["steps"].to_dict() == {"a": 6, "b": 6, "c": 3, "d": 3}
     assert table["seconds"].to_dict() == {"a": 1.0, "b": 1.0, "c": 0.5, "d": 2.0}
+    old = made("a", 0, [sign * 1.0], "etth1", "lite") | {"samples": {"train": 25}, "settings": {"batch_size": 10}}
+    assert math.isnan(rivals_report.time_to_target([old], sign * 2.0, sign > 0)["seconds"].item())
 
 
 def test_runs_that_do_not_reach_a_target_count_in_the_median():
@@ -216,6 +265,7 @@ def test_runs_that_do_not_reach_a_target_count_in_the_median():
     assert median([1, 2, 3], [True, False, False]).value == math.inf
     assert median([2, 2, 2], [True] * 3) == paired.Estimate(2, 2, 2)
     assert math.isnan(median([], []).value)
+    assert math.isnan(median([1, np.nan], [True, True]).value)
     rng = np.random.default_rng(0)
     times, ends = rng.exponential(1.0, 4000), rng.exponential(2.0, 4000)
     estimate = median(np.minimum(times, ends), times <= ends)

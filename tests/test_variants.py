@@ -12,7 +12,7 @@ from conftest import tiny
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments import TASKS
-from metaadamw_lite.experiments.budget import BUDGETED, searched_as
+from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
 from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.null import NULL
 from metaadamw_lite.experiments.paired import pairs_needed
@@ -29,7 +29,7 @@ from metaadamw_lite.experiments.studies import (
     study_runs,
 )
 from metaadamw_lite.experiments.task import PROFILES
-from metaadamw_lite.experiments.training import make_optimizer, run
+from metaadamw_lite.experiments.training import make_optimizer, run, run_settings
 from metaadamw_lite.experiments.variant import Variant
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
@@ -99,7 +99,8 @@ def test_an_ablation_changes_exactly_one_factor(task, variant, profile):
     before = TASKS[task].settings(profile)
     kept = asdict(before)
     after = changed(before, variant)
-    other = {f.name for f in fields(before) if getattr(before, f.name) != getattr(after, f.name)}
+    published = changed(before, "metaadamw")
+    other = {f.name for f in fields(before) if getattr(published, f.name) != getattr(after, f.name)}
     keys = {
         k
         for k in before.metaadamw.keys() | after.metaadamw.keys()
@@ -374,10 +375,14 @@ def test_the_smoke_study_has_every_variant_of_every_task(tmp_path):
         studies = {"wikitext2": STUDIES_OF_PHI, "etth1": ("published",)}.get(task, ())
         expected |= {key.variant for s in studies for key in study_runs(s, tmp_path) if key.task == task}
         if task == "etth1":
-            expected |= {*PEERS, *(searched_as(arm, "cosine", LEARNING_RATES[-1]) for arm in BUDGETED)}
+            expected |= {
+                *PEERS,
+                LEARNED,
+                *(searched_as(*s, LEARNING_RATES[-1]) for s in SEARCHES if s[1] != "constant"),
+            }
         else:
             expected -= {name for name in NULL if name.endswith("-phi1000")}.symmetric_difference(NULL)
-        expected -= {*RELEASED, "dose-k10", "dose-k50"}  # whose code is elsewhere; runs are too short
+        expected -= {*RELEASED}  # whose code is elsewhere
         assert {key.variant for key in runs if key.task == task} == expected
         clean = {key.variant for key in runs if (key.task, key.protocol) == (task, "clean")}
         assert clean == set(ARMS)
@@ -404,7 +409,8 @@ def test_unknown_tasks_are_quoted(tmp_path):
 
 def record(metric, key, results, epochs=()):
     best = None if metric is None else {"epoch": 1, "val_loss": 1.0, "metric": metric}
-    content = {"settings": {}, "status": "finished", "data": "made", "epochs": list(epochs), "environment": {}}
+    settings = asdict(run_settings(key))
+    content = {"settings": settings, "status": "finished", "data": "made", "epochs": list(epochs), "environment": {}}
     content |= {"best": best, "test": None}
     return write_record(content, key, results)
 

@@ -1,4 +1,8 @@
-"""Equal budgets: every arm at every learning rate of the search, at a constant rate and with a cosine schedule."""
+"""Equal budgets: every arm at every learning rate of the search, at a constant rate and with a cosine schedule.
+
+AdamW has a warm-up with linear decay, too. A run with a schedule has a fixed length and no early stopping, which would
+end it while its rate is still high: 1.5 times the epochs that AdamW at its best constant rate takes, by the search.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +13,14 @@ from metaadamw_lite.experiments.variant import Change, Variant, adamw, both, rat
 BUDGETED = {"adamw": Variant(make=adamw), "metaadamw": Variant(), "metaadamw-frozen": Variant(updates=False)}
 """The three arms; all of them are searched."""
 
-SCHEDULES = ("constant", "cosine")
+SEARCHES = (
+    *((arm, schedule) for schedule in ("constant", "cosine") for arm in BUDGETED),
+    ("adamw", "warmup-linear"),
+)
+"""The arms with their schedules, each of which has a search of its own."""
+
+LEARNED = "ladder-phi"
+"""Φ on a log scale, which learns the rate; beside the peers that need no search, either."""
 
 
 def searched_as(arm: str, schedule: str, lr: float) -> str:
@@ -20,13 +31,17 @@ def searched_as(arm: str, schedule: str, lr: float) -> str:
 def budget_variants(rates: Sequence[float]) -> dict[str, Variant]:
     """Every arm with every schedule at every rate, but for those that other studies have: the arms, and tuned AdamW."""
     return {
-        searched_as(arm, schedule, lr): replace(variant, change=both(rate(lr), _with(schedule)))
-        for arm, variant in BUDGETED.items()
-        for schedule in SCHEDULES
+        searched_as(arm, schedule, lr): replace(BUDGETED[arm], change=both(rate(lr), _with(schedule)))
+        for arm, schedule in SEARCHES
         for lr in rates
         if schedule != "constant" or (arm != "adamw" and lr != Settings.lr)
     }
 
 
 def _with(schedule: str) -> Change:
-    return lambda settings: replace(settings, schedule=schedule)
+    def change(settings: Settings) -> Settings:
+        if schedule == "constant":
+            return settings
+        return replace(settings, schedule=schedule, epochs=settings.scheduled_epochs or settings.epochs, patience=None)
+
+    return change

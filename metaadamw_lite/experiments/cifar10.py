@@ -264,6 +264,7 @@ def settings(profile: str) -> Settings:
         },
         model={"dropout": 0.2, **model},
         data=data,
+        scheduled_epochs=19 if profile == "lite" else None,
     )
 
 

@@ -193,6 +193,7 @@ def settings(profile: str) -> Settings:
         },
         model={"d_model": width, "heads": 4, "layers": 2, "feed_forward": 4 * width, "dropout": 0.2},
         data=data,
+        scheduled_epochs=9 if profile == "lite" else None,
     )
 
 

@@ -236,6 +236,7 @@ def settings(profile: str) -> Settings:
         },
         model={"embedding": embedding, "hidden": hidden, "layers": 2, "dropout": 0.2},
         data=data,
+        scheduled_epochs=6 if profile == "lite" else None,
     )
 
 

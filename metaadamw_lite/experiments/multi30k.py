@@ -290,6 +290,7 @@ def settings(profile: str) -> Settings:
         },
         model={"d_model": width, "heads": 8, "layers": layers, "feed_forward": 4 * width, "dropout": 0.2},
         data=data,
+        scheduled_epochs=17 if profile == "lite" else None,
     )
 
 

@@ -467,9 +467,9 @@ def median_time(times: "pd.Series[float]", reached: "pd.Series[bool]") -> Estima
 
     Returns:
         Kaplan and Meier's median with its 95 % interval (log-log); infinite where a half is never reached, NaN for all
-        without any run.
+        without any run, or with a time that is NaN.
     """
-    if times.empty:
+    if times.empty or times.isna().any():
         return Estimate(math.nan, math.nan, math.nan)
     sample = stats.CensoredData(uncensored=times[reached].to_numpy(), right=times[~reached].to_numpy())
     alive = stats.ecdf(sample).sf

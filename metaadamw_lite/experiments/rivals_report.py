@@ -8,13 +8,23 @@ import numpy as np
 import pandas as pd
 
 from metaadamw_lite.experiments import TASKS, report
-from metaadamw_lite.experiments.budget import BUDGETED, SCHEDULES, searched_as
+from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
 from metaadamw_lite.experiments.departures import DEPARTED
-from metaadamw_lite.experiments.paired import PairedDifference, corrected, improvement, median_time, verdict_after
+from metaadamw_lite.experiments.paired import (
+    PairedDifference,
+    corrected,
+    improvement,
+    median_time,
+    power,
+    verdict_after,
+)
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED
+from metaadamw_lite.experiments.records import papers_gain
 from metaadamw_lite.experiments.studies import best_variant, search_runs
 from metaadamw_lite.experiments.variants import learning_rates
+
+TRAINED_RELEASE = "released against released-frozen"
 
 
 def published_table(task: str) -> pd.DataFrame:
@@ -22,24 +32,28 @@ def published_table(task: str) -> pd.DataFrame:
 
     Returns:
         A row for each variant that has runs: "difference" (against MetaAdamW as the paper has it, a
-        ``PairedDifference``; positive is better), "adamw" (against AdamW), and "verdict" on whether it is better than
-        MetaAdamW, after Holm's correction over the rows.
+        ``PairedDifference``; positive is better), "adamw" (the same against AdamW), "verdict" on whether it is better
+        than MetaAdamW, after Holm's correction over the rows, and "power" to tell a gain like the paper's from none. A
+        last row, ``TRAINED_RELEASE``, has the released optimizer against itself without updates.
 
     Raises:
         ValueError: for an unknown task.
     """
-    columns = ["difference", "adamw", "verdict"]
+    columns = ["difference", "adamw", "verdict", "power"]
     records = report.reported(task, "lite")
     if not records:
         return pd.DataFrame(columns=columns)
     outcome, lower_is_better = report.outcomes(report.runs_frame(records)), TASKS[task].lower_is_better
-    rows = {}
+    rows = dict[str, tuple[PairedDifference, PairedDifference | None]]()
     for variant in (*DEPARTED, *RELEASED):
         arm, metaadamw, adamw = report.by_seed(outcome, "paper", variant, "metaadamw", "adamw")
         if len(arm):
             rows[variant] = improvement(arm, metaadamw, lower_is_better), improvement(arm, adamw, lower_is_better)
+    trained, frozen = report.by_seed(outcome, "paper", *RELEASED)
+    if len(trained) and len(frozen):
+        rows[TRAINED_RELEASE] = improvement(trained, frozen, lower_is_better), None
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns[:2], dtype=object)
-    return table.assign(verdict=_verdicts(table["difference"]))
+    return _judged(table, task)
 
 
 def budget_table(task: str) -> pd.DataFrame:
@@ -49,45 +63,48 @@ def budget_table(task: str) -> pd.DataFrame:
         A row for each arm with each schedule whose search is done, and for each peer that has runs: "variant",
         "learning_rate" (the best; NaN for a peer), "edge" (it is the largest or smallest one tried), "difference"
         (against AdamW at its best constant rate, a ``PairedDifference``; None for that row itself), "verdict" after
-        Holm's correction over the rows, and, from ``time_to_target`` with the best that the median run of that AdamW
-        reaches: "reached" (how many runs, of how many), "steps" and "seconds" (``Estimate``s of the median).
+        Holm's correction over the rows, "power" to tell a gain like the paper's from none, "alike" (against AdamW with
+        the same schedule; None where that is the row itself, or there is none), and, from ``time_to_target`` with the
+        best that the median run of that AdamW reaches: "reached" (how many runs, of how many), "steps" and "seconds"
+        (``Estimate``s of the median).
 
     Raises:
         ValueError: for an unknown task, or while the search for AdamW's constant rate is not complete.
     """
     results = report.repository() / "data" / "results"
     grid, chosen = learning_rates("lite"), dict[str, tuple[str, float]]()
-    for arm in BUDGETED:
-        for schedule in SCHEDULES:
-            best = best_variant(search_runs(task, "paper", "lite", arm, schedule), results)
-            if best is not None:
-                rates = {searched_as(arm, schedule, lr): lr for lr in grid}
-                chosen[f"{arm}, {schedule}"] = best, rates[best]
+    for arm, schedule in SEARCHES:
+        best = best_variant(search_runs(task, "paper", "lite", arm, schedule), results)
+        if best is not None:
+            rates = {searched_as(arm, schedule, lr): lr for lr in grid}
+            chosen[f"{arm}, {schedule}"] = best, rates[best]
     baseline = "adamw, constant"
     if baseline not in chosen:
         raise ValueError(f"the search for AdamW's rate on {task} is not complete: `sweep budget/lite` makes it")
     records, lower_is_better = report.reported(task, "lite"), TASKS[task].lower_is_better
     outcome = report.outcomes(report.runs_frame(records))
-    chosen |= {name: (name, math.nan) for name in PEERS if (outcome["variant"] == name).any()}
-    (reference,) = report.by_seed(outcome, "paper", chosen[baseline][0])
+    chosen |= {name: (name, math.nan) for name in (*PEERS, LEARNED) if (outcome["variant"] == name).any()}
+    by_name = {name: report.by_seed(outcome, "paper", variant)[0] for name, (variant, _) in chosen.items()}
+    reference = by_name[baseline]
     variants = {variant for variant, _ in chosen.values()}
     compared = [record for record in records if record["run"]["variant"] in variants]
     times = time_to_target(compared, float(reference.median()), lower_is_better)
     rows = {}
     for name, (variant, rate) in chosen.items():
-        (arm_results,) = report.by_seed(outcome, "paper", variant)
-        mine = times[times["variant"] == variant]
+        mine, like = times[times["variant"] == variant], f"adamw, {name.partition(', ')[2]}"
         rows[name] = {
             "variant": variant,
             "learning_rate": rate,
             "edge": rate in (grid[0], grid[-1]),
-            "difference": None if name == baseline else improvement(arm_results, reference, lower_is_better),
+            "difference": None if name == baseline else improvement(by_name[name], reference, lower_is_better),
+            "alike": improvement(by_name[name], by_name[like], lower_is_better)
+            if name != like and like in by_name
+            else None,
             "reached": f"{mine['reached'].sum()} of {len(mine)}",
             "steps": median_time(mine["steps"], mine["reached"]),
             "seconds": median_time(mine["seconds"], mine["reached"]),
         }
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.assign(verdict=_verdicts(table["difference"].dropna()).reindex(table.index, fill_value="–"))
+    return _judged(pd.DataFrame.from_dict(rows, orient="index"), task)
 
 
 def time_to_target(records: Iterable[dict[str, Any]], target: float, lower_is_better: bool) -> pd.DataFrame:
@@ -99,8 +116,9 @@ def time_to_target(records: Iterable[dict[str, Any]], target: float, lower_is_be
         lower_is_better: direction of the metric.
 
     Returns:
-        A row for each run: "variant", "seed", "reached", and "steps" and "seconds" of training (without evaluation)
-        until then, or until the run ended where it never is as good.
+        A row for each run: "variant", "seed", "reached", and "steps" and "seconds" of training (of the processor,
+        without evaluation) until then, or until the run ended where it never is as good. Records that have no time of
+        the processor, as the oldest and those of a GPU, have NaN seconds.
     """
     sign = 1 if lower_is_better else -1
     rows = []
@@ -110,13 +128,16 @@ def time_to_target(records: Iterable[dict[str, Any]], target: float, lower_is_be
         hits = np.flatnonzero(np.asarray(metric) <= sign * target)
         count = int(hits[0]) + 1 if len(hits) else len(epochs)
         a_pass = math.ceil(record["samples"]["train"] / record["settings"]["batch_size"])
-        seconds = sum(e["train_seconds"] for e in epochs[:count])
+        seconds = sum(e.get("cpu_seconds", math.nan) for e in epochs[:count])
         rows.append((record["run"]["variant"], record["run"]["seed"], bool(len(hits)), count * a_pass, seconds))
     return pd.DataFrame(rows, columns=["variant", "seed", "reached", "steps", "seconds"])
 
 
-def _verdicts(differences: "pd.Series[Any]") -> "pd.Series[Any]":
-    """The verdicts on "it is better", after Holm's correction."""
-    after: list[PairedDifference] = [*corrected(differences)]
-    says = [verdict_after(d, c) for d, c in zip(differences, after, strict=True)]
-    return pd.Series(says, index=differences.index, dtype=object)
+def _judged(table: pd.DataFrame, task: str) -> pd.DataFrame:
+    """The table with "verdict" on "it is better", after Holm's correction, and "power" for the paper's gain."""
+    tested = table["difference"].dropna()
+    after: list[PairedDifference] = [*corrected(tested)]
+    says = [verdict_after(d, c) for d, c in zip(tested, after, strict=True)]
+    verdicts = pd.Series(says, index=tested.index, dtype=object)
+    powers = pd.Series([power(d, papers_gain(task)) for d in tested], index=tested.index, dtype=float)
+    return table.assign(verdict=verdicts.reindex(table.index, fill_value="–"), power=powers.reindex(table.index))

@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from metaadamw_lite.checks import check_choice, check_count
 from metaadamw_lite.experiments import NOISY, TASKS
-from metaadamw_lite.experiments.budget import BUDGETED, SCHEDULES, searched_as
+from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
 from metaadamw_lite.experiments.circularity import CIRCULARITY
 from metaadamw_lite.experiments.departures import ALL, DEPARTURES, changes
 from metaadamw_lite.experiments.dose import EVERYWHERE, TWINS
@@ -309,14 +309,13 @@ def _published(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
 def _budget(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
     """Task by task: the peers, the searches, and the best rate of each search that is done, with fresh seeds."""
     for task in tasks:
-        yield from (RunKey(task, variant, "paper", profile, seed) for seed in SEEDS for variant in PEERS)
-        for schedule in SCHEDULES:
-            for arm in BUDGETED:
-                search = search_runs(task, "paper", profile, arm, schedule)
-                yield from search
-                best = best_variant(search, results)
-                if best is not None:
-                    yield from (RunKey(task, best, "paper", profile, seed) for seed in SEEDS)
+        yield from (RunKey(task, variant, "paper", profile, seed) for seed in SEEDS for variant in (*PEERS, LEARNED))
+        for arm, schedule in SEARCHES:
+            search = search_runs(task, "paper", profile, arm, schedule)
+            yield from search
+            best = best_variant(search, results)
+            if best is not None:
+                yield from (RunKey(task, best, "paper", profile, seed) for seed in SEEDS)
 
 
 def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
@@ -361,7 +360,11 @@ def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey
     left_out = more_phis if os.environ.get(VARIABLE) else more_phis.union(RELEASED)
     if "etth1" in of_the_paper:
         last = learning_rates(profile)[-1]
-        runs += [RunKey("etth1", searched_as(arm, "cosine", last), "paper", profile, 0) for arm in BUDGETED]
+        runs += [
+            RunKey("etth1", searched_as(*search, last), "paper", profile, 0)
+            for search in SEARCHES
+            if search[1] != "constant"
+        ]
     runs = [key for key in runs if key.variant not in left_out]
     yield from dict.fromkeys(key for key in runs if key.seed == 0)
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 PROFILES = ("smoke", "lite", "paper")
 PROTOCOLS = ("paper", "clean")
 SOURCES = ("real", "synthetic")
+SCHEDULES = ("constant", "cosine", "warmup-linear")
+"""Of the learning rate, over all steps of a run: a cosine falls to zero; the last rises for 30 % and falls to zero."""
 
 Batch = tuple[Tensor, ...]
 
@@ -23,7 +25,7 @@ class Settings:
     Attributes:
         epochs: at most so many passes over the training data.
         batch_size: samples a step.
-        patience: stop after so many epochs in a row without an improvement.
+        patience: stop after so many epochs in a row without an improvement; None to train all epochs.
         min_delta: by how much the validation loss must fall to count as an improvement.
         lr, weight_decay, betas, eps: of AdamW and MetaAdamW alike.
         meta_every: K_meta, steps from one meta-update to the next.
@@ -34,14 +36,16 @@ class Settings:
         model: the model's sizes.
         data: how much of the data is used (empty for all), and under "noise" how its labels are made wrong.
         lilaw: arguments of ``LiLAW``; None for samples of equal weight.
-        schedule: of the learning rate: "constant", or "cosine", which falls to zero at the last step allowed.
+        schedule: of the learning rate: one of ``SCHEDULES``.
+        scheduled_epochs: of a profile: so many epochs has a run whose learning rate follows a schedule; None for
+            ``epochs``. The change of a variant reads it, and the settings of a run have None.
     """
 
     epochs: int
     batch_size: int
     meta_every: int
     meta_per_epoch: int = 1
-    patience: int = 2
+    patience: int | None = 2
     min_delta: float = 1e-3
     lr: float = 5e-4
     weight_decay: float = 1e-2
@@ -53,6 +57,7 @@ class Settings:
     data: Mapping[str, Any] = field(default_factory=dict)
     lilaw: Mapping[str, Any] | None = None
     schedule: str = "constant"
+    scheduled_epochs: int | None = None
 
 
 @dataclass(frozen=True)

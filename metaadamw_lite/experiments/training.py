@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from tqdm import tqdm
 
 from metaadamw_lite import LiLAW, MetaAdamW
@@ -47,7 +47,7 @@ from metaadamw_lite.experiments.records import (
     write_atomically,
     write_record,
 )
-from metaadamw_lite.experiments.task import Batch, Measured, Score, Settings, Task
+from metaadamw_lite.experiments.task import SCHEDULES, Batch, Measured, Score, Settings, Task
 from metaadamw_lite.experiments.variants import VARIANTS, changed
 
 EVALUATION_BATCH = 256
@@ -151,16 +151,18 @@ def _task(key: RunKey) -> Task:
 
 
 def made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The record, if it was made with these settings, as far as it names them (older ones lack some).
+    """The record, if it was made with these settings; one that lacks a newer setting was made with its default.
 
     Raises:
         ValueError: if it was made with others.
     """
-    asked, made = _plain(asdict(settings)), record["settings"]
+    asked = _plain(asdict(settings))
     key = RunKey(**record["run"])
     if key.task in lope_study.NOISE:
         asked |= lope_study.circumstances(key)
-    other = [name for name in asked if name in made and made[name] != asked[name]]
+    defaults = {field.name: _plain(field.default) for field in fields(settings) if field.default is not MISSING}
+    made = {name: record["settings"].get(name, defaults.get(name, asked[name])) for name in asked}
+    other = [name for name in asked if made[name] != asked[name]]
     if other:
         raise ValueError(
             f"{path} was made with other settings ("
@@ -265,6 +267,25 @@ def make_optimizer(
     return VARIANTS[variant].make(model, settings, total_steps, seed, *source)
 
 
+WARM_UP = 0.3
+"""Share of a run's steps in which the learning rate rises, where the schedule has a warm-up."""
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, name: str, steps: int) -> CosineAnnealingLR | LambdaLR | None:
+    """The schedule of the learning rate over ``steps`` steps; None for a constant one.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    check_choice("schedule", name, SCHEDULES)
+    if name == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    if name == "warmup-linear":
+        top = WARM_UP * steps
+        return LambdaLR(optimizer, lambda t: min((t + 1) / top, max(0.0, (steps - t) / (steps - top)), 1.0))
+    return None
+
+
 def switch_weights(optimizer: torch.optim.Optimizer, training: bool) -> None:
     """Let an optimizer that has two sets of weights (Schedule-Free) put in those to train, or those to evaluate."""
     switch = getattr(optimizer, "train" if training else "eval", None)
@@ -358,9 +379,7 @@ class _Run:
         )
         self.sources = [{"run": record["run"], "digest": record["digest"]} for record in source]
         self.phi_at_start = copy.deepcopy(self.optimizer.modulator) if isinstance(self.optimizer, MetaAdamW) else None
-        self.schedule: CosineAnnealingLR | None = None
-        if settings.schedule == "cosine":
-            self.schedule = CosineAnnealingLR(self.optimizer, settings.epochs * self.steps_per_epoch)
+        self.schedule = schedule_of(self.optimizer, settings.schedule, settings.epochs * self.steps_per_epoch)
         self.lilaw: LiLAW | None = None
         if settings.lilaw is not None:  # which warms up for one epoch
             self.lilaw = LiLAW(**settings.lilaw, warmup_steps=self.steps_per_epoch).to(device)
@@ -404,7 +423,7 @@ class _Run:
         for epoch in epochs:
             improved = epoch["val_loss"] < best - self.settings.min_delta
             best, waited = (epoch["val_loss"], 0) if improved else (best, waited + 1)
-        if waited >= self.settings.patience:
+        if self.settings.patience is not None and waited >= self.settings.patience:
             return "stopped early"
         return "finished" if len(epochs) == self.settings.epochs else "running"
 
@@ -415,7 +434,7 @@ class _Run:
         torch.manual_seed(derived_seed(seed, epoch, "dropout"))
         self.model.train()
         switch_weights(self.optimizer, training=True)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         in_step, in_meta = _Stopwatch(self.device), _Stopwatch(self.device)
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
         terms = torch.zeros_like(summed)
@@ -451,7 +470,7 @@ class _Run:
 
         train_loss = float(summed / terms)
         switch_weights(self.optimizer, training=False)
-        train_seconds = time.perf_counter() - started
+        train_seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         val, seen = Measured(math.nan, math.nan), None
         if math.isfinite(train_loss):
             val = measure(self.task, self.model, self.data.val)
@@ -469,6 +488,7 @@ class _Run:
                 "metric": val.metric,
                 "seconds": round(time.perf_counter() - started, 3),
                 "train_seconds": round(train_seconds, 3),
+                "cpu_seconds": round(cpu_seconds, 3),  # of training; no other process's work lengthens it
                 "step_seconds": round(in_step.seconds(), 3),
                 "meta_seconds": round(in_meta.seconds(), 3),
             }

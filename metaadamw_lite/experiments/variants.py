@@ -183,7 +183,7 @@ def changed(settings: Settings, variant: str) -> Settings:
     check_choice("optimizer", variant, VARIANTS)
     if (arm := arm_of(settings, variant)) not in (None, variant):
         raise ValueError(f"optimizer is {variant!r}, which is what {arm!r} is on this task; use that")
-    return VARIANTS[variant].change(settings)
+    return replace(VARIANTS[variant].change(settings), scheduled_epochs=None)
 
 
 def arm_of(settings: Settings, variant: str) -> str | None:
