@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from metaadamw_lite.experiments import TASKS, figures, released, report
+from metaadamw_lite.experiments import TASKS, figures, phi_report, released, report
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     FEWEST_PAIRS,
@@ -22,8 +22,6 @@ from metaadamw_lite.experiments.paired import (
     PairedDifference,
     corrected,
     exact_share,
-    expected_best,
-    share_of_phi,
     verdict_after,
 )
 
@@ -115,12 +113,11 @@ def gains_with_alpha() -> dict[str, Any] | None:
 
 def random_phis() -> dict[str, Any] | None:
     """Describe the gains of untrained Φ's on WikiText-2; None while fewer than ten have all their runs."""
-    gains = report.null_gains(MAIN)
-    whole = gains.dropna()
+    whole = phi_report.null_results(MAIN).dropna()
     if len(whole) < FEWEST_PAIRS:
         return None
-    draws = len(released.released_log(MAIN))
-    return {"phis": len(whole), "share": share_of_phi(whole), "draws": draws, "best": expected_best(gains, draws)}
+    draws, found = phi_report.logged_runs(MAIN), phi_report.null_distribution(MAIN)
+    return {"phis": len(whole), "share": found["share of Φ"], "draws": draws, "best": found[f"best of {draws}"]}
 
 
 def logged_runs() -> dict[str, Any]:

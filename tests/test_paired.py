@@ -192,26 +192,44 @@ def test_a_phi_that_lost_a_run_does_not_count():
         paired.share_of_phi(gains[[0]])
 
 
+ALONE = series([100.0, 100.0])
+"""A baseline without noise, over which a higher result of 100 + x gains x percent."""
+
+
 def test_the_papers_gain_has_a_place_among_those_of_random_phis():
-    gains = pd.DataFrame({0: np.arange(32.0), 1: np.arange(32.0)})
-    share = paired.share_as_good(gains, 24.0)
+    results = 100 + pd.DataFrame({0: np.arange(32.0), 1: np.arange(32.0)})
+    share = paired.share_as_good(results, ALONE, False, 24.0)
     assert share.value == pytest.approx(0.25)
     exact = stats.binomtest(8, 32).proportion_ci(method="exact")
-    assert (share.low, share.high) == pytest.approx((exact.low, exact.high)), "two runs of one Φ are not two draws"
-    none = paired.share_as_good(gains, 99.0)
+    assert share.low <= exact.low < exact.high <= share.high + 1e-9, "two runs of one Φ are not two draws"
+    none = paired.share_as_good(results, ALONE, False, 99.0)
     assert (none.value, none.low) == (0, 0)
     assert 0.05 < none.high < 0.15
-    lost = gains.copy()
+    lost = results.copy()
     lost.iloc[-1] = np.nan
-    assert paired.share_as_good(lost, 24.0).value == pytest.approx(7 / 32), "a lost run is no gain"
+    assert paired.share_as_good(lost, ALONE, False, 24.0).value == pytest.approx(7 / 32), "a lost run is no gain"
+    errors = 200 - results
+    assert paired.share_as_good(errors, ALONE, True, 24.0) == share, "smaller errors are gains"
+
+
+def test_noise_of_the_baseline_widens_the_interval_of_the_share():
+    results = 100 + pd.DataFrame({0: np.arange(32.0)})
+    noisy = series(list(100 + 40 * np.array([-1, 1, -1, 1, -1, 1])))
+    sharp, wide = (paired.share_as_good(results, base, False, 24.0) for base in (ALONE, noisy))
+    assert wide.value == sharp.value
+    assert wide.high - wide.low > 1.5 * (sharp.high - sharp.low)
 
 
 def test_the_best_of_more_draws_is_better():
-    gains = pd.DataFrame(np.random.default_rng(0).normal(size=(400, 2)))
-    best = {k: paired.expected_best(gains, k) for k in (1, 2, 10)}
-    assert best[1].value == pytest.approx(gains.to_numpy().mean())
+    results = 100 + pd.DataFrame(np.random.default_rng(0).normal(size=(400, 2)))
+    found = {k: paired.best_of(results, ALONE, False, k) for k in (1, 2, 10)}
+    best = {k: mean for k, (mean, _) in found.items()}
+    assert best[1].value == pytest.approx(results.to_numpy().mean() - 100)
     assert best[2].value == pytest.approx(1 / math.sqrt(math.pi), abs=0.1), "of two normal draws"
     assert best[10].value == pytest.approx(1.539, abs=0.15)
     assert all(e.low < e.value < e.high for e in best.values())
-    assert paired.expected_best(pd.DataFrame([[1.0], [3.0], [np.nan]]), 2).value == pytest.approx(2.5)
-    assert paired.expected_best(gains, 10) == best[10], "the same each time"
+    assert found[1][1].value == pytest.approx(stats.norm.ppf(0.95), abs=0.15)
+    assert found[10][1].value == pytest.approx(stats.norm.ppf(0.95 ** (1 / 10)), abs=0.3)
+    few = paired.best_of(pd.DataFrame([[101.0], [103.0], [np.nan]]), ALONE, False, 2)[0]
+    assert few.value == pytest.approx(2.5)
+    assert paired.best_of(results, ALONE, False, 10) == found[10], "the same each time"

@@ -14,7 +14,6 @@ from metaadamw_lite.experiments import TASKS, paired, report, rivals_report, tra
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
 from metaadamw_lite.experiments.departures import DEPARTURES
-from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE, released_class, their_arguments
 from metaadamw_lite.experiments.records import RunKey, default_results, read_record
@@ -327,26 +326,3 @@ def test_arms_are_compared_at_the_best_rate_that_each_search_found(monkeypatch):
     monkeypatch.setattr(rivals_report, "best_variant", lambda *_: None)
     with pytest.raises(ValueError, match=r"etth1 is not complete"):
         rivals_report.budget_table("etth1")
-
-
-def test_the_papers_gain_is_placed_among_those_of_random_phis(monkeypatch):
-    gains = {phi: 5.0 * (phi % 4 == 0) + (phi % 7) / 100 for phi in PHI_SEEDS}
-    records = [made("adamw", k, [100.0 * (1 + k)], profile="lite") for k in range(2)]
-    records += [
-        made(frozen_phi(phi), k, [(100.0 - gain) * (1 + k)], profile="lite")
-        for phi, gain in gains.items()
-        for k in range(2)
-    ]
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    table = report.null_gains("etth1")
-    assert table.shape == (32, 2)
-    assert table.loc[1004].tolist() == pytest.approx([gains[1004]] * 2)
-    found = report.null_distribution("etth1")
-    assert found["share of Φ"].value > 0.999
-    assert found["share as good"].value == pytest.approx(8 / 32)
-    best = found[f"best of {report.logged_runs('etth1')}"]
-    assert found["best of 1"].value == pytest.approx(np.mean([*gains.values()]))
-    assert found["best of 1"].value < best.value <= max(gains.values())
-    assert report.logged_runs("wikitext2") == 46
-    monkeypatch.setattr(report, "recorded", lambda task: [])
-    assert report.null_gains("etth1").empty

@@ -414,17 +414,33 @@ def share_of_phi(gains: pd.DataFrame) -> Estimate:
     return Estimate(value, low, high)
 
 
-def share_as_good(gains: pd.DataFrame, gain: float) -> Estimate:
-    """Which share of the runs of random Φ's gains at least so much.
+def gains_over_mean(results: pd.DataFrame, baseline: "pd.Series[float]", lower_is_better: bool) -> pd.DataFrame:
+    """The gain of each run in percent over the mean of a baseline's runs, shaped as ``results``."""
+    return (-1 if lower_is_better else 1) * 100 * (results / baseline.mean() - 1)
+
+
+def share_as_good(results: pd.DataFrame, baseline: "pd.Series[float]", lower_is_better: bool, gain: float) -> Estimate:
+    """Which share of the runs of random Φ's gains at least so much over the mean of a baseline's runs.
 
     Args:
-        gains: a row for each Φ, a column for each run seed; a run that is lost gains less than anything.
-        gain: of the paper, in the same unit.
+        results: a row for each Φ, a column for each run seed; NaN for a run without a finite result, which is not good.
+        baseline: the results of the baseline's runs.
+        lower_is_better: direction of the metric.
+        gain: of the paper, in percent.
 
     Returns:
-        The share with its exact interval (Clopper and Pearson), by which all runs of a Φ count as one.
+        The share. Its interval holds the exact one (Clopper and Pearson; all runs of a Φ count as one) and that of a
+        bootstrap which draws Φ's and the baseline's runs anew.
     """
-    return exact_share(float((gains >= gain).to_numpy().mean()) * len(gains), len(gains))
+
+    def share(phis: "np.ndarray[Any, Any]", runs: "np.ndarray[Any, Any]") -> float:
+        gains = gains_over_mean(results.iloc[phis], baseline.iloc[runs], lower_is_better)
+        return float((gains >= gain).to_numpy().mean())
+
+    samples = np.arange(len(results)), np.arange(len(baseline))
+    value, (low, high) = share(*samples), _bootstrapped(samples, share)
+    exact = exact_share(value * len(results), len(results))
+    return Estimate(value, min(low, exact.low), max(high, exact.high))
 
 
 def exact_share(count: float, of: int) -> Estimate:
@@ -433,26 +449,33 @@ def exact_share(count: float, of: int) -> Estimate:
     return Estimate(count / of, float(low), float(high))
 
 
-def expected_best(gains: pd.DataFrame, draws: int) -> Estimate:
-    """The largest gain that so many draws of a random Φ have, on average: what a search among them finds by itself.
+def best_of(
+    results: pd.DataFrame, baseline: "pd.Series[float]", lower_is_better: bool, draws: int
+) -> tuple[Estimate, Estimate]:
+    """The largest gain that so many draws of a random Φ have: what a search among them finds by itself.
 
     Args:
-        gains: a row for each Φ, a column for each run seed; the runs are drawn from with replacement.
-        draws: k.
+        results, baseline, lower_is_better: as for ``share_as_good``; a run without a finite result is not drawn.
+        draws: k, with replacement.
 
     Returns:
-        The mean of the best of k with a bootstrap interval that draws Φ's anew. No draw is better than the best run, so
-        with k near the number of runs it is rather too small.
+        The mean of the best of k and its 95th percentile, in percent, with intervals from a bootstrap that draws Φ's
+        and the baseline's runs anew. No draw is better than the best run, so with k near the number of runs both are
+        rather too small.
     """
-    table = gains.dropna(how="all").to_numpy(dtype=float)
 
-    def best(rows: "np.ndarray[Any, Any]") -> float:
-        values = np.sort(table[rows].ravel())
-        values = values[~np.isnan(values)]
-        return float(values @ np.diff((np.arange(len(values) + 1) / len(values)) ** draws))
+    def best(phis: "np.ndarray[Any, Any]", runs: "np.ndarray[Any, Any]") -> tuple[float, float]:
+        gains = gains_over_mean(results.iloc[phis], baseline.iloc[runs], lower_is_better).to_numpy().ravel()
+        values = np.sort(gains[~np.isnan(gains)])
+        at_most = (np.arange(len(values) + 1) / len(values)) ** draws  # the best of k lies among the first so many
+        return float(values @ np.diff(at_most)), float(values[np.searchsorted(at_most[1:], 0.95)])
 
-    rows = np.arange(len(table))
-    return Estimate(best(rows), *_bootstrapped((rows,), best))
+    results = results.dropna(how="all")
+    samples = np.arange(len(results)), np.arange(len(baseline))
+    values = best(*samples)
+    intervals = [_bootstrapped(samples, lambda *drawn, k=k: best(*drawn)[k]) for k in range(2)]
+    mean, high = (Estimate(value, *interval) for value, interval in zip(values, intervals, strict=True))
+    return mean, high
 
 
 # ---------------------------------------------------------------- time to a target

@@ -1,0 +1,293 @@
+"""Tables of the studies that ask what the factors do: random, constant or learned (``studies.STUDIES_OF_PHI``).
+
+All of them are of small whole runs (``lite``) under the paper's protocol. A gain is the relative difference of two
+runs' best validation metrics in percent; positive is better.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite.experiments.circularity import CIRCULARITY
+from metaadamw_lite.experiments.dose import TWINS
+from metaadamw_lite.experiments.ladder import LADDER
+from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi, trained_phi
+from metaadamw_lite.experiments.paired import (
+    Estimate,
+    PairedDifference,
+    best_of,
+    corrected,
+    improvement,
+    share_as_good,
+    share_of_phi,
+    verdict_after,
+)
+from metaadamw_lite.experiments.records import papers_gain
+from metaadamw_lite.experiments.replay import REPLAY
+from metaadamw_lite.experiments.studies import SEARCH_SEEDS, best_variant, search_runs
+from metaadamw_lite.experiments.transfer import TRANSFER_TASKS, transfer_from
+
+
+def small_runs(task: str) -> pd.DataFrame:
+    """The small whole runs of a task under the paper's protocol, from ``report.outcomes``; without those of searches.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
+    records = [r for r in report.recorded(task) if (r["run"]["profile"], r["run"]["protocol"]) == ("lite", "paper")]
+    if not records:
+        return pd.DataFrame(columns=["protocol", "variant", "seed", "outcome"])
+    runs = report.outcomes(report.runs_frame(records))
+    return runs[~runs["seed"].isin(SEARCH_SEEDS)]
+
+
+def best_adamw(task: str) -> str | None:
+    """AdamW at the constant rate that the search on small runs found; None while the search is not complete."""
+    return best_variant(search_runs(task, "paper", "lite"), report.repository() / "data" / "results")
+
+
+def compare_rows(task: str, columns: Mapping[str, Mapping[str, tuple[str, str]]]) -> pd.DataFrame:
+    """Compare arms pair by pair, a family of tests for each column.
+
+    Args:
+        task: whose small whole runs are compared.
+        columns: by column and row the arm and its baseline.
+
+    Returns:
+        For each column its ``PairedDifference`` s, and under "<column>, verdict" what they say of "it is better" after
+        Holm's correction over the column. Rows without any pair are left out; so are cells, which are None.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
+    runs, lower_is_better = small_runs(task), TASKS[task].lower_is_better
+    parts = []
+    for column, rows in columns.items():
+        found = {row: report.compare(runs, "paper", *arms, lower_is_better) for row, arms in rows.items()}
+        kept = pd.Series({row: d for row, d in found.items() if d.pairs}, dtype=object, name=column)
+        after = corrected(kept)
+        says = [verdict_after(d, c) for d, c in zip(kept, after, strict=True)]
+        parts += [kept, pd.Series(says, index=kept.index, dtype=object, name=f"{column}, verdict")]
+    table = pd.concat(parts, axis=1) if parts else pd.DataFrame()
+    order = [row for row in dict.fromkeys(row for rows in columns.values() for row in rows) if row in table.index]
+    return table.reindex(order).astype(object).where(lambda t: t.notna(), None)
+
+
+# ---------------------------------------------------------------- null: random, untrained Φ's
+
+
+def null_results(task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:
+    """The best validation metrics of random Φ's.
+
+    Args:
+        task: which.
+        name: ``null.frozen_phi`` or ``null.trained_phi``.
+
+    Returns:
+        A row for each Φ (its seed), a column for each run seed; NaN for a run without a finite result. A Φ counts once
+        all its runs are recorded.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
+    runs = small_runs(task)
+    rows = {phi: report.by_seed(runs, "paper", name(phi))[0] for phi in PHI_SEEDS}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("phi")
+    recorded = pd.Series({phi: len(row) for phi, row in rows.items()})
+    whole = recorded[recorded == recorded.max()].index if recorded.max() else recorded[:0].index
+    return table.loc[whole].sort_index(axis=1)
+
+
+def null_gains(task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:
+    """The gains of random Φ's over AdamW with the same run seed, shaped as ``null_results``."""
+    results = null_results(task, name)
+    (adamw,) = report.by_seed(small_runs(task), "paper", "adamw")
+    return (-1 if _lower(task) else 1) * 100 * (results / adamw.reindex(results.columns) - 1)
+
+
+def _lower(task: str) -> bool:
+    return TASKS[task].lower_is_better
+
+
+def logged_runs(task: str) -> int:
+    """How many runs of MetaAdamW on a task the released code's logs have; one that stands there twice counts once."""
+    log = pd.read_csv(report.repository() / "data" / "paper" / "released_log.csv").drop_duplicates()
+    return int((log["task"] == task).sum())
+
+
+def null_distribution(task: str, name: Callable[[int], str] = frozen_phi) -> "dict[str, Estimate]":
+    """Where the paper's gain lies among those of random Φ's, and what a search among them finds by itself.
+
+    Args:
+        task, name: as for ``null_results``.
+
+    Returns:
+        "share of Φ": of the variance of gains; "share as good": of the runs that gain at least as much as the paper's;
+        "best of k" for k = 1 and the number of logged runs: the expected gain (percent) of the best of k draws; and
+        "95th percentile" of the best of that many. Each with its 95 % interval, which minds that AdamW's runs are a
+        sample, too.
+
+    Raises:
+        ValueError: for an unknown task, or with fewer than two Φ's that have a result with each of two run seeds.
+    """
+    results = null_results(task, name)
+    (adamw,) = report.by_seed(small_runs(task), "paper", "adamw")
+    logged = logged_runs(task)
+    (mean, _), (best, high) = (best_of(results, adamw, _lower(task), k) for k in (1, logged))
+    return {
+        "share of Φ": share_of_phi(null_gains(task, name)),
+        "share as good": share_as_good(results, adamw, _lower(task), papers_gain(task)),
+        "best of 1": mean,
+        f"best of {logged}": best,
+        "95th percentile": high,
+    }
+
+
+def null_alphas(task: str) -> pd.DataFrame:
+    """Whether the gain of a random Φ goes with the learning rate that it gives.
+
+    Returns:
+        A row for each recorded run of an untrained Φ with a finite gain: "phi", "seed", "gain", and "alpha", the mean α
+        of the run, in which a group counts by its parameters.
+    """
+    names = {frozen_phi(phi): phi for phi in PHI_SEEDS}
+    runs = [r for r in report.recorded(task) if r["run"]["variant"] in names and r["run"]["profile"] == "lite"]
+    factors = report.factors_frame(runs)
+    gains = null_gains(task).rename_axis(columns="seed").melt(ignore_index=False, value_name="gain").dropna()
+    if factors.empty:
+        return pd.DataFrame(columns=["phi", "seed", "gain", "alpha"])
+    weighted = factors.assign(weighted=factors["alpha"] * factors["parameters"])
+    sums = weighted.groupby([factors["variant"].map(names).rename("phi"), "seed"])[["weighted", "parameters"]].sum()
+    alpha = (sums["weighted"] / sums["parameters"]).rename("alpha")
+    return gains.set_index("seed", append=True).join(alpha, how="inner").reset_index()
+
+
+def rank_correlation(table: pd.DataFrame, x: str, y: str) -> Estimate:
+    """Spearman's correlation of the Φ's means of two columns of ``null_alphas``, with a 95 % bootstrap interval."""
+    means = table.groupby("phi")[[x, y]].mean()
+
+    def spearman(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> float:
+        return float(stats.spearmanr(a, b).statistic)
+
+    interval = stats.bootstrap(
+        (means[x].to_numpy(), means[y].to_numpy()),
+        spearman,
+        paired=True,
+        vectorized=False,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(spearman(means[x].to_numpy(), means[y].to_numpy()), float(interval.low), float(interval.high))
+
+
+def trained_against_untrained(task: str) -> pd.DataFrame:
+    """Each fresh Φ trained as published against the same Φ untrained; one row, paired over Φ's and run seeds.
+
+    Returns:
+        As ``compare_rows``, with the column "difference"; a pair is a Φ, with the mean over its run seeds.
+    """
+    trained, frozen = (null_results(task, name).mean(axis=1) for name in (trained_phi, frozen_phi))
+    d = improvement(trained, frozen, _lower(task))
+    return pd.DataFrame({"difference": [d], "difference, verdict": [verdict_after(d, d)]}, index=["trained Φ"])
+
+
+# ---------------------------------------------------------------- ladder, dose, replay, circularity, transfer
+
+
+def ladder_table(task: str) -> pd.DataFrame:
+    """Each rung against AdamW, against AdamW at its best constant rate, and against the rung below.
+
+    Returns:
+        As ``compare_rows``: the columns "over AdamW", "over the best AdamW" (where its search is complete) and "over
+        the rung below".
+    """
+    rungs, best = list(LADDER), best_adamw(task)
+    columns = {"over AdamW": {rung: (rung, "adamw") for rung in rungs}}
+    if best is not None:
+        columns["over the best AdamW"] = {rung: (rung, best) for rung in rungs}
+    columns["over the rung below"] = {rung: (rung, below) for below, rung in pairwise(rungs)}
+    return compare_rows(task, columns)
+
+
+def dose_table(task: str) -> pd.DataFrame:
+    """How far a dose moved Φ, and what that gained.
+
+    Returns:
+        As ``compare_rows``: the columns "over its twin" and "over the best AdamW" (where its search is complete); and
+        "moved", the largest change of a group's α by meta-learning in a run, the median over the runs.
+    """
+    best = best_adamw(task)
+    columns = {"over its twin": {variant: (variant, twin) for variant, twin in TWINS.items()}}
+    if best is not None:
+        columns["over the best AdamW"] = {variant: (variant, best) for variant in TWINS}
+    table = compare_rows(task, columns)
+    moved = report.movement_frame(
+        r
+        for r in report.recorded(task)
+        if r["run"]["profile"] == "lite" and r["run"]["variant"] in TWINS and r["run"]["protocol"] == "paper"
+    )
+    if moved.empty:
+        return table.assign(moved=np.nan)
+    largest = moved.groupby(["variant", "seed"])["alpha_moved"].max().groupby("variant").median()
+    return table.assign(moved=largest.reindex(table.index))
+
+
+def replay_table(task: str) -> pd.DataFrame:
+    """AdamW with a run's own factors, held constant or as one schedule, against AdamW and against that run.
+
+    Returns:
+        As ``compare_rows``, a row for each source and each of its replays: the columns "over AdamW" and "over the
+        source".
+    """
+    sources = ("metaadamw", "metaadamw-frozen", "ladder-phi")
+    replays = {name: source for source in sources for name in REPLAY if name.endswith(f"-of-{source}")}
+    rows = [row for s in sources for row in (s, *(name for name, source in replays.items() if source == s))]
+    return compare_rows(
+        task,
+        {
+            "over AdamW": {row: (row, "adamw") for row in rows},
+            "over the source": {name: (name, source) for name, source in replays.items()},
+        },
+    )
+
+
+def circularity_table(task: str) -> pd.DataFrame:
+    """MetaAdamW whose loss says nothing of training, against MetaAdamW.
+
+    Returns:
+        As ``compare_rows``: the column "over MetaAdamW".
+    """
+    return compare_rows(task, {"over MetaAdamW": {name: (name, "metaadamw") for name in CIRCULARITY}})
+
+
+def transfer_table(tasks: Sequence[str] = TRANSFER_TASKS) -> pd.DataFrame:
+    """A Φ that was trained on one task, frozen on another, against AdamW.
+
+    Returns:
+        A row for each task that Φ is used on, a column for each that it was trained on: a ``PairedDifference``, or None
+        without a pair.
+    """
+    rows = {}
+    for task in tasks:
+        table = compare_rows(task, {"gain": {source: (transfer_from(source), "adamw") for source in tasks}})
+        rows[task] = table["gain"] if len(table) else pd.Series(dtype=object)
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(index=list(tasks), columns=list(tasks)).astype(object)
+    return table.where(table.notna(), None)
+
+
+def written(table: pd.DataFrame, column: str) -> "pd.Series[str]":
+    """A column of ``compare_rows`` as text: mean, Student's interval, pairs, verdict."""
+
+    def cell(d: PairedDifference | None, verdict: str) -> str:
+        if d is None:
+            return "–"
+        return f"{d.mean_text} % {d.t_interval}, {d.pairs} pairs: {verdict}"
+
+    cells = zip(table[column], table[f"{column}, verdict"], strict=True)
+    return pd.Series([cell(*pair) for pair in cells], table.index)
