@@ -9,10 +9,11 @@ from test_experiments import interrupt_before_the_second_epoch, results_of
 from torch import nn
 
 from metaadamw_lite import MetaAdamW
-from metaadamw_lite.experiments import TASKS, training
+from metaadamw_lite.experiments import TASKS, studies, training
 from metaadamw_lite.experiments.dose import DOSE, EVERYWHERE, TWINS
 from metaadamw_lite.experiments.ladder import LADDER, compared, every
 from metaadamw_lite.experiments.null import NULL, PHI_SEEDS, frozen_phi, trained_phi
+from metaadamw_lite.experiments.published import RELEASED, VARIABLE
 from metaadamw_lite.experiments.records import RunKey, write_record
 from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.studies import expected_seconds, study_runs
@@ -409,7 +410,10 @@ def test_transfer_is_from_each_of_four_tasks_to_each(tmp_path):
 # ---------------------------------------------------------------- how long it will take
 
 
-def test_a_sweep_is_estimated_from_recorded_runs_of_the_same_task_and_profile(tmp_path):
+def test_a_sweep_is_estimated_from_recorded_runs_of_the_same_task_and_profile(tmp_path, monkeypatch):
+    committed = tmp_path / "committed"
+    monkeypatch.setattr(studies, "default_results", lambda: committed)
+    tmp_path = tmp_path / "mine"
     runs = study_runs("null/lite", tmp_path, ["etth1"])
     assert expected_seconds(runs, tmp_path) is None
     for profile, task, seconds in (("lite", "etth1", 5.0), ("paper", "etth1", 500.0), ("lite", "imdb", 70.0)):
@@ -419,3 +423,22 @@ def test_a_sweep_is_estimated_from_recorded_runs_of_the_same_task_and_profile(tm
     assert expected_seconds(runs, tmp_path) == pytest.approx(len(runs) * (10 + 15) / 2)
     assert expected_seconds([], tmp_path) == 0
     assert expected_seconds(study_runs("null/lite", tmp_path), tmp_path) is None
+    for task in ("etth1", "wikitext2", "cifar10"):
+        write_made(RunKey(task, "adamw", "paper", "lite", 0), committed, epochs=[{"epoch": 1, "seconds": 4.0}])
+    others = study_runs("null/lite", tmp_path, ["wikitext2"])
+    assert expected_seconds([*runs[:2], *others], tmp_path) == pytest.approx(2 * 12.5 + 4 * len(others))
+
+
+@pytest.mark.parametrize("profile", ["lite", "paper"])
+def test_one_command_makes_every_study_of_a_profile(profile, tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "a clone")
+    whole = study_runs(f"all/{profile}", tmp_path)
+    assert len(set(whole)) == len(whole)
+    names = [name for name in studies.STUDIES if profile in studies._profiles(name) and name != "all"]
+    assert len(names) > 5
+    assert set(whole) == {key for name in names for key in study_runs(f"{name}/{profile}", tmp_path)}
+    assert {key.task for key in study_runs(f"all/{profile}", tmp_path, ["imdb"])} == {"imdb"}
+    monkeypatch.delenv(VARIABLE)
+    assert {key.variant for key in whole} - {key.variant for key in study_runs(f"all/{profile}", tmp_path)} <= {
+        *RELEASED
+    }

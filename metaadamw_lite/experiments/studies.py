@@ -32,7 +32,7 @@ from metaadamw_lite.experiments.paired import improvements_by_seed, pairs_needed
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.progress import progress_bar
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE
-from metaadamw_lite.experiments.records import RunKey, papers_gain, read_record, read_records
+from metaadamw_lite.experiments.records import RunKey, default_results, papers_gain, read_record, read_records
 from metaadamw_lite.experiments.replay import ENDS, REPLAY, WITH_ENDS
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
@@ -82,6 +82,7 @@ STUDIES = {
     "lilaw": "AdamW with and without LiLAW on wrong labels, and LiLAW's own settings",
     "together": "AdamW and MetaAdamW, each with and without LiLAW, on wrong labels",
     "lope": "adapting a small GPT to noisy text, by LoPE, its parts, and LoRAs",
+    "all": "every study above, one after the other",
     "smoke": "everything once, in seconds, on synthetic data",
 }
 STUDIES_OF_PAPER = ("main", "baseline", "ablation")
@@ -126,7 +127,7 @@ def _profiles(name: str) -> list[str]:
 
 def tasks_of(name: str) -> list[str]:
     """The tasks that a study has runs of."""
-    if name == "smoke":
+    if name in ("all", "smoke"):
         return [*TASKS, *NOISY, *NOISE]
     few = {name: ["wikitext2", "etth1", "cifar10"] for name in ("null", "ladder", "circularity")}
     few |= {"lilaw": [*NOISY], "together": [SENSITIVITY_TASK], "lope": [*NOISE], "transfer": [*TRANSFER_TASKS]}
@@ -339,6 +340,14 @@ def _lope(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
             yield from (RunKey(task, arm, "clean", profile, seed) for arm in LOPE_ARMS)
 
 
+def _all(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+    """Every run once; those of the released optimizer only where its code is at hand."""
+    studies = [name for name in _RUNS if name not in ("all", "smoke") and profile in _profiles(name)]
+    wanted = ((name, [task for task in tasks if task in tasks_of(name)]) for name in studies)
+    runs = dict.fromkeys(key for name, known in wanted for key in _RUNS[name](profile, known, results))
+    yield from (key for key in runs if key.variant not in RELEASED or os.environ.get(VARIABLE))
+
+
 def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
     of_the_paper, wrong = ([t for t in tasks if t in group] for group in (TASKS, NOISY))
     runs = [key for study in (_main, _ablation) for key in study(profile, of_the_paper, results)]
@@ -384,6 +393,7 @@ _RUNS = {
     "lilaw": _lilaw,
     "together": _together,
     "lope": _lope,
+    "all": _all,
     "smoke": _smoke,
 }
 
@@ -455,7 +465,10 @@ def sweep(
     ):
         if todo and progress:
             at_a_time = jobs or (runs_at_a_time(device) if scheduler is None else 1)
-            bar.write(f"{study}: {len(todo)} runs to make, {duration(expected_seconds(todo, results), at_a_time)}")
+            # Sources and searches add runs when they are done: as many as in the committed records.
+            later = missing([key for key in study_runs(study, default_results(), tasks) if key not in todo], results)
+            seconds = expected_seconds([*todo, *later], results)
+            bar.write(f"{study}: {len(todo)} runs to make now, {len(later)} later, {duration(seconds, at_a_time)}")
         while todo:
             for key in todo:
                 forget_abandoned(key, results)  # of sweeps before this one
@@ -488,15 +501,19 @@ def sweep(
 def expected_seconds(runs: Sequence[RunKey], results: Path) -> float | None:
     """How long some runs will take, one after the other: each as the mean recorded run of its task and profile.
 
-    None where a task has no recorded run of the profile.
+    Where the folder has none of a task and profile the committed records are asked. None if they have none, either.
     """
-    seconds: dict[tuple[str, str], list[float]] = {(key.task, key.profile): [] for key in runs}
-    for task in {key.task for key in runs}:
-        for record in read_records(results, task):
-            of = seconds.get((task, record["run"]["profile"]))
-            if of is not None:
-                of.append(sum(epoch.get("seconds", 0.0) for epoch in record["epochs"]))
-    return sum(fmean(seconds[key.task, key.profile]) for key in runs) if all(seconds.values()) else None
+    known: dict[tuple[str, str], list[float]] = {}
+    wanted = {(key.task, key.profile) for key in runs}
+    for folder in (results, default_results()):
+        lacking = wanted - known.keys()
+        for task in {task for task, _ in lacking}:
+            for record in read_records(folder, task):
+                if (kind := (task, record["run"]["profile"])) in lacking:
+                    known.setdefault(kind, []).append(sum(epoch.get("seconds", 0.0) for epoch in record["epochs"]))
+    if wanted - known.keys():
+        return None
+    return sum(fmean(known[key.task, key.profile]) for key in runs)
 
 
 def duration(seconds: float | None, at_a_time: int) -> str:
