@@ -162,7 +162,7 @@ def test_circularity_is_over_metaadamw(recorded):
     recorded(runs_of({"adamw": 50.0, "metaadamw": 100.0, "circularity-targets": 100.0}))
     table = phi_report.circularity_table("etth1")
     assert table.index.tolist() == ["circularity-targets"]
-    assert table["over MetaAdamW, verdict"].tolist() == ["equivalent (±1 %)"]
+    assert table["over the loss itself, verdict"].tolist() == ["equivalent (±1 %)"]
 
 
 def test_transfer_has_a_row_for_the_task_and_a_column_for_the_source(recorded, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, tiny
@@ -380,6 +381,17 @@ def test_with_constants_in_its_loss_only_the_decay_moves_phi(tmp_path):
     assert by_targets["phi_moved"] > 0
     assert by_targets["phi_moved"] != published["phi_moved"] > 0
     assert by_constants["log_var"] == published["log_var"] != by_targets["log_var"]
+
+
+def test_with_its_loss_held_at_zero_a_phi_that_moves_goes_the_other_way(tmp_path):
+    moved = {}
+    for variant in ("ladder-phi", "circularity-ladder-targets"):
+        record = smoke_run(variant, tmp_path)
+        (first,) = {update["step"] for update in record["meta_updates"][:1]}
+        after = [point["alpha"] for point in record["trace"] if point["step"] > first]
+        moved[variant] = after[0]
+    first, second = (np.log(moved[name]) for name in moved)
+    assert (first * second < 0).all(), "a loss decrease is below zero, so its square grows with it"
 
 
 def test_a_transferred_phi_is_the_one_that_its_source_ended_with_and_rests(tmp_path, monkeypatch):

@@ -5,9 +5,11 @@ If Φ learns to optimise, it must lose what it gains when its loss has nothing t
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from metaadamw_lite import MetaAdamW
+from metaadamw_lite.experiments.ladder import log_phi, small_phi, with_phi
 from metaadamw_lite.experiments.task import Settings
 from metaadamw_lite.experiments.variant import Maker, Variant, metaadamw
 from metaadamw_lite.huw import PriorityHUW
@@ -42,8 +44,37 @@ def with_terms(term: Callable[[Tensor], Tensor]) -> Maker:
     return make
 
 
+class ReplacedLoss(nn.Module):
+    """In the place of uncertainty weights, another function of a single loss; it has no weights of its own."""
+
+    log_var: Tensor
+
+    def __init__(self, term: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("log_var", torch.zeros(0))
+        self._term = term
+
+    def forward(self, losses: Sequence[Tensor]) -> Tensor:
+        """The replaced loss, a scalar."""
+        (loss,) = losses
+        return self._term(loss)
+
+
+def _ladder_to_target(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> torch.optim.Optimizer:
+    """``ladder-phi`` with (L − 0)² in the place of its loss."""
+    optimizer = with_phi(log_phi)(model, settings, total_steps, seed)
+    assert isinstance(optimizer, MetaAdamW)
+    optimizer.huw = ReplacedLoss(squared_distance_to_zero)  # type: ignore[assignment]
+    return optimizer
+
+
 CIRCULARITY = {
     "circularity-targets": Variant(make=with_terms(squared_distance_to_zero)),
     "circularity-constants": Variant(make=with_terms(Tensor.detach)),
+    "circularity-ladder-targets": Variant(small_phi, _ladder_to_target),
 }
-"""With constants only weight decay and a penalty of gates could move Φ; the uncertainty weights see the same values."""
+"""With constants only weight decay and a penalty of gates could move Φ; the uncertainty weights see the same values.
+The last is around ``ladder-phi``, whose Φ moves: its loss is a decrease, and to hold that at zero is to stand still."""
+
+UNREPLACED = {name: "ladder-phi" if "ladder" in name else "metaadamw" for name in CIRCULARITY}
+"""The variant that has the loss itself."""

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from metaadamw_lite.checks import check_choice, check_count
 from metaadamw_lite.experiments import NOISY, TASKS
 from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
-from metaadamw_lite.experiments.circularity import CIRCULARITY
+from metaadamw_lite.experiments.circularity import CIRCULARITY, UNREPLACED
 from metaadamw_lite.experiments.departures import ALL, DEPARTURES, changes
 from metaadamw_lite.experiments.dose import EVERYWHERE, TWINS
 from metaadamw_lite.experiments.ladder import LADDER
@@ -292,7 +292,8 @@ def _source(key: RunKey) -> RunKey:
 def _circularity(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
     for seed in SEEDS:
         for task in tasks:
-            yield from (RunKey(task, variant, "paper", profile, seed) for variant in (*ARMS, *CIRCULARITY))
+            variants = dict.fromkeys((*ARMS, *UNREPLACED.values(), *CIRCULARITY))
+            yield from (RunKey(task, variant, "paper", profile, seed) for variant in variants)
 
 
 def _published(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
