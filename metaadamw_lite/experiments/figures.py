@@ -6,9 +6,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from metaadamw_lite.experiments.paired import ENOUGH_SEEDS, paired_difference
 from metaadamw_lite.experiments.task import Task
@@ -228,6 +230,59 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
         Line2D([], [], linestyle="", marker="D", color=COLOURS["metaadamw"], label="the paper's"),
     ]
     ax.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_gains(rows: pd.DataFrame, dark: bool = False) -> Figure:
+    """The gain of MetaAdamW over AdamW in every comparison: pairs, mean with interval, the paper's, and random Φ's.
+
+    Args:
+        rows: a row for each comparison: "label", "improvements" (by seed, percent), "gain" (a ``PairedDifference``),
+            "paper" (percent) and "band" (what 95 % of random, untrained Φ's gain: two numbers, or None).
+        dark: draw for a dark page.
+    """
+    ink, ground = ("#e8e8e8", "#121212") if dark else ("black", "white")
+    colours = {"pair": "#7fb8e6" if dark else "#56a0d3", "mean": ink, "paper": "#ffa64d" if dark else "#d55e00"}
+    band = "#4a4a4a" if dark else "#d9d9d9"
+    with plt.rc_context({**dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)}):
+        figure, ax = plt.subplots(figsize=(5.8, 0.5 * len(rows) + 1.9), facecolor=ground)
+        ax.set_facecolor(ground)
+        for y, row in enumerate(rows.to_dict("records")):
+            if row["band"] is not None:
+                low, high = row["band"]
+                ax.barh(y, high - low, left=low, height=0.7, color=band, edgecolor="none", zorder=1)
+            ax.plot(
+                row["improvements"], [y] * len(row["improvements"]), "o", color=colours["pair"], alpha=0.7, zorder=3
+            )
+            d = row["gain"]
+            if d.seeds >= ENOUGH_SEEDS:
+                ax.errorbar(
+                    d.mean,
+                    y,
+                    xerr=[[d.mean - d.t_low], [d.t_high - d.mean]],
+                    fmt="|",
+                    color=ink,
+                    capsize=4,
+                    zorder=4,
+                    markersize=13,
+                    linewidth=1.6,
+                )
+            ax.plot(row["paper"], y, "D", color=colours["paper"], zorder=5)
+        ax.axvline(0, color=ink, linewidth=0.8, zorder=2)
+        ax.set_yticks(range(len(rows)), rows["label"])
+        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="gain of MetaAdamW over AdamW (%); right is better")
+        ax.grid(visible=False, axis="y")
+        ax.grid(visible=True, axis="x", color=band, linewidth=0.6)
+        for spine in ax.spines.values():
+            spine.set_color(band)
+        handles: list[Artist] = [
+            Line2D([], [], linestyle="", marker="o", color=colours["pair"], label="a pair of runs, same seed"),
+            Line2D([], [], marker="|", markersize=10, color=ink, label="their mean, 95 % interval"),
+            Line2D([], [], linestyle="", marker="D", color=colours["paper"], label="the paper's number, one pair"),
+        ]
+        if rows["band"].notna().any():
+            handles.append(Patch(color=band, label="95 % of random, untrained Φ's"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
 
 
