@@ -23,7 +23,7 @@
 * ``figures``   the book's figures
 * ``chapter``   what the chapters about single tasks have in common
 * ``bench``     what MetaAdamW costs; ``command`` has what the commands share
-* ``notebook``  what every notebook does first
+* ``notebook``  what every notebook does first; ``pending`` shows a note in the place of what is not recorded yet
 
 ``python -m metaadamw_lite.experiments --help`` lists the commands.
 """
