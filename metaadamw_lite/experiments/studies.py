@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -490,13 +490,19 @@ def expected_seconds(runs: Sequence[RunKey], results: Path) -> float | None:
 
     None where a task has no recorded run of the profile.
     """
-    seconds: dict[tuple[str, str], list[float]] = {(key.task, key.profile): [] for key in runs}
-    for task in {key.task for key in runs}:
+    seconds = recorded_seconds(results, {key.task for key in runs})
+    expected = [seconds.get((key.task, key.profile)) for key in runs]
+    return None if None in expected else sum(s for s in expected if s is not None)
+
+
+def recorded_seconds(results: Path, tasks: Iterable[str]) -> dict[tuple[str, str], float]:
+    """The seconds of the mean recorded run of some tasks, by task and profile."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for task in tasks:
         for record in read_records(results, task):
-            of = seconds.get((task, record["run"]["profile"]))
-            if of is not None:
-                of.append(sum(epoch.get("seconds", 0.0) for epoch in record["epochs"]))
-    return sum(fmean(seconds[key.task, key.profile]) for key in runs) if all(seconds.values()) else None
+            of_one = sum(epoch.get("seconds", 0.0) for epoch in record["epochs"])
+            seconds.setdefault((task, record["run"]["profile"]), []).append(of_one)
+    return {where: fmean(of_runs) for where, of_runs in seconds.items()}
 
 
 def duration(seconds: float | None, at_a_time: int) -> str:
@@ -614,8 +620,36 @@ def status(results: Path, studies: Sequence[str] = STUDIES_OF_PAPER) -> pd.DataF
     return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
 
 
+def costs(results: Path) -> pd.DataFrame:
+    """What is missing of every study and what that would cost: a row for each study and profile.
+
+    Columns are how many runs are recorded ("3/10"), how many are missing, and the hours that these would take one
+    after the other, going by the recorded runs; "2.5 + ?" where a task has no recorded run of the profile. A run that
+    two studies share counts in both.
+    """
+    seconds = recorded_seconds(results, tasks_of("smoke"))  # which has all tasks
+    rows = {}
+    for name in STUDIES:
+        for profile in _profiles(name):
+            study = name if profile == "smoke" else f"{name}/{profile}"
+            runs = study_runs(study, results)
+            left = missing(runs, results)
+            rows[study] = {
+                "recorded": f"{len(runs) - len(left)}/{len(runs)}",
+                "missing": len(left),
+                "hours": _hours(left, seconds),
+            }
+    return pd.DataFrame.from_dict(rows, orient="index").rename(columns={"hours": "hours, one run after the other"})
+
+
+def _hours(runs: Sequence[RunKey], seconds: Mapping[tuple[str, str], float]) -> str:
+    known = [seconds[key.task, key.profile] for key in runs if (key.task, key.profile) in seconds]
+    hours = f"{sum(known) / 3600:.1f}"
+    return hours if len(known) == len(runs) else f"{hours} + ?" if known else "?"
+
+
 def status_lines(study: str, results: Path) -> str:
-    """What a study has and what it lacks, a line for each task, protocol and variant."""
+    """What a study has and what it lacks, a line for each task, protocol and variant, and what that would cost."""
     rows = []
     runs = study_runs(study, results)
     for task, protocol, profile, variant in dict.fromkeys((k.task, k.protocol, k.profile, k.variant) for k in runs):
@@ -624,4 +658,8 @@ def status_lines(study: str, results: Path) -> str:
         note = f"missing seeds {', '.join(str(k.seed) for k in left)}" if left else "complete"
         bad = [f"{n} {status}" for status, n in ends(keys, results).items() if status in ("diverged", "failed")]
         rows.append((task, protocol, profile, variant, f"{len(keys) - len(left)}/{len(keys)}", "; ".join([note, *bad])))
-    return str(tabulate(rows, tablefmt="plain", disable_numparse=True))
+    left = missing(runs, results)
+    cost = f"{len(left)} of {len(runs)} runs are missing"
+    if left:
+        cost += f": {duration(expected_seconds(left, results), 1)}"
+    return f"{tabulate(rows, tablefmt='plain', disable_numparse=True)}\n{cost}"
