@@ -32,7 +32,7 @@ from metaadamw_lite.meta import MetaLosses
 from metaadamw_lite.modulator import Modulation, Modulator
 from metaadamw_lite.optimizer import MetaAdamW
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FeatureConfig",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from metaadamw_lite.batches import Batches
 from metaadamw_lite.buckets import gather
@@ -242,9 +243,9 @@ class MetaAdamW(torch.optim.AdamW):
 
     # ---------------------------------------------------------------- the step (Algorithm 1)
 
-    # In a compiled loop a step stays as it is: it calls kernels that are fused already. (The decorator imports torch's
-    # compiler, which takes a second; torch's own way to put that off is private.)
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # In a compiled loop a step stays as it is: it calls kernels that are fused already. (`torch.compiler.disable` is
+    # the same, but imports the compiler here, which takes a second; torch's optimizers use this, which does not.)
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step (Algorithm 1) and return the closure's loss, if there is a closure.
@@ -297,7 +298,7 @@ class MetaAdamW(torch.optim.AdamW):
 
     # ---------------------------------------------------------------- the meta-update (Algorithm 2)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def update_attention(
         self,
         model: nn.Module,

@@ -58,7 +58,7 @@ def test_every_notebook_has_the_skeleton(path):
     assert "nbval-check-output" in tags
     ids = [c["id"] for c in content]
     assert ids[1:3] == ["colab-badge", "colab-setup"]
-    assert any("start(In)" in "".join(c["source"]) for c in content)
+    assert any(re.search(r"\bstart\(\s*In\b", "".join(c["source"])) for c in content)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

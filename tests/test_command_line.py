@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,28 @@ def test_the_bench_prints_in_any_encoding(terminal, monkeypatch):
 def test_a_closed_stream_is_no_fault(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
     assert main(["status", "--results", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["cp437", "cp1252", "cp932"])
+def test_without_a_command_every_study_is_listed_with_what_it_lacks(encoding, terminal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # outside a checkout, so that nothing is recorded
+    out, _ = terminal(encoding)
+    assert main([]) == 0
+    lines = out.getvalue().decode(encoding).splitlines()
+    named = {line.split()[0].partition("/")[0] for line in lines if "0/" in line}
+    assert named == set(studies.STUDIES)
+
+
+def test_missing_runs_cost_what_the_recorded_ones_of_their_task_took(monkeypatch, tmp_path):
+    key = RunKey("etth1", "adamw", "paper", "lite", 0)
+    record = {"run": asdict(key), "epochs": [{"seconds": 1800.0}, {"seconds": 1800.0}]}
+    monkeypatch.setattr(studies, "read_records", lambda _, task: [record] if task == "etth1" else [])
+    table = studies.costs(tmp_path)
+    column = table["hours, one run after the other"]
+    runs = studies.study_runs("main/lite", tmp_path, ["etth1"])
+    assert table.loc["main/lite", "missing"] == len(studies.study_runs("main/lite", tmp_path))
+    assert column["main/lite"] == f"{len(runs)}.0 + ?"
+    assert column["main/paper"] == "?"
 
 
 # ---------------------------------------------------------------- pipes

@@ -22,8 +22,8 @@
 * ``released``  the logs that come with the released code
 * ``figures``   the book's figures
 * ``chapter``   what the chapters about single tasks have in common
-* ``bench``     what MetaAdamW costs; ``command`` has what the commands share
-* ``notebook``  what every notebook does first
+* ``bench``     what MetaAdamW costs; ``command`` has what the commands share, ``extra`` which packages they lack
+* ``notebook``  what every notebook does first; ``pending`` shows a note in the place of what is not recorded yet
 
 ``python -m metaadamw_lite.experiments --help`` lists the commands.
 """

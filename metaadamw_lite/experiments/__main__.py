@@ -1,30 +1,39 @@
-"""The command line: ``python -m metaadamw_lite.experiments run | sweep | status | sizing | bench``."""
+"""The command line: ``python -m metaadamw_lite.experiments run | sweep | status | sizing | bench``.
+
+Without a command it lists the studies, with what is missing of each and how long that would take.
+"""
 
 import argparse
 import os
 import sys
 
-from metaadamw_lite.experiments import NOISY, TASKS
-from metaadamw_lite.experiments.bench import run_bench
-from metaadamw_lite.experiments.command import run_command
-from metaadamw_lite.experiments.lope_study import ARMS, NOISE
-from metaadamw_lite.experiments.published import VARIABLE
-from metaadamw_lite.experiments.records import RunKey, default_results, expanded, expanded_folder, strays
-from metaadamw_lite.experiments.sizing import sizing_table
-from metaadamw_lite.experiments.studies import (
-    STUDIES,
-    STUDIES_OF_PHI,
-    STUDIES_OF_RELATIVES,
-    STUDIES_OF_RIVALS,
-    ends,
-    status,
-    status_lines,
-    study_runs,
-    sweep,
-)
-from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
-from metaadamw_lite.experiments.training import run
-from metaadamw_lite.experiments.variants import VARIANTS
+from metaadamw_lite.experiments.extra import say_which_extra
+
+with say_which_extra():
+    from tabulate import tabulate
+
+    from metaadamw_lite.experiments import NOISY, TASKS
+    from metaadamw_lite.experiments.bench import run_bench
+    from metaadamw_lite.experiments.command import run_command
+    from metaadamw_lite.experiments.lope_study import ARMS, NOISE
+    from metaadamw_lite.experiments.published import VARIABLE
+    from metaadamw_lite.experiments.records import RunKey, default_results, expanded, expanded_folder, strays
+    from metaadamw_lite.experiments.sizing import sizing_table
+    from metaadamw_lite.experiments.studies import (
+        STUDIES,
+        STUDIES_OF_PHI,
+        STUDIES_OF_RELATIVES,
+        STUDIES_OF_RIVALS,
+        costs,
+        ends,
+        status,
+        status_lines,
+        study_runs,
+        sweep,
+    )
+    from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
+    from metaadamw_lite.experiments.training import run
+    from metaadamw_lite.experiments.variants import VARIANTS
 
 NAMES = (*VARIANTS, *ARMS)
 """Of variants, and of arms of an adaptation."""
@@ -35,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m metaadamw_lite.experiments", description="Run the paper's experiments."
     )
-    commands = top.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(dest="command", help="without one: a table of the studies")
 
     one = commands.add_parser("run", help="one training run; writes one record")
     one.add_argument("task", choices=[*TASKS, *NOISY, *NOISE], metavar="TASK", help=", ".join([*TASKS, *NOISY, *NOISE]))
@@ -98,6 +107,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _do(args: argparse.Namespace) -> int:
+    if args.command is None:
+        table = costs(default_results())
+        table["about"] = [STUDIES[study.partition("/")[0]] for study in table.index]
+        print(tabulate(table, headers="keys", tablefmt="plain", disable_numparse=True))
+        print("\n`sweep STUDY` makes what is missing, `status STUDY` lists it, `--help` has the other commands.")
+        return 0
     if args.command == "bench":
         run_bench(args.device, args.reference, args.json, args.seconds)
         return 0
@@ -132,7 +147,7 @@ def _do(args: argparse.Namespace) -> int:
     else:
         others = (status(results, studies) for studies in (STUDIES_OF_PHI, STUDIES_OF_RIVALS))
         tables = [status(results), *others, status(results, STUDIES_OF_RELATIVES).T]
-        print("\n\n".join(table.to_string() for table in tables))
+        print("\n\n".join(table.to_string() for table in (*tables, costs(results))))
     return 0
 
 

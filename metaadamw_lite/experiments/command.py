@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from metaadamw_lite.experiments.datasets import DataError
+from metaadamw_lite.experiments.extra import hint
 from metaadamw_lite.experiments.records import is_the_machines_fault
 from metaadamw_lite.experiments.training import RunInProgressError
 
@@ -44,7 +45,8 @@ def run_command(do: Callable[[], int], interrupted: str) -> int:
             return CLOSED_PIPE
         if not (isinstance(error, (ValueError, DataError, RunInProgressError)) or is_the_machines_fault(error)):
             raise
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        what = hint(error) if isinstance(error, ModuleNotFoundError) else str(error) or type(error).__name__
+        print(f"error: {what}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

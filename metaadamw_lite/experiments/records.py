@@ -41,14 +41,18 @@ def checkout() -> Path | None:
 
 
 def repository() -> Path:
-    """The checkout that the current directory is in, with the paper's tables and the committed records.
+    """The checkout with the paper's tables and the committed records: the current directory's, or else the package's.
 
     Raises:
-        FileNotFoundError: outside a checkout.
+        FileNotFoundError: outside a checkout, by a package that is not in one.
     """
-    folder = checkout()
+    package = Path(__file__).resolve().parents[2]
+    folder = checkout() or (package if (package / "data" / "paper").is_dir() else None)
     if folder is None:
-        raise FileNotFoundError(f"{Path.cwd()} is not inside a checkout of metaadamw_lite (no data/paper above it)")
+        raise FileNotFoundError(
+            f"{Path.cwd()} is not inside a checkout of metaadamw_lite (no data/paper above it), and the package was "
+            "not installed from one by `pip install -e`; work in a checkout (papermill: --cwd CHECKOUT/notebooks)"
+        )
     return folder
 
 
@@ -100,6 +104,17 @@ def expanded_folder(path: str | Path, name: str) -> Path:
     if there is not None and not there.is_dir():
         raise ValueError(f"{name} is {str(path)!r}, but {there} is no folder")
     return folder
+
+
+class NotRecordedError(FileNotFoundError):
+    """What a page is to show has no record yet.
+
+    Args:
+        made_by: the command that makes the records.
+    """
+
+    def __init__(self, made_by: str) -> None:
+        super().__init__(f"not recorded yet: made by `{made_by}`")
 
 
 class RecordError(ValueError):

@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -504,17 +504,21 @@ def expected_seconds(runs: Sequence[RunKey], results: Path) -> float | None:
 
     Where the folder has none of a task and profile the committed records are asked. None if they have none, either.
     """
-    known: dict[tuple[str, str], list[float]] = {}
     wanted = {(key.task, key.profile) for key in runs}
-    for folder in (results, default_results()):
-        lacking = wanted - known.keys()
-        for task in {task for task, _ in lacking}:
-            for record in read_records(folder, task):
-                if (kind := (task, record["run"]["profile"])) in lacking:
-                    known.setdefault(kind, []).append(sum(epoch.get("seconds", 0.0) for epoch in record["epochs"]))
-    if wanted - known.keys():
-        return None
-    return sum(fmean(known[key.task, key.profile]) for key in runs)
+    seconds = recorded_seconds(results, {task for task, _ in wanted})
+    lacking = {task for task, profile in wanted if (task, profile) not in seconds}
+    seconds = recorded_seconds(default_results(), lacking) | seconds
+    return sum(seconds[key.task, key.profile] for key in runs) if wanted <= seconds.keys() else None
+
+
+def recorded_seconds(results: Path, tasks: Iterable[str]) -> dict[tuple[str, str], float]:
+    """The seconds of the mean recorded run of some tasks, by task and profile."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for task in tasks:
+        for record in read_records(results, task):
+            of_one = sum(epoch.get("seconds", 0.0) for epoch in record["epochs"])
+            seconds.setdefault((task, record["run"]["profile"]), []).append(of_one)
+    return {where: fmean(of_runs) for where, of_runs in seconds.items()}
 
 
 def duration(seconds: float | None, at_a_time: int) -> str:
@@ -632,8 +636,36 @@ def status(results: Path, studies: Sequence[str] = STUDIES_OF_PAPER) -> pd.DataF
     return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
 
 
+def costs(results: Path) -> pd.DataFrame:
+    """What is missing of every study and what that would cost: a row for each study and profile.
+
+    Columns are how many runs are recorded ("3/10"), how many are missing, and the hours that these would take one
+    after the other, going by the recorded runs; "2.5 + ?" where a task has no recorded run of the profile. A run that
+    two studies share counts in both.
+    """
+    seconds = recorded_seconds(results, tasks_of("smoke"))  # which has all tasks
+    rows = {}
+    for name in STUDIES:
+        for profile in _profiles(name):
+            study = name if profile == "smoke" else f"{name}/{profile}"
+            runs = study_runs(study, results)
+            left = missing(runs, results)
+            rows[study] = {
+                "recorded": f"{len(runs) - len(left)}/{len(runs)}",
+                "missing": len(left),
+                "hours": _hours(left, seconds),
+            }
+    return pd.DataFrame.from_dict(rows, orient="index").rename(columns={"hours": "hours, one run after the other"})
+
+
+def _hours(runs: Sequence[RunKey], seconds: Mapping[tuple[str, str], float]) -> str:
+    known = [seconds[key.task, key.profile] for key in runs if (key.task, key.profile) in seconds]
+    hours = f"{sum(known) / 3600:.1f}"
+    return hours if len(known) == len(runs) else f"{hours} + ?" if known else "?"
+
+
 def status_lines(study: str, results: Path) -> str:
-    """What a study has and what it lacks, a line for each task, protocol and variant."""
+    """What a study has and what it lacks, a line for each task, protocol and variant, and what that would cost."""
     rows = []
     runs = study_runs(study, results)
     for task, protocol, profile, variant in dict.fromkeys((k.task, k.protocol, k.profile, k.variant) for k in runs):
@@ -642,4 +674,8 @@ def status_lines(study: str, results: Path) -> str:
         note = f"missing seeds {', '.join(str(k.seed) for k in left)}" if left else "complete"
         bad = [f"{n} {status}" for status, n in ends(keys, results).items() if status in ("diverged", "failed")]
         rows.append((task, protocol, profile, variant, f"{len(keys) - len(left)}/{len(keys)}", "; ".join([note, *bad])))
-    return str(tabulate(rows, tablefmt="plain", disable_numparse=True))
+    left = missing(runs, results)
+    cost = f"{len(left)} of {len(runs)} runs are missing"
+    if left:
+        cost += f": {duration(expected_seconds(left, results), 1)}"
+    return f"{tabulate(rows, tablefmt='plain', disable_numparse=True)}\n{cost}"

@@ -1,0 +1,83 @@
+"""Cells whose evidence is not recorded yet: a note in the place of their tables and pictures.
+
+A chapter offers choices, such as a profile, of which some have no records. The cell that finds this out raises
+``NotRecordedError``; without its variables the cells that build on it cannot run either. ``PendingCells`` lets all of
+them show which command makes the records, and lets every other cell of the chapter run.
+"""
+
+import ast
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import Markdown
+
+from metaadamw_lite.experiments.records import NotRecordedError
+
+_GUARD = "_pending_cells"
+
+
+class PendingCells(ast.NodeTransformer):
+    """Guard every cell that is run from now on against evidence that is missing.
+
+    IPython gives each cell to ``visit_Module``, which puts it into a ``with`` block over this object. Where the block
+    ends in a ``NotRecordedError``, or in a ``NameError`` for a variable that such a cell would have assigned, the cell
+    shows the note and counts as done. Any other error goes on.
+
+    Args:
+        shell: IPython's, whose cells are guarded.
+    """
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        self.shown: Any = None  # by the cell that runs now
+        self._variables: dict[str, Any] = shell.user_ns
+        self._assigned: set[str] = set()
+        self._notes: dict[str, str] = {}
+        before = [t for t in shell.ast_transformers if not isinstance(t, PendingCells)]
+        shell.ast_transformers[:] = [*before, self]
+        self._variables[_GUARD] = self
+
+    def visit_Module(self, cell: ast.Module) -> ast.Module:
+        """Put a cell into the block; what its last line is worth is shown behind it."""
+        self._assigned = set(_assigned(cell))
+        guarded = ast.parse(f"with {_GUARD}:\n    {_GUARD}.shown = None\n{_GUARD}.shown")
+        block, keep = guarded.body[0], guarded.body[0].body[0]  # type: ignore[attr-defined]
+        *body, last = cell.body or [ast.Pass()]
+        if isinstance(last, ast.Expr):
+            keep.value = last.value
+            last = ast.copy_location(keep, last)
+        block.body = [*body, last]  # type: ignore[attr-defined]
+        return ast.fix_missing_locations(guarded)
+
+    def __enter__(self) -> Self:
+        """Begin a cell."""
+        self.shown = None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        """End a cell: whether it ended for want of records."""
+        note = str(error) if isinstance(error, NotRecordedError) else None
+        if isinstance(error, NameError):
+            note = self._notes.get(error.name or "")
+        if note is None:
+            for name in self._assigned:
+                self._notes.pop(name, None)
+            return False
+        for name in self._assigned:  # what an earlier choice left there must not pass for this one's
+            self._variables.pop(name, None)
+            self._notes[name] = note
+        self.shown = Markdown(f"*{note}*")  # type: ignore[no-untyped-call]
+        return True
+
+
+def _assigned(node: ast.AST) -> Iterator[str]:
+    """The variables that some code assigns, those inside its functions and comprehensions aside."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            yield child.name
+        elif isinstance(child, ast.Name):
+            if isinstance(child.ctx, ast.Store):
+                yield child.id
+        elif not isinstance(child, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            yield from _assigned(child)
