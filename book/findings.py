@@ -16,14 +16,12 @@ from metaadamw_lite.experiments import TASKS, figures, phi_report, released, rep
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     FEWEST_PAIRS,
-    NEVER,
-    SAME,
     Estimate,
     PairedDifference,
     corrected,
     exact_share,
-    verdict_after,
 )
+from metaadamw_lite.experiments.verdict import FAILS, HOLDS, NEVER, OPEN, SAME, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -62,9 +60,8 @@ def comparisons() -> pd.DataFrame:
 
 def judged(differences: "pd.Series[Any]") -> "list[str]":
     """Each difference in a word: "better", "worse", "equivalent" (±1 %), "open", or "untested" with too few pairs."""
-    kinds = {"holds": "better", "does not hold": "worse", SAME: "equivalent", NEVER: "untested"}
-    verdicts = [verdict_after(d, c) for d, c in zip(differences, corrected(differences), strict=True)]
-    return [next((kind for start, kind in kinds.items() if v.startswith(start)), "open") for v in verdicts]
+    words = {HOLDS: "better", FAILS: "worse", SAME: "equivalent", OPEN: "open", NEVER: "untested"}
+    return [words[judge(d, c).kind] for d, c in zip(differences, corrected(differences), strict=True)]
 
 
 def answers_about(rows: pd.DataFrame, kind: str) -> dict[str, Any]:

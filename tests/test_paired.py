@@ -9,7 +9,8 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from metaadamw_lite.experiments import paired
-from metaadamw_lite.experiments.paired import improvement, paired_difference, verdict
+from metaadamw_lite.experiments.paired import improvement, paired_difference
+from metaadamw_lite.experiments.verdict import judge
 
 
 def series(values):
@@ -42,21 +43,23 @@ def test_the_equivalence_test_is_the_larger_of_two_one_sided_t_tests():
 )
 def test_a_difference_within_a_percent_is_called_equivalent(values, expected):
     difference = paired_difference(series(values), "%")
-    assert verdict(difference) == expected
+    assert str(judge(difference)) == expected
     if "hold" not in expected:
-        assert paired.worse(difference) == expected, "whichever side is claimed to be better"
+        assert str(judge(difference.reversed(), opposite="it is better")) == expected, (
+            "whichever side is claimed to be better"
+        )
 
 
 def test_equal_differences_are_equivalent_once_there_are_five():
-    assert verdict(paired_difference(series([0.0] * 5), "%")) == "equivalent (±1 %)"
-    assert verdict(paired_difference(series([0.0] * 4), "%")) == "not decided: identical results"
-    assert verdict(paired_difference(series([1.0] * 6), "%")) == "holds", "a percent is no longer within one"
+    assert str(judge(paired_difference(series([0.0] * 5), "%"))) == "equivalent (±1 %)"
+    assert str(judge(paired_difference(series([0.0] * 4), "%"))) == "not decided: identical results"
+    assert str(judge(paired_difference(series([1.0] * 6), "%"))) == "holds", "a percent is no longer within one"
 
 
 def test_equivalence_is_a_matter_of_percentages():
     assert math.isnan(paired_difference(series([0.1, -0.1, 0.2]), "epochs").p_equivalent)
     d = improvement(series([0.701, 0.702, 0.699, 0.700]), series([0.7, 0.701, 0.7, 0.701]), lower_is_better=False)
-    assert verdict(d) == "equivalent (±1 %)"
+    assert str(judge(d)) == "equivalent (±1 %)"
 
 
 def test_equivalence_keeps_its_level():
@@ -70,7 +73,7 @@ def test_equivalence_is_corrected_as_differences_are():
     assert 0.01 < same.p_equivalent < 0.05
     several = paired.corrected(pd.Series([same] * 6, dtype=object))
     assert several[0].p_equivalent == pytest.approx(6 * same.p_equivalent)
-    assert verdict(several[0]) == "not decided: cannot be told from chance"
+    assert str(judge(several[0])) == "not decided: cannot be told from chance"
     points = paired_difference(series([5.0, 6, 7, 5]), "points")
     mixed = paired.corrected(pd.Series([points, same], index=[3, 7], dtype=object))
     assert mixed[7].p_equivalent == same.p_equivalent, "the only test of equivalence"

@@ -9,11 +9,18 @@ import pytest
 from metaadamw_lite.experiments import TASKS, figures, paired, report
 from metaadamw_lite.experiments.chapter import Evidence
 from metaadamw_lite.experiments.claims import REMOVALS, _found, _found_parts, claims_table
-from metaadamw_lite.experiments.paired import PairedDifference, improvement, verdict
+from metaadamw_lite.experiments.paired import PairedDifference, improvement
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, SEEDS
+from metaadamw_lite.experiments.verdict import FAILS, HOLDS, count_decided, judge
+
+
+def claims_made():
+    """The table of claims, with verdicts as they are shown."""
+    table = claims_table().set_index("claim")
+    return table.assign(verdict=table["verdict"].map(str))
 
 
 def series(values, start=0):
@@ -34,9 +41,9 @@ def test_equal_differences_are_a_decision_once_there_are_enough_of_them():
     d = improvement(series([0.5 * x for x in baseline]), series(baseline), lower_is_better=True)
     assert (d.low, d.high) == pytest.approx((50, 50))
     assert d.p == pytest.approx(2 / 2**6), "of a sign test"
-    assert verdict(d) == "holds"
+    assert str(judge(d)) == "holds"
     few = improvement(series([0.5, 1.0, 2.0]), series(baseline[:3]), lower_is_better=True)
-    assert verdict(few) == "not decided: cannot be told from chance", "three equal small integers are no rarity"
+    assert str(judge(few)) == "not decided: cannot be told from chance", "three equal small integers are no rarity"
 
 
 def test_the_bootstrap_intervals_have_the_width_they_should():
@@ -54,7 +61,7 @@ def test_seeds_without_a_partner_are_left_out():
     d = improvement(series([0.9, 1.8, 100.0]), series([2.0, 1.0, 5.0], start=1), lower_is_better=True)
     assert d.seeds == 2
     assert math.isnan(d.low)
-    assert verdict(d) == "not yet tested"
+    assert str(judge(d)) == "not yet tested"
 
 
 def test_the_t_test_is_that_of_the_pairs():
@@ -76,7 +83,7 @@ def test_the_t_test_is_that_of_the_pairs():
     ],
 )
 def test_a_verdict_takes_the_interval_and_the_test(low, high, p, expected):
-    assert verdict(PairedDifference(2.0, low, high, p, 5)) == expected
+    assert str(judge(PairedDifference(2.0, low, high, p, 5))) == expected
 
 
 def test_outcome_is_the_test_metric_under_clean_only():
@@ -91,9 +98,9 @@ def test_what_a_run_had_reached_when_it_failed_is_not_its_result(monkeypatch):
     assert (failed["variant"], failed["protocol"]) == ("adamw", "paper")
     monkeypatch.setattr(report, "recorded", lambda task: runs if task == "etth1" else [])
     row = report.table_of_tasks().loc["etth1"]
-    assert verdict(row["difference"]) == "not decided: 1 of 5 pairs lost"
+    assert str(judge(row["difference"])) == "not decided: 1 of 5 pairs lost"
     assert (row["last"].seeds, row["last"].lost) == (4, 1)
-    claims = claims_table().set_index("claim")["verdict"]
+    claims = claims_made()["verdict"]
     assert claims["Lower error on ETTh1"] == "not decided: 1 of 5 pairs lost"
     assert claims[SHORT] == "not decided: 1 of 5 pairs lost"
 
@@ -185,16 +192,16 @@ def test_a_lost_pair_is_not_decided_after_a_correction_either():
     chance = paired.paired_difference(series([1.0, -1.1, 1.2, -0.9]), "%")
     corrected = paired.corrected(pd.Series([clear, lost, chance], dtype=object))
     assert corrected[0].p == pytest.approx(3 * clear.p)
-    assert paired.better_and_worse(corrected) == (1, 0)
+    assert count_decided(corrected) == (1, 0)
     several = pd.Series([paired.paired_difference(series([1.0, 1.3, 1.7, 0.7]), "%")] * 9, dtype=object)
-    assert paired.better_and_worse(several) == (9, 0)
-    assert paired.better_and_worse(paired.corrected(several)) == (0, 0)
+    assert count_decided(several) == (9, 0)
+    assert count_decided(paired.corrected(several)) == (0, 0)
 
 
 def test_differences_that_are_equal_but_for_rounding_have_no_spread():
     d = paired.paired_difference(series([50, 50.00000000000001, 50]), "%")
     assert (d.low, d.high, d.p) == (pytest.approx(50), pytest.approx(50), 0.25)
-    assert verdict(d) == "not decided: cannot be told from chance", "three equal signs are no evidence"
+    assert str(judge(d)) == "not decided: cannot be told from chance", "three equal signs are no evidence"
 
 
 @pytest.mark.parametrize(
@@ -293,16 +300,16 @@ def test_all_comparisons_of_a_row_over_tasks_can_rest_on_one_profile(monkeypatch
 
 def test_a_verdict_from_fewer_seeds_than_planned_says_so(monkeypatch):
     monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 3) if task == "etth1" else [])
-    says = claims_table().set_index("claim")["verdict"]["Lower error on ETTh1"]
+    says = claims_made()["verdict"]["Lower error on ETTh1"]
     assert says == "holds (interim: 3 of 5 planned seeds)"
     verdicts = Evidence(TASKS["etth1"]).verdict()["MetaAdamW improves on AdamW"]
-    assert verdicts["paper"] == "holds (interim: 3 of 5 planned seeds)"
+    assert str(verdicts["paper"]) == "holds (interim: 3 of 5 planned seeds)"
     monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 5) if task == "etth1" else [])
-    assert claims_table().set_index("claim")["verdict"]["Lower error on ETTh1"] == "holds"
+    assert claims_made()["verdict"]["Lower error on ETTh1"] == "holds"
     lost = runs_of("paper", 5)
     lost[0] = lost[0] | {"best": None}
     monkeypatch.setattr(report, "recorded", lambda task: lost if task == "etth1" else [])
-    assert claims_table().set_index("claim")["verdict"]["Lower error on ETTh1"] == "not decided: 1 of 5 pairs lost"
+    assert claims_made()["verdict"]["Lower error on ETTh1"] == "not decided: 1 of 5 pairs lost"
 
 
 def test_whole_runs_that_are_too_few_to_judge_by_are_shown_all_the_same(monkeypatch):
@@ -368,7 +375,7 @@ def test_a_claim_that_rests_on_guessing_says_so(monkeypatch):
 
     for accuracy, guessing in ((0.53, True), (0.7, False)):
         monkeypatch.setattr(report, "recorded", lambda task, a=accuracy: records(a) if task == "imdb" else [])
-        ours = claims_table().set_index("claim")["ours"]["Feature gating is effective (IMDB)"]
+        ours = claims_made()["ours"]["Feature gating is effective (IMDB)"]
         assert ours.endswith("hardly above guessing") == guessing
     assert not report.near_chance("etth1", report.main_runs("etth1")), "an error has no chance level"
 
@@ -392,7 +399,7 @@ def test_claims_that_one_test_decides_are_corrected_for_their_number(monkeypatch
             for k, x in enumerate((-1, 1, 0.5, -0.5, 0.2)):
                 records.append(made(variant, k, [mean + spread * x], task, "lite"))
         monkeypatch.setattr(report, "recorded", lambda task: [r for r in records if r["run"]["task"] == task])
-        return claims_table().set_index("claim")
+        return claims_made()
 
     alone = judged("gating-off", "huw-none").loc[claims["gating-off"]]
     assert alone["verdict"] == "holds (lite runs)"
@@ -411,7 +418,7 @@ def test_a_claim_comes_with_the_power_for_the_size_that_it_names(monkeypatch):
     records += [r | {"run": r["run"] | {"protocol": "clean"}} for r in records]
     monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
     expected = f"{paired.power(paired.paired_difference(pd.Series(gains), '%'), 4.26):.0%}"
-    claims = claims_table().set_index("claim")
+    claims = claims_made()
     assert claims.loc["Lower error on ETTh1", "power"] == expected
     assert claims.loc[LONG, "power"] == "–", "it names no size"
     assert report.percent(report.table_of_tasks().loc["etth1", "power"]) == expected
@@ -448,8 +455,8 @@ def test_shortened_runs_are_interim_until_there_are_as_many_as_the_power_asks_fo
     def says(seeds, spread, protocol="paper"):
         monkeypatch.setattr(report, "recorded", lambda task: records(seeds, spread) if task == "etth1" else [])
         row = report.table_of_tasks(protocol=protocol).loc["etth1"]
-        assert Evidence(TASKS["etth1"]).verdict().loc[protocol, "MetaAdamW improves on AdamW"] == report.noted(
-            verdict(row["difference"]), "lite", row["seeds"], row["planned"]
+        assert Evidence(TASKS["etth1"]).verdict().loc[protocol, "MetaAdamW improves on AdamW"] == judge(
+            row["difference"], profile="lite", planned=row["planned"]
         )
         return row["seeds"], row["planned"]
 
@@ -471,7 +478,7 @@ def test_that_a_gain_is_missing_takes_an_interval_below_it(monkeypatch):
         runs = [made("metaadamw", k, [100.0], "wikitext2", "lite") for k in range(len(gains))]
         runs += [made("updates-10", k, [100.0 - gain], "wikitext2", "lite") for k, gain in enumerate(gains)]
         monkeypatch.setattr(report, "recorded", lambda task: runs if task == "wikitext2" else [])
-        return claims_table().set_index("claim")["verdict"][claim]
+        return claims_made()["verdict"][claim]
 
     assert says(0.1, 0.0, -0.1).startswith("holds")
     assert says(*[0.0] * 8).startswith("holds")
@@ -499,14 +506,14 @@ def test_an_ablation_claim_does_not_fall_back_on_shortened_runs_where_a_whole_on
     whole = records("paper", 3)
     whole[0] = whole[0] | {"best": None, "status": "diverged"}
     monkeypatch.setattr(report, "recorded", lambda task: whole + records("lite", 5) if task == "etth1" else [])
-    says = claims_table().set_index("claim")["verdict"]["Feature gating is effective (ETTh1)"]
+    says = claims_made()["verdict"]["Feature gating is effective (ETTh1)"]
     assert says == "not decided: 1 of 3 pairs lost (interim: 3 of 5 planned seeds)"
 
 
 def test_every_number_of_a_claim_over_tasks_says_what_it_rests_on(monkeypatch):
     records = {"etth1": runs_of("paper", 5), "wikitext2": runs_of("lite", 5)}
     monkeypatch.setattr(report, "recorded", lambda task: records.get(task, []))
-    ours = claims_table().set_index("claim")["ours"]["Better than AdamW on every one of five tasks"]
+    ours = claims_made()["ours"]["Better than AdamW on every one of five tasks"]
     shown = dict(line.split(":", 1) for line in ours.split("<br>"))
     assert shown[TASKS["wikitext2"].title].endswith("(lite runs)")
     assert "lite" not in shown[TASKS["etth1"].title]
@@ -558,7 +565,7 @@ def test_a_page_with_runs_as_published_under_one_protocol_says_what_rests_on_sma
     assert evidence.profiles == {"paper": "paper", "clean": "lite"}
     assert set(evidence.runs.groupby("protocol")["profile"].unique().map(list).map(tuple)) == {("paper",), ("lite",)}
     assert "What is under protocol `clean` comes from small whole runs" in evidence.label()
-    says = evidence.verdict()["MetaAdamW improves on AdamW"]
+    says = evidence.verdict()["MetaAdamW improves on AdamW"].map(str)
     assert "lite runs" in says["clean (lite runs)"]
     assert "lite runs" not in says["paper (paper runs)"]
     assert "nan" not in evidence.conclusion()
@@ -576,7 +583,7 @@ def test_the_search_stays_out_of_what_is_shown(task):
 
 
 def test_every_claim_has_a_verdict_and_lite_runs_say_so():
-    claims = claims_table()
+    claims = claims_made().reset_index()
     table = report.table_of_tasks()
     assert set(claims["evidence"].str.extract(r"\((.*)\)")[0].dropna()) <= {
         p.name for p in (report.repository() / "notebooks").iterdir()
@@ -672,7 +679,7 @@ def test_pairs_that_are_lost_are_counted_and_leave_nothing_decided():
     d = improvement(arm, baseline, lower_is_better=True)
     assert (d.seeds, d.lost) == (4, 1)
     assert d.low > 0, "the four that are left went well"
-    assert verdict(d) == "not decided: 1 of 5 pairs lost"
+    assert str(judge(d)) == "not decided: 1 of 5 pairs lost"
     assert "4 seeds; lost without a finite result: 1 of 5" in str(d)
 
 
@@ -682,7 +689,8 @@ def test_a_difference_can_be_seen_from_the_other_side():
     assert (back.mean, back.low, back.high, back.p) == (-d.mean, -d.high, -d.low, d.p)
     assert (back.t_low, back.t_high, back.log_ratio) == (-d.t_high, -d.t_low, -d.log_ratio)
     assert back.reversed() == d
-    assert paired.worse(d) == verdict(d).replace("holds", "does not hold: it is better")
+    assert judge(d).kind == HOLDS
+    assert str(judge(back, opposite="it is better")) == "does not hold: it is better"
 
 
 def test_means_of_table_2_are_over_the_pairs():
@@ -700,7 +708,7 @@ def test_without_a_complete_search_nothing_is_compared_with_a_tuned_baseline(mon
     monkeypatch.setattr(report, "best_variant", lambda runs, results: None)
     table = report.tuned_table()
     assert table.empty
-    assert paired.better_and_worse(table["difference"]) == (0, 0)
+    assert count_decided(table["difference"]) == (0, 0)
     assert {"learning_rate", "edge", "tuned", "worse", "p_holm"} <= set(table.columns)
 
 
@@ -712,7 +720,7 @@ def test_the_tuned_baseline_is_corrected_for_all_searches():
     if len(p):
         assert table["p_holm"].min() == pytest.approx(min(1, len(p) * p.min()))
     statement = report.tuned_statement(table)
-    worse = table[table["difference"].map(verdict).str.startswith("does not")]
+    worse = table[table["difference"].map(lambda d: judge(d).kind == FAILS)]
     for task, protocol, profile in worse.index:
         named = f"{TASKS[task].title} (`{protocol}`, {profile} runs)"
         assert named in statement.split("**worse**")[1].split("\n")[0]
@@ -739,7 +747,7 @@ def test_a_claim_of_an_unknown_kind_is_refused_and_not_called_untested(monkeypat
 
 def test_an_ablation_claim_has_the_sign_of_the_papers_table(monkeypatch):
     monkeypatch.setattr(report, "recorded", lambda task: made_ablations() if task == "etth1" else [])
-    claims = claims_table().set_index("claim")
+    claims = claims_made()
     table = report.ablation_table("etth1", "lite")
     row = claims.loc["Feature gating is effective (ETTh1)"]
     assert row["ours"] == f"{table.loc[('Feature gating', 'Disable'), 'difference']} (lite runs)"
@@ -771,7 +779,7 @@ def verdict_on(monkeypatch, claim, ours, adamw, task="etth1"):
     records = [made(arm, k, m, task) for arm, metrics in arms.items() for k, m in enumerate(metrics)]
     records += [r | {"run": r["run"] | {"protocol": "clean"}} for r in records]
     monkeypatch.setattr(report, "recorded", lambda name: records if name == task else [])
-    return claims_table().set_index("claim").loc[claim]
+    return claims_made().loc[claim]
 
 
 LONG = "Shorter training on ETTh1 (earlier stop)"
@@ -795,7 +803,7 @@ def test_a_run_that_diverges_is_not_one_that_takes_less_time(monkeypatch):
     short = [made("metaadamw", k, [3.0, 8.0]) | {"status": "diverged"} for k in range(5)]
     records = short + [made("adamw", k, [3.0, 2.5, 2.0, 1.5, 1.2, 1.1 + k]) for k in range(5)]
     monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
-    verdicts = claims_table().set_index("claim")["verdict"]
+    verdicts = claims_made()["verdict"]
     assert verdicts[LONG] == "not decided: 5 of 5 pairs lost"
 
 
@@ -811,7 +819,7 @@ def test_table_2_and_its_claims_have_the_sign_of_the_papers_formula(monkeypatch,
     row = report.table_of_tasks().loc[task]
     assert row["difference"].mean == pytest.approx(gain, abs=1)
     assert row["arm_mean"] == pytest.approx(0.9 * row["baseline_mean"], rel=0.02)
-    claims = claims_table().set_index("claim")
+    claims = claims_made()
     claim = {"etth1": "Lower error on ETTh1", "cifar10": "Higher accuracy on CIFAR-10"}[task]
     assert claims.loc[claim, "verdict"] == ("holds" if gain > 0 else "does not hold: it is worse")
     learning = claims.loc["Meta-learning adapts Φ to the task, which leads to better generalization", "ours"]
@@ -901,7 +909,7 @@ def test_an_ablation_holds_where_the_change_is_worse(monkeypatch):
             made("gating-off", k, [(1.0 + k / 10) * (variant_error + k / 100)], profile="lite") for k in range(5)
         ]
         monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
-        return claims_table().set_index("claim").loc["Feature gating is effective (ETTh1)"]
+        return claims_made().loc["Feature gating is effective (ETTh1)"]
 
     assert row(1.3)["verdict"] == "holds (lite runs)"
     assert row(1.3)["ours"].startswith("-"), "as the paper prints it"

@@ -285,7 +285,7 @@ def test_departures_are_set_against_metaadamw(monkeypatch):
     assert table.index.tolist() == ["departure-u1", "departure-u2", "released"]
     assert table.loc["departure-u1", "difference"].mean == pytest.approx(20, abs=0.5)
     assert table.loc["departure-u1", "adamw"].mean == pytest.approx(60, abs=0.5)
-    assert table["verdict"].tolist()[:2] == ["holds", "equivalent (±1 %)"]
+    assert table["verdict"].map(str).tolist()[:2] == ["holds", "equivalent (±1 %)"]
     monkeypatch.setattr(report, "recorded", lambda task: [])
     assert rivals_report.published_table("etth1").empty
 

@@ -16,6 +16,7 @@ from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.task import PROTOCOLS, Task
 from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS
+from metaadamw_lite.experiments.verdict import Verdict, annotate, judge
 
 
 class Evidence:
@@ -90,7 +91,9 @@ class Evidence:
         lines = []
         for protocol in self.profiles:
             d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
-            says = self._noted(f"the claim that MetaAdamW is better: **{paired.verdict(d)}**", protocol, d)
+            verdict = self._judge(d, protocol)
+            text = f"the claim that MetaAdamW is better: **{verdict.text}**"
+            says = annotate(text, verdict.profile, verdict.pairs, verdict.planned)
             chance = report.percent(report.power_for_paper(self.task.name, d))
             lines.append(f"* Protocol `{protocol}`: {d}; {says}; power for a gain as the paper's: {chance}.")
         if self.profiles["paper"] == "paper":
@@ -110,11 +113,11 @@ class Evidence:
             )
         return "\n".join(lines)
 
-    def _noted(self, text: str, protocol: str, difference: paired.PairedDifference) -> str:
-        """A statement on a difference under a protocol, with ``report.noted``'s notes."""
+    def _judge(self, difference: paired.PairedDifference, protocol: str) -> Verdict:
+        """Judge a difference under a protocol."""
         profile = self.profiles[protocol]
         planned = report.planned_pairs(self.task.name, self._all, protocol, profile)
-        return report.noted(text, profile, difference.pairs, planned)
+        return judge(difference, profile=profile, planned=planned)
 
     def _pairs(self, protocol: str, profile: str) -> pd.DataFrame:
         """The outcomes of MetaAdamW ("arm") and AdamW ("baseline") by seed, and the "gain" in percent."""
@@ -176,8 +179,7 @@ class Evidence:
         for arm, baseline in report.PAIRS:
             d = report.compare(last, "paper", arm, baseline, self.task.lower_is_better)
             who = f"{figures.LABELS[arm]} against {figures.LABELS[baseline]}"
-            says = self._noted(paired.verdict(d), "paper", d)
-            lines.append(f"* Last epoch, {who}: {d}; better: {says}")
+            lines.append(f"* Last epoch, {who}: {d}; better: {self._judge(d, 'paper')}")
         return "\n".join(lines)
 
     def cut_off(self) -> str:
@@ -270,9 +272,9 @@ class Evidence:
             d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
             rows[protocol] = {
                 "paper (1 seed)": f"{self.paper['improvement_percent']:+.2f} %" if protocol == "paper" else "–",
-                "ours (paired)": report.noted(str(d), profile),
+                "ours (paired)": annotate(d, profile),
                 "power for the paper's gain": report.percent(report.power_for_paper(self.task.name, d)),
-                "MetaAdamW improves on AdamW": self._noted(paired.verdict(d), protocol, d),
+                "MetaAdamW improves on AdamW": self._judge(d, protocol),
             }
         return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
 

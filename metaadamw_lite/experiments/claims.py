@@ -10,7 +10,6 @@ from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS, lilaw_report, lope_report, paired, relatives, report
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
-    NEVER,
     PairedDifference,
     corrected,
     improvement,
@@ -19,13 +18,14 @@ from metaadamw_lite.experiments.paired import (
     paired_difference,
     pairs_by_seed,
     power,
-    verdict_after,
-    worse,
 )
 from metaadamw_lite.experiments.relatives import Records
 from metaadamw_lite.experiments.studies import study_runs
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import ABLATIONS, SEEDS
+from metaadamw_lite.experiments.verdict import NEVER, Verdict, annotate, judge
+
+UNTESTED = Verdict(NEVER)
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,23 @@ class Finding:
 
     Attributes:
         ours: our number, as text.
-        says: the verdict, where it takes more than one test or none.
+        says: the verdict, where it takes no test, or its text, where it takes several.
         test: the difference that decides, positive in favour of the claim; None with ``says``.
         opposite: what a difference against the claim means.
-        profile, planned: of the pairs of ``test``, for ``report.noted``.
+        profile, planned: of the pairs of ``test``, for the verdict's notes.
     """
 
     ours: str
-    says: str = NEVER
+    says: Verdict | str = UNTESTED
     test: PairedDifference | None = None
     opposite: str = "it is worse"
     profile: str = "paper"
     planned: int = len(SEEDS)
 
-    def verdict(self, correction: PairedDifference) -> str:
+    def verdict(self, correction: PairedDifference) -> Verdict:
         """The verdict of ``test``, given the same after ``corrected``."""
         assert self.test is not None
-        says = verdict_after(self.test, correction).replace("it is worse", self.opposite)
-        return report.noted(says, self.profile, self.test.pairs, self.planned)
+        return judge(self.test, correction, opposite=self.opposite, profile=self.profile, planned=self.planned)
 
 
 def claims_table() -> pd.DataFrame:
@@ -126,7 +125,7 @@ def _found(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.Da
         return Finding("–")
     if kind == "improvement":
         d, profile, planned = main.loc[task, ["difference", "profile", "planned"]]
-        ours = report.noted(str(d), profile)
+        ours = annotate(d, profile)
         if profile == "paper" and d.seeds >= ENOUGH_SEEDS:
             gain = float(report.paper_table(2).loc[task, "improvement_percent"])
             ours += f"; one more pair, as the paper's with {gain:+.2f} %: {d.one_more}"
@@ -151,10 +150,10 @@ def _found_over_tasks(tables: dict[str, pd.DataFrame]) -> Finding:
         for task, correction, d, profile, planned in zip(
             table.index, corrected(table["difference"]), *columns, strict=True
         ):
-            verdicts.append(report.noted(verdict_after(d, correction), profile, d.pairs, planned))
+            verdicts.append(str(judge(d, correction, profile=profile, planned=planned)))
             chance = report.percent(report.power_for_paper(str(task), d))
             what = f"{d}; power for the paper's gain: {chance}" if chance != "–" else str(d)
-            ours.append(f"{TASKS[str(task)].title}{where}: {report.noted(what, profile)}")
+            ours.append(f"{TASKS[str(task)].title}{where}: {annotate(what, profile)}")
         count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
         says.append(f"of {len(TASKS)} tasks{where}: " + "; ".join(f"{v} on {n}" for v, n in count.items()))
     return Finding("<br>".join(ours), "<br>".join(says))
@@ -171,7 +170,7 @@ def _found_ablation(task: str, variant: str, gain: float | None) -> Finding:
         if d.pairs < ENOUGH_SEEDS:
             continue
         guessing = "; these accuracies are hardly above guessing" if report.near_chance(task, outcome) else ""
-        ours = report.noted(str(d), profile) + guessing
+        ours = annotate(d, profile) + guessing
         if gain is None:
             return Finding(ours, test=d.reversed(), opposite="it is better", profile=profile)
         short_of = paired_difference(gain - improvements_by_seed(arm, metaadamw, lower_is_better), "points")
@@ -229,9 +228,9 @@ def _found_parts(task: str) -> Finding:
     differences = found[profile]
     if differences.empty:
         return Finding("–")
-    verdicts = corrected(differences).map(worse).value_counts()
+    verdicts = corrected(differences).map(lambda d: str(judge(d.reversed(), opposite="it is better"))).value_counts()
     counts = "; ".join(f"{v} for {n}" for v, n in verdicts.items())
-    says = report.noted(f"after Holm's correction: {counts}", profile, min(d.pairs for d in differences))
+    says = annotate(f"after Holm's correction: {counts}", profile, min(d.pairs for d in differences), len(SEEDS))
     return Finding(f"taken away one at a time: {len(differences)}", says)
 
 
@@ -298,6 +297,8 @@ def relatives_claims_table() -> pd.DataFrame:
     records = {method: relatives.study_records(study) for method, study in studies.items()}
     rows = []
     for _, claim in claims.iterrows():
+        ours: str
+        says: Verdict | str
         ours, says = "–", f"not tested: {claim['why']}"
         if claim["kind"] != "scale":
             ours, says = _judged_relative(claim, records[claim["method"]])
@@ -306,11 +307,11 @@ def relatives_claims_table() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "claim", "paper", "ours", "verdict", "evidence"])
 
 
-def _judged_relative(claim: "pd.Series[str]", records: Records) -> tuple[str, str]:
+def _judged_relative(claim: "pd.Series[str]", records: Records) -> tuple[str, Verdict | str]:
     """What the lite runs of a method's study show about a claim, with what it was measured on, and the verdict."""
     check_choice("kind (of a claim)", claim["kind"], ("accuracy", "detection", "adaptation", "noise cost"))
     if not records:
-        return "–", NEVER
+        return "–", UNTESTED
     row: Any
     if claim["kind"] == "adaptation":
         table = lope_report.lope_table(lope_report.adaptations_frame(records))
@@ -330,16 +331,16 @@ def _judged_relative(claim: "pd.Series[str]", records: Records) -> tuple[str, st
         spans = pd.DataFrame({area: table["difference"].map(relatives.student) for area, table in tables.items()})
         lines = [f"{noise}: {'; '.join(row)}" for noise, *row in spans.itertuples()]
         counts = [
-            f"{area}: {report.noted(str(says), 'lite')} on {n} of {len(table)} kinds"
+            f"{area}: {says} on {n} of {len(table)} kinds"
             for area, table in tables.items()
-            for says, n in table["verdict"].value_counts().items()
+            for says, n in table["verdict"].map(lambda v: str(replace(v, profile="lite"))).value_counts().items()
         ]
         if not lines:
-            return "–", NEVER
+            return "–", UNTESTED
         return "<br>".join([f"points of {' and of '.join(tables)}:", *lines]), "<br>".join(counts)
     if row not in table.index:
-        return "–", NEVER
+        return "–", UNTESTED
     found: Any = table.loc[row]
     d = found["difference"]
     p = f"{d.seeds} seeds, p {paired.p_value(d.p)}, after Holm's correction {paired.p_value(found['p_holm'])}"
-    return f"{relatives.student(d)} {d.unit}, {p} ({what}; lite runs)", report.noted(found["verdict"], "lite")
+    return f"{relatives.student(d)} {d.unit}, {p} ({what}; lite runs)", replace(found["verdict"], profile="lite")

@@ -18,6 +18,7 @@ from metaadamw_lite.experiments import NOISY, paired, relatives, report
 from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS, legend_below, student_interval
 from metaadamw_lite.experiments.paired import PairedDifference, paired_difference
 from metaadamw_lite.experiments.relatives import Records
+from metaadamw_lite.experiments.verdict import count_decided
 from metaadamw_lite.lilaw import weights_of
 
 
@@ -137,7 +138,7 @@ def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
 def sensitivity_statement(table: pd.DataFrame) -> str:
     """How many of the differences of ``sensitivity_table`` are more than chance explains (Markdown)."""
     found = pd.Series([d for column in table for d in table[column] if isinstance(d, PairedDifference)], dtype=object)
-    alone, left = (sum(paired.better_and_worse(d)) for d in (found, paired.corrected(found)))
+    alone, left = (sum(count_decided(d)) for d in (found, paired.corrected(found)))
     return f"Of these {len(found)} differences **{alone}** are decided, and **{left}** after Holm's correction."
 
 

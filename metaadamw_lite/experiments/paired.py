@@ -1,4 +1,4 @@
-"""Pairs of runs with the same seed: their differences, with intervals, tests and what these say about a claim.
+"""Pairs of runs with the same seed: their differences, with intervals and tests; ``verdict`` judges claims by them.
 
 Arms with the same seed share weights, batches and dropout masks, so only their difference is evidence. Intervals and
 tests come from scipy; equivalence tests, power, Holm's correction and the analysis of variance from statsmodels.
@@ -34,9 +34,6 @@ FEWEST_PAIRS, MOST_PAIRS = 10, 40
 
 ENOUGH_SEEDS = 3
 """Pairs that an interval needs."""
-
-NEVER = "not yet tested"
-SAME = f"equivalent (±{EQUIVALENT:g} %)"
 
 
 def signed(x: float) -> str:
@@ -200,51 +197,8 @@ def p_value(p: float) -> str:
     return "–" if np.isnan(p) else "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
-def verdict(difference: PairedDifference) -> str:
-    """What a paired difference says about the claim "it is better".
-
-    A decision takes both an interval without zero and p < 0.05, since with a handful of seeds the bootstrap interval
-    alone is too narrow. A difference that is smaller than ±1 % by the equivalence test is no improvement, also where it
-    can be told from zero.
-    """
-    if difference.lost:
-        return f"not decided: {difference.lost} of {difference.pairs} pairs lost"
-    if np.isnan(difference.low):
-        return NEVER
-    told = difference.p < 1 - CONFIDENCE and not difference.low <= 0 <= difference.high
-    if difference.p_equivalent < 1 - CONFIDENCE:
-        return f"{SAME}, though not zero" if told else SAME
-    if not (difference.low or difference.high):
-        return "not decided: identical results"
-    if not told:
-        return "not decided: cannot be told from chance"
-    return "holds" if difference.low > 0 else "does not hold: it is worse"
-
-
-def verdict_after(difference: PairedDifference, correction: PairedDifference) -> str:
-    """The verdict by corrected p-values; what only the uncorrected ones decide is not decided, and said to be so.
-
-    Args:
-        difference: as it was tested.
-        correction: the same from ``corrected``.
-    """
-    before, says = verdict(difference), verdict(correction)
-    return says if says == before or says.startswith(SAME) else "not decided after the correction"
-
-
-def worse(difference: PairedDifference) -> str:
-    """What a paired difference says about the claim "it is worse"."""
-    return verdict(difference.reversed()).replace("it is worse", "it is better")
-
-
-def better_and_worse(differences: "pd.Series[Any]") -> tuple[int, int]:
-    """How many of some ``PairedDifference`` are decided: for "it is better", and for "it is worse"."""
-    verdicts = differences.map(verdict)
-    return int((verdicts == "holds").sum()), int(verdicts.str.startswith("does not hold").sum())
-
-
 def corrected(differences: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Some ``PairedDifference``, with ``p`` and ``p_equivalent`` after Holm's correction, for ``verdict`` to go by.
+    """Some ``PairedDifference``, with ``p`` and ``p_equivalent`` after Holm's correction, for ``verdict.judge``.
 
     Tests of a difference are one family, tests of equivalence another.
     """

@@ -25,12 +25,12 @@ from metaadamw_lite.experiments.paired import (
     improvement,
     share_as_good,
     share_of_phi,
-    verdict_after,
 )
 from metaadamw_lite.experiments.records import papers_gain
 from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS, best_variant, search_runs
 from metaadamw_lite.experiments.transfer import TRANSFER_TASKS, transfer_from
+from metaadamw_lite.experiments.verdict import Verdict, judge
 
 
 def small_runs(task: str) -> pd.DataFrame:
@@ -71,7 +71,7 @@ def compare_rows(task: str, columns: Mapping[str, Mapping[str, tuple[str, str]]]
         found = {row: report.compare(runs, "paper", *arms, lower_is_better) for row, arms in rows.items()}
         kept = pd.Series({row: d for row, d in found.items() if d.pairs}, dtype=object, name=column)
         after = corrected(kept)
-        says = [verdict_after(d, c) for d, c in zip(kept, after, strict=True)]
+        says = [judge(d, c) for d, c in zip(kept, after, strict=True)]
         parts += [kept, pd.Series(says, index=kept.index, dtype=object, name=f"{column}, verdict")]
     table = pd.concat(parts, axis=1) if parts else pd.DataFrame()
     order = [row for row in dict.fromkeys(row for rows in columns.values() for row in rows) if row in table.index]
@@ -194,7 +194,7 @@ def trained_against_untrained(task: str) -> pd.DataFrame:
     """
     trained, frozen = (null_results(task, name).mean(axis=1) for name in (trained_phi, frozen_phi))
     d = improvement(trained, frozen, _lower(task))
-    return pd.DataFrame({"difference": [d], "difference, verdict": [verdict_after(d, d)]}, index=["trained Φ"])
+    return pd.DataFrame({"difference": [d], "difference, verdict": [judge(d)]}, index=["trained Φ"])
 
 
 # ---------------------------------------------------------------- ladder, dose, replay, circularity, transfer
@@ -284,7 +284,7 @@ def transfer_table(tasks: Sequence[str] = TRANSFER_TASKS) -> pd.DataFrame:
 def written(table: pd.DataFrame, column: str) -> "pd.Series[str]":
     """A column of ``compare_rows`` as text: mean, Student's interval, pairs, verdict."""
 
-    def cell(d: PairedDifference | None, verdict: str) -> str:
+    def cell(d: PairedDifference | None, verdict: Verdict) -> str:
         if d is None:
             return "–"
         return f"{d.mean_text} % {d.t_interval}, {d.pairs} pairs: {verdict}"

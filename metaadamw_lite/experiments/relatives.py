@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from metaadamw_lite.experiments import paired, report
-from metaadamw_lite.experiments.paired import NEVER, PairedDifference, paired_difference
+from metaadamw_lite.experiments import paired, report, verdict
+from metaadamw_lite.experiments.paired import PairedDifference, paired_difference
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.studies import FEW_SEEDS
+from metaadamw_lite.experiments.verdict import NEVER, Verdict
 
 Records = Sequence[dict[str, Any]]
 
@@ -39,7 +40,8 @@ def corrected_table(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.D
     asked = ~table.index.isin(list(control))
     after = table["difference"].copy()
     after[asked] = paired.corrected(after[asked])
-    verdicts = [judged(d, c) for d, c in zip(table["difference"], after, strict=True)]
+    says = [judge(d, c) for d, c in zip(table["difference"], after, strict=True)]
+    verdicts = pd.Series(says, index=table.index, dtype=object)
     return table.assign(p_holm=after.map(lambda d: d.p).where(asked), verdict=verdicts)
 
 
@@ -63,9 +65,9 @@ def student(difference: PairedDifference) -> str:
     return f"{difference.mean_text} {difference.t_interval if enough else difference.interval}"
 
 
-def judged(difference: PairedDifference, correction: PairedDifference) -> str:
+def judge(difference: PairedDifference, correction: PairedDifference) -> Verdict:
     """The verdict on "it is better" by corrected p-values, once all seeds that were planned are there."""
     planned = len(FEW_SEEDS)
     if difference.pairs < planned:
-        return f"{NEVER}: {difference.seeds} of {planned} seeds"
-    return paired.verdict_after(difference, correction)
+        return Verdict(NEVER, f"{difference.seeds} of {planned} seeds")
+    return verdict.judge(difference, correction)

@@ -15,9 +15,7 @@ from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     MOST_PAIRS,
-    NEVER,
     PairedDifference,
-    better_and_worse,
     corrected,
     holm,
     improvement,
@@ -26,7 +24,6 @@ from metaadamw_lite.experiments.paired import (
     pairs_by_seed,
     power,
     spread_ratio,
-    verdict,
 )
 from metaadamw_lite.experiments.records import paper_table as paper_table
 from metaadamw_lite.experiments.records import papers_gain, read_records
@@ -41,6 +38,7 @@ from metaadamw_lite.experiments.variants import (
     learning_rate,
     learning_rates,
 )
+from metaadamw_lite.experiments.verdict import FAILS, HOLDS, count_decided, judge
 
 OF_REAL_DATA = ("lite", "paper")
 """Profiles that are reported; the third, "smoke", runs on made-up data."""
@@ -231,7 +229,7 @@ def comparison_table(task: str, outcome: pd.DataFrame, labels: dict[str, str]) -
                     "power": percent(power_for_paper(task, d)),
                     "log ratio": d.log_text if d.seeds else "–",
                     "seeds": d.seeds,
-                    "better?": verdict(d).split(":")[0],
+                    "better?": judge(d).kind,
                 }
             )
     return pd.DataFrame(rows).set_index(["protocol", "comparison"])
@@ -399,17 +397,17 @@ def tuned_statement(table: pd.DataFrame) -> str:
         named = [f"{TASKS[str(task)].title} (`{rule}`, {profile} runs)" for task, rule, profile in rows.index]
         return ", ".join(named) or "none"
 
-    verdicts = table["difference"].map(verdict)
+    kinds = table["difference"].map(lambda d: judge(d).kind)
     tested = table["p_holm"].notna()
-    decided, left = (sum(better_and_worse(d)) for d in (table["difference"], corrected(table["difference"])))
-    searches = table["tuned"].map(lambda d: verdict(d) if d else "the same rate")
+    decided, left = (sum(count_decided(d)) for d in (table["difference"], corrected(table["difference"])))
+    searches = table["tuned"].map(lambda d: judge(d).kind if d else "the same rate")
     lines = [
-        f"* MetaAdamW is **better** than tuned AdamW: {where(table[verdicts == 'holds'])}.",
-        f"* It is **worse**: {where(table[verdicts.str.startswith('does not')])}.",
+        f"* MetaAdamW is **better** than tuned AdamW: {where(table[kinds == HOLDS])}.",
+        f"* It is **worse**: {where(table[kinds == FAILS])}.",
         f"* That is {decided} of {tested.sum()} comparisons; after Holm's correction for their number {left} of "
         "them are left. The others are **not decided**.",
-        f"* The search gained AdamW something (not corrected): {where(table[searches == 'holds'])}; it cost something: "
-        f"{where(table[searches.str.startswith('does not')])}.",
+        f"* The search gained AdamW something (not corrected): {where(table[searches == HOLDS])}; it cost something: "
+        f"{where(table[searches == FAILS])}.",
     ]
     if not tested.all():
         lines.append(f"* Not tested yet: {where(table[~tested])}.")
@@ -517,8 +515,8 @@ def more_meta_learning_statement(table: pd.DataFrame) -> str:
     moving = table[table["p_holm"].notna()]["difference"]
     return (
         f"The row that moved α furthest (**{table.index[-1]}**: {last['meta_updates']:.0f} meta-updates a run, "
-        f"α by up to {last['largest']:.2g}) is {d} beside the same Φ untrained: {verdict(d)}. Rows that move α and "
-        f"differ after Holm's correction: {sum(better_and_worse(corrected(moving)))} of {len(moving)}."
+        f"α by up to {last['largest']:.2g}) is {d} beside the same Φ untrained: {judge(d)}. Rows that move α and "
+        f"differ after Holm's correction: {sum(count_decided(corrected(moving)))} of {len(moving)}."
     )
 
 
@@ -579,22 +577,3 @@ def bench_records() -> dict[str, dict[str, Any]]:
 def bench_record(name: str = "cpu") -> dict[str, Any] | None:
     """One of ``bench_records``; None where there is none of this name."""
     return bench_records().get(name)
-
-
-def noted(text: str, profile: str, pairs: int | None = None, planned: int = len(SEEDS)) -> str:
-    """A statement, with a note where it rests on small runs (`lite`), or on fewer pairs than planned.
-
-    A verdict that is given before all are there may be another one with the next seed.
-
-    Args:
-        text: the statement; that something is not tested needs no note.
-        profile: of its runs.
-        pairs: how many there are; None for no note on that.
-        planned: how many there should be.
-    """
-    if text.startswith(NEVER):
-        return text
-    notes = ["lite runs"] if profile == "lite" else []
-    if pairs is not None and pairs < planned:
-        notes.append(f"interim: {pairs} of {planned} planned seeds")
-    return f"{text} ({'; '.join(notes)})" if notes else text

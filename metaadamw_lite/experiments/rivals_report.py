@@ -16,13 +16,13 @@ from metaadamw_lite.experiments.paired import (
     improvement,
     median_time,
     power,
-    verdict_after,
 )
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED
 from metaadamw_lite.experiments.records import papers_gain
 from metaadamw_lite.experiments.studies import best_variant, search_runs
 from metaadamw_lite.experiments.variants import learning_rates
+from metaadamw_lite.experiments.verdict import judge
 
 TRAINED_RELEASE = "released against released-frozen"
 
@@ -137,7 +137,7 @@ def _judged(table: pd.DataFrame, task: str) -> pd.DataFrame:
     """The table with "verdict" on "it is better", after Holm's correction, and "power" for the paper's gain."""
     tested = table["difference"].dropna()
     after: list[PairedDifference] = [*corrected(tested)]
-    says = [verdict_after(d, c) for d, c in zip(tested, after, strict=True)]
+    says = [judge(d, c) for d, c in zip(tested, after, strict=True)]
     verdicts = pd.Series(says, index=tested.index, dtype=object)
     powers = pd.Series([power(d, papers_gain(task)) for d in tested], index=tested.index, dtype=float)
     return table.assign(verdict=verdicts.reindex(table.index, fill_value="–"), power=powers.reindex(table.index))
