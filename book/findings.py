@@ -23,6 +23,7 @@ from metaadamw_lite.experiments.paired import (
     expected_best,
     share_of_phi,
 )
+from metaadamw_lite.experiments.records import Records
 from metaadamw_lite.experiments.verdict import FAILS, HOLDS, NEVER, OPEN, SAME, judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ OUTPUT_LAYER = "other/deep/weight"
 """The modulation group that is the output layer's weight in the model of WikiText-2."""
 
 
-def comparisons() -> pd.DataFrame:
+def comparisons(records: Records) -> pd.DataFrame:
     """Every comparison of MetaAdamW with AdamW and with the control under the paper's protocol.
 
     Returns:
@@ -46,8 +47,8 @@ def comparisons() -> pd.DataFrame:
     parts = []
     for profile, how in report.TESTED.items():
         profiles = dict.fromkeys(TASKS, profile)
-        main = report.table_of_tasks(profiles=profiles)
-        control = report.table_of_tasks(baseline="metaadamw-frozen", profiles=profiles)["difference"]
+        main = report.table_of_tasks(records, profiles=profiles)
+        control = report.table_of_tasks(records, baseline="metaadamw-frozen", profiles=profiles)["difference"]
         table = main[["profile", "planned", "power", "improvements"]].assign(
             task=main.index,
             how=how,
@@ -93,9 +94,9 @@ def short(task: str) -> str:
     return TASKS[task].title.split()[0]
 
 
-def gains_with_alpha() -> dict[str, Any] | None:
+def gains_with_alpha(records: Records) -> dict[str, Any] | None:
     """In how many pairs on WikiText-2 gain and loss go with the output layer's α, in the profile with most pairs."""
-    table = report.alphas_and_gains(MAIN, "paper")
+    table = report.alphas_and_gains(records, MAIN, "paper")
     table = table[table["group"] == OUTPUT_LAYER]
     if table.empty:
         return None
@@ -131,7 +132,7 @@ def logged_runs() -> dict[str, Any]:
     return {"all": sum(runs for _, runs in losing.values()), "mostly": mostly, "main": losing[MAIN]}
 
 
-def facts(rows: pd.DataFrame) -> dict[str, Any]:
+def facts(records: Records, rows: pd.DataFrame) -> dict[str, Any]:
     """Collect the template's variables from ``comparisons`` and the records of the other studies."""
     tested = rows[rows["gain"].map(lambda d: d.seeds >= ENOUGH_SEEDS)]
     pairs = pd.concat([*tested["improvements"]]) if len(tested) else pd.Series(dtype=float)
@@ -146,7 +147,7 @@ def facts(rows: pd.DataFrame) -> dict[str, Any]:
         "gain": answers_about(rows, "gain"),
         "trained": answers_about(rows, "trained"),
         "won": {"count": won, "pairs": len(pairs), "share": exact_share(won, len(pairs))} if len(pairs) else None,
-        "alpha": gains_with_alpha(),
+        "alpha": gains_with_alpha(records),
         "null": random_phis(),
         "log": logged_runs(),
         "refuted": {"trained": rows[trained]["task"].nunique(), "as_large": rows[as_large]["task"].nunique()},
@@ -190,8 +191,9 @@ def drawn(rows: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    rows = comparisons()
-    README.write_text(updated(README.read_text(encoding="utf-8"), rendered(facts(rows))), encoding="utf-8")
+    records = Records()
+    rows = comparisons(records)
+    README.write_text(updated(README.read_text(encoding="utf-8"), rendered(facts(records, rows))), encoding="utf-8")
     figures.use_style()
     figure = figures.plot_improvements(report.improvements_frame(rows.set_index("task")))
     figure.savefig(PICTURE, dpi=110, metadata={"Software": None, "Description": drawn(rows)})

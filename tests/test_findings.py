@@ -13,9 +13,11 @@ from test_report import made
 
 from metaadamw_lite.experiments import TASKS, paired, report
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi
+from metaadamw_lite.experiments.records import Records
 
 findings = script("findings")
 LOG = findings.logged_runs()
+COMMITTED = Records()
 
 DIFFERENCES = {
     "better": [6.0, 6.1, 6.2, 5.8, 5.9],
@@ -57,22 +59,22 @@ def other_evidence(monkeypatch):
     """What answers 3 and 4 rest on, to be set by a test."""
     evidence = {"gains_with_alpha": None, "random_phis": None, "logged_runs": LOG}
     for name in evidence:
-        monkeypatch.setattr(findings, name, lambda name=name: evidence[name])
+        monkeypatch.setattr(findings, name, lambda *_, name=name: evidence[name])
     return evidence
 
 
 def answers(rows):
     """The five answers, without their questions."""
-    text = findings.rendered(findings.facts(rows))
+    text = findings.rendered(findings.facts(COMMITTED, rows))
     found = re.findall(r"^\d\. \*\*.*?\?\*\* (.*)$", text, flags=re.MULTILINE)
     assert len(found) == 5
     return found
 
 
 def test_the_front_page_and_its_picture_are_those_of_the_records():
-    rows = findings.comparisons()
+    rows = findings.comparisons(COMMITTED)
     readme = findings.README.read_text(encoding="utf-8")
-    assert readme == findings.updated(readme, findings.rendered(findings.facts(rows))), "run `make findings`"
+    assert readme == findings.updated(readme, findings.rendered(findings.facts(COMMITTED, rows))), "run `make findings`"
     with Image.open(findings.PICTURE) as picture:
         assert picture.text["Description"] == findings.drawn(rows), "run `make findings`"
 
@@ -142,7 +144,7 @@ def test_verdicts_are_those_after_the_correction_over_the_tasks():
 def test_what_would_change_the_answer_is_seen_when_it_comes(other_evidence):
     def last(*kinds, **more):
         rows = compared(*kinds, **more)
-        return findings.facts(rows)["refuted"], answers(rows)[4]
+        return findings.facts(COMMITTED, rows)["refuted"], answers(rows)[4]
 
     refuted, before = last(("open", "open"), ("open", "equivalent"))
     assert refuted == {"trained": 0, "as_large": 0}

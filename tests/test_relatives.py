@@ -5,9 +5,10 @@ import math
 import pandas as pd
 import pytest
 
-from metaadamw_lite.experiments import claims, lilaw_report, lope_report, relatives, report
+from metaadamw_lite.experiments import claims, lilaw_report, lope_report, relatives
 from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS
 from metaadamw_lite.experiments.lope_study import ARMS
+from metaadamw_lite.experiments.records import Records, repository
 
 
 def adaptation(variant, seed, perplexity, accuracy=0.5, task="lope-noise5"):
@@ -15,6 +16,7 @@ def adaptation(variant, seed, perplexity, accuracy=0.5, task="lope-noise5"):
     return {
         "run": {"task": task, "variant": variant, "protocol": "clean", "profile": "lite", "seed": seed},
         "status": "finished",
+        "data": "made",
         "epochs": [
             {"stage": stage, "perplexity": 1000.0 if stage != stages[-1] else perplexity, "accuracy": accuracy}
             for stage in stages
@@ -27,6 +29,7 @@ def on_wrong_labels(variant, seed, accuracy):
         "run": {"task": "cifar10-symmetric40", "variant": variant, "protocol": "clean", "profile": "lite"}
         | {"seed": seed, "source": "real"},
         "status": "finished",
+        "data": "made",
         "wrong_labels": 40,
         "samples": {"train": 100},
         "settings": {"batch_size": 30},
@@ -123,16 +126,12 @@ def test_what_a_failed_run_had_reached_is_not_its_end():
     assert ends.loc[1, ["best", *columns]].isna().all()
 
 
-def judged_claims(monkeypatch, made):
-    def recorded(study):
-        return [r for r in made if r["run"]["task"] in {key.task for key in study}]
-
-    monkeypatch.setattr(relatives, "study_records", recorded)
-    table = claims.relatives_claims_table().set_index("claim")
+def judged_claims(made):
+    table = claims.relatives_claims_table(Records.holding(made)).set_index("claim")
     return table.assign(verdict=table["verdict"].map(str))
 
 
-def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
+def test_claims_are_judged_by_their_task_and_lite_runs_say_so():
     made = [adaptation("lope", k, 90.0 + k / 10) for k in range(3)]
     made += [adaptation("lora", k, 100.0 + k) for k in range(3)]
     made += [adaptation("asymmetric-lora", k, 80.0 + k) for k in range(3)]
@@ -140,7 +139,7 @@ def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
     fifty = [on_wrong_labels("adamw", k, 0.3) for k in range(3)]
     fifty += [on_wrong_labels("adamw-lilaw", k, 0.2 + k / 1000) for k in range(3)]
     made += [r | {"run": r["run"] | {"task": "cifar10-symmetric50"}, "detection": None} for r in fifty]
-    table = judged_claims(monkeypatch, made)
+    table = judged_claims(made)
     verdicts = table["verdict"]
     lower = "Our check on a small GPT: adapted to noisy text it has a lower perplexity than LoRA"
     assert verdicts[lower] == "holds (lite runs)"
@@ -158,15 +157,15 @@ def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
     assert verdicts[hybrid] == "not yet tested", "an arm without records"
 
 
-def test_claims_without_records_are_not_judged(monkeypatch):
-    verdicts = judged_claims(monkeypatch, [])["verdict"]
+def test_claims_without_records_are_not_judged():
+    verdicts = judged_claims([])["verdict"]
     assert verdicts.str.startswith("not ").all()
     assert (verdicts[verdicts != "not yet tested"].str.removeprefix("not tested: ").str.len() > 10).all()
 
 
 def test_the_evidence_for_every_claim_is_a_chapter():
-    links = claims.relatives_claims_table()["evidence"].str.extract(r"\((.*)\)")[0].dropna()
-    assert set(links) <= {p.name for p in (report.repository() / "notebooks").iterdir()}
+    links = claims.relatives_claims_table(Records())["evidence"].str.extract(r"\((.*)\)")[0].dropna()
+    assert set(links) <= {p.name for p in (repository() / "notebooks").iterdir()}
 
 
 def test_a_setting_of_lilaw_is_set_beside_adamw_with_the_same_batches():

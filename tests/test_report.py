@@ -10,16 +10,18 @@ from metaadamw_lite.experiments import TASKS, figures, paired, report
 from metaadamw_lite.experiments.chapter import Evidence
 from metaadamw_lite.experiments.claims import REMOVALS, _found, _found_parts, claims_table
 from metaadamw_lite.experiments.paired import PairedDifference, improvement
-from metaadamw_lite.experiments.records import RunKey
+from metaadamw_lite.experiments.records import Records, RunKey, read_records
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import ABLATIONS, ARMS, SEEDS
 from metaadamw_lite.experiments.verdict import FAILS, HOLDS, count_decided, judge
 
+COMMITTED = Records()
 
-def claims_made():
+
+def claims_made(records):
     """The table of claims, with verdicts as they are shown."""
-    table = claims_table().set_index("claim")
+    table = claims_table(records).set_index("claim")
     return table.assign(verdict=table["verdict"].map(str))
 
 
@@ -92,27 +94,27 @@ def test_outcome_is_the_test_metric_under_clean_only():
     assert report.outcomes(runs)["outcome"].tolist() == [1.0, 3.0]
 
 
-def test_what_a_run_had_reached_when_it_failed_is_not_its_result(monkeypatch):
+def test_what_a_run_had_reached_when_it_failed_is_not_its_result():
     runs = [r | {"status": "failed"} if k == 0 else r for k, r in enumerate(runs_of("paper", 5))]
     failed = runs[0]["run"]
     assert (failed["variant"], failed["protocol"]) == ("adamw", "paper")
-    monkeypatch.setattr(report, "recorded", lambda task: runs if task == "etth1" else [])
-    row = report.table_of_tasks().loc["etth1"]
+    given = Records.holding(runs)
+    row = report.table_of_tasks(given).loc["etth1"]
     assert str(judge(row["difference"])) == "not decided: 1 of 5 pairs lost"
     assert (row["last"].seeds, row["last"].lost) == (4, 1)
-    claims = claims_made()["verdict"]
+    claims = claims_made(given)["verdict"]
     assert claims["Lower error on ETTh1"] == "not decided: 1 of 5 pairs lost"
     assert claims[SHORT] == "not decided: 1 of 5 pairs lost"
 
 
 def test_parameters_of_a_page_that_name_no_records_are_refused():
     with pytest.raises(ValueError, match=r"profile.*'lit'"):
-        report.ablation_table("etth1", "lit")
+        report.ablation_table(COMMITTED, "etth1", "lit")
     with pytest.raises(ValueError, match=r"protocol.*'papr'"):
-        report.table_of_tasks(protocol="papr")
+        report.table_of_tasks(COMMITTED, protocol="papr")
 
 
-def test_the_alpha_of_a_group_stands_beside_what_its_pair_gained(monkeypatch):
+def test_the_alpha_of_a_group_stands_beside_what_its_pair_gained():
     def traced(record, first, second):
         groups = [{"name": "a", "parameters": 30}, {"name": "b", "parameters": 70}]
         trace = [{"step": k, "alpha": [x, first + second], "beta": [1.0, 1.0]} for k, x in enumerate((first, second))]
@@ -123,8 +125,8 @@ def test_the_alpha_of_a_group_stands_beside_what_its_pair_gained(monkeypatch):
         for r in runs_of("lite", 3)
         if r["run"]["variant"] != "adamw" or r["run"]["seed"] < 2
     ]
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    table = report.alphas_and_gains("etth1", "paper").set_index(["group", "seed"])
+    given = Records.holding(records)
+    table = report.alphas_and_gains(given, "etth1", "paper").set_index(["group", "seed"])
     assert sorted(table.index) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)], "seed 2 has no partner"
     assert table.loc[("a", 1), ["alpha", "share"]].tolist() == pytest.approx([(1.5 + 0.7) / 2, 30])
     assert table.loc[("b", 0), ["alpha", "share"]].tolist() == pytest.approx([1.2, 70])
@@ -145,8 +147,6 @@ def test_the_papers_tables_are_whole():
 
 
 def test_committed_records_are_readable_and_real():
-    from metaadamw_lite.experiments.records import read_records
-
     records = read_records(report.repository() / "data" / "results")
     assert len(records) >= 18
     for record in records:
@@ -207,12 +207,12 @@ def test_differences_that_are_equal_but_for_rounding_have_no_spread():
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: report.recorded("ett"), "task is 'ett'; allowed are etth1"),
-        (lambda: report.common_profiles("papr"), "protocol is 'papr'; allowed are paper, clean"),
-        (lambda: report.main_records("etth1", "papr", "lite"), "protocol is 'papr'"),
-        (lambda: report.main_records("etth1", "paper", "lit"), "profile is 'lit'; allowed are lite, paper"),
-        (lambda: report.alphas_and_gains("etth1", "papr"), "protocol is 'papr'"),
-        (lambda: report.more_meta_learning("etth1", "lit"), "profile is 'lit'"),
+        (lambda: COMMITTED.of("ett"), "task is 'ett'; allowed are etth1"),
+        (lambda: report.common_profiles(COMMITTED, "papr"), "protocol is 'papr'; allowed are paper, clean"),
+        (lambda: report.main_records(COMMITTED, "etth1", "papr", "lite"), "protocol is 'papr'"),
+        (lambda: report.main_records(COMMITTED, "etth1", "paper", "lit"), "profile is 'lit'; allowed are lite, paper"),
+        (lambda: report.alphas_and_gains(COMMITTED, "etth1", "papr"), "protocol is 'papr'"),
+        (lambda: report.more_meta_learning(COMMITTED, "etth1", "lit"), "profile is 'lit'"),
     ],
 )
 def test_what_is_unknown_is_refused_and_not_reported_empty(ask, message):
@@ -286,40 +286,40 @@ def runs_of(profile, seeds, arms=ARMS):
     ]
 
 
-def test_all_comparisons_of_a_row_over_tasks_can_rest_on_one_profile(monkeypatch):
+def test_all_comparisons_of_a_row_over_tasks_can_rest_on_one_profile():
     records = runs_of("paper", 3, ARMS[:2]) + runs_of("paper", 1, ARMS[2:]) + runs_of("lite", 5)
-    monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
-    assert report.table_of_tasks()["profile"].to_dict() == {"etth1": "paper"}
-    assert report.table_of_tasks(baseline="metaadamw-frozen")["profile"].to_dict() == {"etth1": "lite"}
-    common = report.common_profiles()
+    given = Records.holding(records)
+    assert report.table_of_tasks(given)["profile"].to_dict() == {"etth1": "paper"}
+    assert report.table_of_tasks(given, baseline="metaadamw-frozen")["profile"].to_dict() == {"etth1": "lite"}
+    common = report.common_profiles(given)
     assert common == {"etth1": "lite"}
-    assert report.table_of_tasks(profiles=common).loc["etth1", ["profile", "seeds"]].tolist() == ["lite", 5]
-    monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 3) if task == "etth1" else [])
-    assert report.common_profiles() == {"etth1": "paper"}
+    assert report.table_of_tasks(given, profiles=common).loc["etth1", ["profile", "seeds"]].tolist() == ["lite", 5]
+    given = Records.holding(runs_of("paper", 3))
+    assert report.common_profiles(given) == {"etth1": "paper"}
 
 
-def test_a_verdict_from_fewer_seeds_than_planned_says_so(monkeypatch):
-    monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 3) if task == "etth1" else [])
-    says = claims_made()["verdict"]["Lower error on ETTh1"]
+def test_a_verdict_from_fewer_seeds_than_planned_says_so():
+    given = Records.holding(runs_of("paper", 3))
+    says = claims_made(given)["verdict"]["Lower error on ETTh1"]
     assert says == "holds (interim: 3 of 5 planned seeds)"
-    verdicts = Evidence(TASKS["etth1"]).verdict()["MetaAdamW improves on AdamW"]
+    verdicts = Evidence(given, TASKS["etth1"]).verdict()["MetaAdamW improves on AdamW"]
     assert str(verdicts["paper"]) == "holds (interim: 3 of 5 planned seeds)"
-    monkeypatch.setattr(report, "recorded", lambda task: runs_of("paper", 5) if task == "etth1" else [])
-    assert claims_made()["verdict"]["Lower error on ETTh1"] == "holds"
+    given = Records.holding(runs_of("paper", 5))
+    assert claims_made(given)["verdict"]["Lower error on ETTh1"] == "holds"
     lost = runs_of("paper", 5)
     lost[0] = lost[0] | {"best": None}
-    monkeypatch.setattr(report, "recorded", lambda task: lost if task == "etth1" else [])
-    assert claims_made()["verdict"]["Lower error on ETTh1"] == "not decided: 1 of 5 pairs lost"
+    given = Records.holding(lost)
+    assert claims_made(given)["verdict"]["Lower error on ETTh1"] == "not decided: 1 of 5 pairs lost"
 
 
 def test_whole_runs_that_are_too_few_to_judge_by_are_shown_all_the_same(monkeypatch):
     records = [r | {"settings": {"epochs": 2, "batch_size": 8}, "samples": {"train": 8}} for r in runs_of("lite", 5)]
     monkeypatch.setattr(Evidence, "factors_statement", lambda evidence: "no factors in these")
-    monkeypatch.setattr(report, "recorded", lambda task: records + runs_of("paper", 1))
-    says = Evidence(TASKS["etth1"]).conclusion()
+    given = Records.holding(records + runs_of("paper", 1))
+    says = Evidence(given, TASKS["etth1"]).conclusion()
     assert "Runs as published under `paper`, too few to judge by: seed 0: AdamW 2, MetaAdamW 1.8 (+10.0 %)." in says
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    assert "too few to judge by" not in Evidence(TASKS["etth1"]).conclusion()
+    given = Records.holding(records)
+    assert "too few to judge by" not in Evidence(given, TASKS["etth1"]).conclusion()
 
 
 def test_whole_runs_that_were_still_getting_better_are_named(monkeypatch):
@@ -331,14 +331,14 @@ def test_whole_runs_that_were_still_getting_better_are_named(monkeypatch):
     ]
     others = [made(arm, seed, falling, profile="lite") for arm, seed, _ in runs]
     others.append(made("metaadamw", 2, falling))  # which stopped early in the last epoch: nothing cut it off
-    monkeypatch.setattr(report, "recorded", lambda task: records * 3 + others)
+    given = Records.holding(records * 3 + others)
     monkeypatch.setattr(report, "best_evidence", lambda runs, protocol: "paper")
-    says = Evidence(TASKS["etth1"]).cut_off().split("\n")
+    says = Evidence(given, TASKS["etth1"]).cut_off().split("\n")
     assert says[0].startswith("Whole runs that the limit of 8 epochs ended")
     assert says[2] == "* `paper`, AdamW: none."
     assert says[3].startswith("* `paper`, MetaAdamW: seed 1 (50.0 %)"), "the last epoch halved it"
     monkeypatch.setattr(report, "best_evidence", lambda runs, protocol: "lite")
-    assert Evidence(TASKS["etth1"]).cut_off() == "", "when a shortened run ends says nothing"
+    assert Evidence(given, TASKS["etth1"]).cut_off() == "", "when a shortened run ends says nothing"
 
 
 def test_a_page_says_how_long_its_live_run_takes_on_each_recorded_device(monkeypatch):
@@ -352,15 +352,15 @@ def test_a_page_says_how_long_its_live_run_takes_on_each_recorded_device(monkeyp
     row = {"measure": measure, "who": "ours", "baseline_seconds": 1 / 217, "seconds": 4 / 217}
     gpu = {"environment": {"device": "H200", "device_type": "cuda", "revision": "abc"}, "rows": [row]}
     runs = [ran("adamw", 0, 60, "EPYC"), ran("metaadamw", 0, 90, "EPYC"), ran("metaadamw", 1, 9, "EPYC", "failed")]
-    monkeypatch.setattr(report, "recorded", lambda task: runs)
+    given = Records.holding(runs)
     monkeypatch.setattr(report, "bench_records", lambda: {"cpu": {"environment": {"device_type": "cpu"}}})
-    _, *lines = Evidence(TASKS["etth1"]).running_times().split("\n\n")[1].split("* ")
+    _, *lines = Evidence(given, TASKS["etth1"]).running_times().split("\n\n")[1].split("* ")
     assert len(lines) == 1
     assert "`paper`, on EPYC" in lines[0]
     assert "2.0 to 3.0 minutes" in lines[0]
-    monkeypatch.setattr(report, "recorded", lambda task: [*runs, ran("adamw", 1, 6, "H100")])
+    given = Records.holding([*runs, ran("adamw", 1, 6, "H100")])
     monkeypatch.setattr(report, "bench_records", lambda: {"h200-abc": gpu})
-    _, *lines = Evidence(TASKS["etth1"]).running_times().split("\n\n")[1].split("* ")
+    _, *lines = Evidence(given, TASKS["etth1"]).running_times().split("\n\n")[1].split("* ")
     assert len(lines) == 3
     assert "on H100" in lines[1]
     assert "0.2 to 0.2 minutes" in lines[1]
@@ -368,19 +368,19 @@ def test_a_page_says_how_long_its_live_run_takes_on_each_recorded_device(monkeyp
     assert "1 s for an epoch's training with AdamW, 4 s with MetaAdamW" in lines[2]
 
 
-def test_a_claim_that_rests_on_guessing_says_so(monkeypatch):
+def test_a_claim_that_rests_on_guessing_says_so():
     def records(accuracy):
         sizes = {"metaadamw": accuracy, "gating-off": accuracy - 0.02}
         return [made(arm, k, [x + k / 100], "imdb", "lite") for arm, x in sizes.items() for k in range(3)]
 
     for accuracy, guessing in ((0.53, True), (0.7, False)):
-        monkeypatch.setattr(report, "recorded", lambda task, a=accuracy: records(a) if task == "imdb" else [])
-        ours = claims_made()["ours"]["Feature gating is effective (IMDB)"]
+        given = Records.holding(records(accuracy))
+        ours = claims_made(given)["ours"]["Feature gating is effective (IMDB)"]
         assert ours.endswith("hardly above guessing") == guessing
-    assert not report.near_chance("etth1", report.main_runs("etth1")), "an error has no chance level"
+    assert not report.near_chance("etth1", report.main_runs(given, "etth1")), "an error has no chance level"
 
 
-def test_claims_that_one_test_decides_are_corrected_for_their_number(monkeypatch):
+def test_claims_that_one_test_decides_are_corrected_for_their_number():
     claims = {
         "gating-off": "Feature gating is effective (ETTh1)",
         "huw-none": "Uncertainty weighting improves on the plain sum (WikiText-2; priorities equal)",
@@ -398,8 +398,8 @@ def test_claims_that_one_test_decides_are_corrected_for_their_number(monkeypatch
             mean, spread = change.get(variant, (1.0, 0.3))
             for k, x in enumerate((-1, 1, 0.5, -0.5, 0.2)):
                 records.append(made(variant, k, [mean + spread * x], task, "lite"))
-        monkeypatch.setattr(report, "recorded", lambda task: [r for r in records if r["run"]["task"] == task])
-        return claims_made()
+        given = Records.holding(records)
+        return claims_made(given)
 
     alone = judged("gating-off", "huw-none").loc[claims["gating-off"]]
     assert alone["verdict"] == "holds (lite runs)"
@@ -411,37 +411,37 @@ def test_claims_that_one_test_decides_are_corrected_for_their_number(monkeypatch
     assert (table.loc[[claims["updates-2"], claims["objective-gradient"]], "verdict"].str.startswith("not dec")).all()
 
 
-def test_a_claim_comes_with_the_power_for_the_size_that_it_names(monkeypatch):
+def test_a_claim_comes_with_the_power_for_the_size_that_it_names():
     gains = [3.0, -2.0, 5.0, 1.0, 0.5]
     records = [made("adamw", k, [100.0]) for k in range(5)]
     records += [made("metaadamw", k, [100.0 - gain]) for k, gain in enumerate(gains)]
     records += [r | {"run": r["run"] | {"protocol": "clean"}} for r in records]
-    monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
+    given = Records.holding(records)
     expected = f"{paired.power(paired.paired_difference(pd.Series(gains), '%'), 4.26):.0%}"
-    claims = claims_made()
+    claims = claims_made(given)
     assert claims.loc["Lower error on ETTh1", "power"] == expected
     assert claims.loc[LONG, "power"] == "–", "it names no size"
-    assert report.percent(report.table_of_tasks().loc["etth1", "power"]) == expected
+    assert report.percent(report.table_of_tasks(given).loc["etth1", "power"]) == expected
     over_tasks = claims.loc["Better than AdamW on every one of five tasks", "ours"]
     assert f"power for the paper's gain: {expected}" in over_tasks
-    assert Evidence(TASKS["etth1"]).verdict().loc[:, "power for the paper's gain"].tolist() == [expected, "–"]
+    assert Evidence(given, TASKS["etth1"]).verdict().loc[:, "power for the paper's gain"].tolist() == [expected, "–"]
 
 
-def test_a_mean_alpha_counts_a_group_by_its_parameters(monkeypatch):
+def test_a_mean_alpha_counts_a_group_by_its_parameters():
     groups = [{"name": "a", "parameters": 90}, {"name": "b", "parameters": 10}]
     trace = [{"step": k, "alpha": [0.5, 1.5 - k / 10], "beta": [1.0, 0.6]} for k in (1, 2)]
     records = [r | {"groups": groups, "trace": trace} for r in runs_of("paper", 3)]
     moved = {"log_var": [], "phi_moved": 0.0, "alpha_moved": 0.0, "beta_moved": 0.0}
     records = [r | {"meta_updates": [moved]} for r in records]
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    factors = Evidence(TASKS["etth1"]).factors()
+    given = Records.holding(records)
+    factors = Evidence(given, TASKS["etth1"]).factors()
     assert factors["α (mean)"].tolist() == pytest.approx([0.9 * 0.5 + 0.1 * 1.35] * 6)
     assert factors["β (mean)"].tolist() == pytest.approx([0.96] * 6)
     assert factors["α (max)"].tolist() == [1.4] * 6
-    assert (Evidence(TASKS["etth1"]).by_seed()["mean α"] == "0.58").all()
+    assert (Evidence(given, TASKS["etth1"]).by_seed()["mean α"] == "0.58").all()
 
 
-def test_shortened_runs_are_interim_until_there_are_as_many_as_the_power_asks_for(monkeypatch):
+def test_shortened_runs_are_interim_until_there_are_as_many_as_the_power_asks_for():
     def records(seeds, spread):
         gains = [5, -4, 3, -6, 2] * 8
         made_runs = [
@@ -453,9 +453,9 @@ def test_shortened_runs_are_interim_until_there_are_as_many_as_the_power_asks_fo
         return [r | {"test": {"metric": r["best"]["metric"]}} for r in made_runs]
 
     def says(seeds, spread, protocol="paper"):
-        monkeypatch.setattr(report, "recorded", lambda task: records(seeds, spread) if task == "etth1" else [])
-        row = report.table_of_tasks(protocol=protocol).loc["etth1"]
-        assert Evidence(TASKS["etth1"]).verdict().loc[protocol, "MetaAdamW improves on AdamW"] == judge(
+        given = Records.holding(records(seeds, spread))
+        row = report.table_of_tasks(given, protocol=protocol).loc["etth1"]
+        assert Evidence(given, TASKS["etth1"]).verdict().loc[protocol, "MetaAdamW improves on AdamW"] == judge(
             row["difference"], profile="lite", planned=row["planned"]
         )
         return row["seeds"], row["planned"]
@@ -468,7 +468,7 @@ def test_shortened_runs_are_interim_until_there_are_as_many_as_the_power_asks_fo
     assert says(3, 1.0) == (3, 5), "the first five come first"
 
 
-def test_that_a_gain_is_missing_takes_an_interval_below_it(monkeypatch):
+def test_that_a_gain_is_missing_takes_an_interval_below_it():
     claim = (
         "Very frequent meta-updates need not bring substantial gains (WikiText-2; here: not 1 % for ten times an epoch "
         "instead of once)"
@@ -477,8 +477,8 @@ def test_that_a_gain_is_missing_takes_an_interval_below_it(monkeypatch):
     def says(*gains):
         runs = [made("metaadamw", k, [100.0], "wikitext2", "lite") for k in range(len(gains))]
         runs += [made("updates-10", k, [100.0 - gain], "wikitext2", "lite") for k, gain in enumerate(gains)]
-        monkeypatch.setattr(report, "recorded", lambda task: runs if task == "wikitext2" else [])
-        return claims_made()["verdict"][claim]
+        given = Records.holding(runs)
+        return claims_made(given)["verdict"][claim]
 
     assert says(0.1, 0.0, -0.1).startswith("holds")
     assert says(*[0.0] * 8).startswith("holds")
@@ -487,15 +487,15 @@ def test_that_a_gain_is_missing_takes_an_interval_below_it(monkeypatch):
     assert says(0.1, 0.0) == "not yet tested"
 
 
-def test_a_row_of_table_3_stands_beside_the_runs_that_it_is_paired_with(monkeypatch):
+def test_a_row_of_table_3_stands_beside_the_runs_that_it_is_paired_with():
     runs = [made("metaadamw", k, [1.0 + k], profile="lite") for k in range(5)]
     runs += [made("gating-off", k, [2.0 + k], profile="lite") for k in range(3)]
-    monkeypatch.setattr(report, "recorded", lambda task: runs)
-    row = report.ablation_table("etth1", "lite").set_index("variant").loc["gating-off"]
+    given = Records.holding(runs)
+    row = report.ablation_table(given, "etth1", "lite").set_index("variant").loc["gating-off"]
     assert (row["mean"], row["metaadamw"]) == (3.0, 2.0)
 
 
-def test_an_ablation_claim_does_not_fall_back_on_shortened_runs_where_a_whole_one_diverged(monkeypatch):
+def test_an_ablation_claim_does_not_fall_back_on_shortened_runs_where_a_whole_one_diverged():
     def records(profile, seeds):
         return [
             made(arm, k, [x + k / 100], profile=profile)
@@ -505,15 +505,15 @@ def test_an_ablation_claim_does_not_fall_back_on_shortened_runs_where_a_whole_on
 
     whole = records("paper", 3)
     whole[0] = whole[0] | {"best": None, "status": "diverged"}
-    monkeypatch.setattr(report, "recorded", lambda task: whole + records("lite", 5) if task == "etth1" else [])
-    says = claims_made()["verdict"]["Feature gating is effective (ETTh1)"]
+    given = Records.holding(whole + records("lite", 5))
+    says = claims_made(given)["verdict"]["Feature gating is effective (ETTh1)"]
     assert says == "not decided: 1 of 3 pairs lost (interim: 3 of 5 planned seeds)"
 
 
-def test_every_number_of_a_claim_over_tasks_says_what_it_rests_on(monkeypatch):
-    records = {"etth1": runs_of("paper", 5), "wikitext2": runs_of("lite", 5)}
-    monkeypatch.setattr(report, "recorded", lambda task: records.get(task, []))
-    ours = claims_made()["ours"]["Better than AdamW on every one of five tasks"]
+def test_every_number_of_a_claim_over_tasks_says_what_it_rests_on():
+    small = [r | {"run": r["run"] | {"task": "wikitext2"}} for r in runs_of("lite", 5)]
+    given = Records.holding(runs_of("paper", 5) + small)
+    ours = claims_made(given)["ours"]["Better than AdamW on every one of five tasks"]
     shown = dict(line.split(":", 1) for line in ours.split("<br>"))
     assert shown[TASKS["wikitext2"].title].endswith("(lite runs)")
     assert "lite" not in shown[TASKS["etth1"].title]
@@ -524,9 +524,9 @@ def test_every_pair_is_shown_with_its_gain(monkeypatch):
     factors = pd.DataFrame(
         {"α (mean)": [1.25]}, index=pd.MultiIndex.from_tuples([("paper", 0)], names=["protocol", "seed"])
     )
-    monkeypatch.setattr(report, "recorded", lambda task: records)
+    given = Records.holding(records)
     monkeypatch.setattr(Evidence, "_factors", lambda evidence: factors)
-    table = Evidence(TASKS["etth1"]).by_seed()
+    table = Evidence(given, TASKS["etth1"]).by_seed()
     assert table.loc[("paper", 0)].tolist() == ["2", "1.8", "2", "+10.0", "1.25"]
     assert table.loc[("paper", 2)].tolist() == ["2.002", "1.802", "–", "+10.0", "–"]
 
@@ -556,12 +556,12 @@ def test_a_difference_shows_both_of_its_intervals():
     assert str(paired.paired_difference(series([1.0, 2.0]), "%")) == "+1.5 % [no interval], 2 seeds"
 
 
-def test_a_page_with_runs_as_published_under_one_protocol_says_what_rests_on_small_ones(monkeypatch):
-    recorded = [r for r in report.recorded("imdb") if r["run"]["profile"] == "paper"]
+def test_a_page_with_runs_as_published_under_one_protocol_says_what_rests_on_small_ones():
+    recorded = [r for r in COMMITTED.of("imdb") if r["run"]["profile"] == "paper"]
     whole = [r for r in recorded if r["run"]["protocol"] == "paper"]
     small = [r | {"run": r["run"] | {"profile": "lite"}} for r in recorded if r["run"]["protocol"] == "clean"]
-    monkeypatch.setattr(report, "recorded", lambda task: [r for r in small + whole if r["run"]["task"] == task])
-    evidence = Evidence(TASKS["imdb"])
+    given = Records.holding(small + whole)
+    evidence = Evidence(given, TASKS["imdb"])
     assert evidence.profiles == {"paper": "paper", "clean": "lite"}
     assert set(evidence.runs.groupby("protocol")["profile"].unique().map(list).map(tuple)) == {("paper",), ("lite",)}
     assert "What is under protocol `clean` comes from small whole runs" in evidence.label()
@@ -571,20 +571,20 @@ def test_a_page_with_runs_as_published_under_one_protocol_says_what_rests_on_sma
     assert "nan" not in evidence.conclusion()
     assert evidence.curves().get_suptitle() == "IMDB sentiment, profile: paper (protocol paper), lite (protocol clean)"
     both = small + [r | {"run": r["run"] | {"profile": "lite"}} for r in whole]
-    monkeypatch.setattr(report, "recorded", lambda task: both)
-    assert "Everything recorded on this page comes from small whole runs" in Evidence(TASKS["imdb"]).label()
+    given = Records.holding(both)
+    assert "Everything recorded on this page comes from small whole runs" in Evidence(given, TASKS["imdb"]).label()
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_search_stays_out_of_what_is_shown(task):
-    assert {r["run"]["seed"] for r in report.recorded(task)} & set(SEARCH_SEEDS), "the case is there"
-    for runs in (report.main_runs(task), Evidence(TASKS[task]).runs):
+    assert {r["run"]["seed"] for r in COMMITTED.of(task)} & set(SEARCH_SEEDS), "the case is there"
+    for runs in (report.main_runs(COMMITTED, task), Evidence(COMMITTED, TASKS[task]).runs):
         assert set(runs["seed"]) <= set(SEEDS)
 
 
 def test_every_claim_has_a_verdict_and_lite_runs_say_so():
-    claims = claims_made().reset_index()
-    table = report.table_of_tasks()
+    claims = claims_made(COMMITTED).reset_index()
+    table = report.table_of_tasks(COMMITTED)
     assert set(claims["evidence"].str.extract(r"\((.*)\)")[0].dropna()) <= {
         p.name for p in (report.repository() / "notebooks").iterdir()
     }
@@ -597,10 +597,10 @@ def test_every_claim_has_a_verdict_and_lite_runs_say_so():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_ablation_table_marks_what_is_the_baseline(task, monkeypatch):
+def test_the_ablation_table_marks_what_is_the_baseline(task):
     runs = [made("metaadamw", seed, [1.0 + seed / 10], task, "lite") for seed in range(3)]
-    monkeypatch.setattr(report, "recorded", lambda _: runs)
-    table = report.ablation_table(task, "lite")
+    given = Records.holding(runs)
+    table = report.ablation_table(given, task, "lite")
     assert table["baseline"][table["paper"] == "baseline"].all(), "what the paper calls baseline is Table 4's setting"
     baseline = table[table["baseline"]]
     assert (baseline["mean"] == table.loc[("MetaAdamW", "MetaAdamW (baseline)"), "mean"]).all()
@@ -613,9 +613,9 @@ def made_ablations():
     return [made(arm, k, [x + k * k / 100], profile="lite") for arm, x in arms.items() for k in range(3)]
 
 
-def test_ablations_are_paired_with_metaadamw(monkeypatch):
-    monkeypatch.setattr(report, "recorded", lambda _: made_ablations())
-    table = report.ablation_table("etth1", "lite")
+def test_ablations_are_paired_with_metaadamw():
+    given = Records.holding(made_ablations())
+    table = report.ablation_table(given, "etth1", "lite")
     expected = [100 * (1 - (1.1 + k * k / 100) / (1.0 + k * k / 100)) for k in range(3)]
     difference = table.loc[("MetaAdamW", "AdamW"), "difference"]
     assert difference.seeds == 3
@@ -694,9 +694,9 @@ def test_a_difference_can_be_seen_from_the_other_side():
 
 
 def test_means_of_table_2_are_over_the_pairs():
-    table = report.table_of_tasks()
+    table = report.table_of_tasks(COMMITTED)
     for task, row in table.iterrows():
-        runs = report.outcomes(report.runs_frame(report.recorded(task)))
+        runs = report.outcomes(report.runs_frame(COMMITTED.of(task)))
         mine = runs[(runs["profile"] == row["profile"]) & (runs["protocol"] == "paper")]
         mine = mine[mine["seed"].isin(row["improvements"].index) & (mine["variant"] == "adamw")]
         assert not set(mine["seed"]) & set(SEARCH_SEEDS)
@@ -704,16 +704,15 @@ def test_means_of_table_2_are_over_the_pairs():
         assert row["baseline_mean"] == pytest.approx(mine["outcome"].mean())
 
 
-def test_without_a_complete_search_nothing_is_compared_with_a_tuned_baseline(monkeypatch):
-    monkeypatch.setattr(report, "best_variant", lambda runs, results: None)
-    table = report.tuned_table()
+def test_without_a_complete_search_nothing_is_compared_with_a_tuned_baseline():
+    table = report.tuned_table(Records.holding(runs_of("lite", 5)))
     assert table.empty
     assert count_decided(table["difference"]) == (0, 0)
     assert {"learning_rate", "edge", "tuned", "worse", "p_holm"} <= set(table.columns)
 
 
 def test_the_tuned_baseline_is_corrected_for_all_searches():
-    table = report.tuned_table()
+    table = report.tuned_table(COMMITTED)
     assert len(table) >= len(TASKS)
     p = table["difference"].map(lambda d: d.p).dropna()
     assert (table["p_holm"][p.index] >= p).all()
@@ -739,16 +738,16 @@ def test_every_number_of_table_3_is_a_claim_with_the_printed_change():
         assert claimed.to_dict() == pytest.approx(changes.to_dict(), abs=0.011)
 
 
-def test_a_claim_of_an_unknown_kind_is_refused_and_not_called_untested(monkeypatch):
+def test_a_claim_of_an_unknown_kind_is_refused_and_not_called_untested():
     claim = pd.Series({"kind": "improvment", "task": math.nan, "variant": math.nan})
     with pytest.raises(ValueError, match="is 'improvment'; allowed are improvement, all"):
-        _found(claim, pd.DataFrame(), {})
+        _found(COMMITTED, claim, pd.DataFrame(), {})
 
 
-def test_an_ablation_claim_has_the_sign_of_the_papers_table(monkeypatch):
-    monkeypatch.setattr(report, "recorded", lambda task: made_ablations() if task == "etth1" else [])
-    claims = claims_made()
-    table = report.ablation_table("etth1", "lite")
+def test_an_ablation_claim_has_the_sign_of_the_papers_table():
+    given = Records.holding(made_ablations())
+    claims = claims_made(given)
+    table = report.ablation_table(given, "etth1", "lite")
     row = claims.loc["Feature gating is effective (ETTh1)"]
     assert row["ours"] == f"{table.loc[('Feature gating', 'Disable'), 'difference']} (lite runs)"
     parts = claims.loc["Every component is necessary (judged on ETTh1, our choice: grouping, objective, HUW, gating)"]
@@ -773,53 +772,53 @@ def made(variant, seed, metrics, task="etth1", profile="paper", protocol="paper"
     }
 
 
-def verdict_on(monkeypatch, claim, ours, adamw, task="etth1"):
+def verdict_on(claim, ours, adamw, task="etth1"):
     """The verdict on a claim about a task where each arm has these metrics by seed and epoch."""
     arms = {"metaadamw": ours, "adamw": adamw}
     records = [made(arm, k, m, task) for arm, metrics in arms.items() for k, m in enumerate(metrics)]
     records += [r | {"run": r["run"] | {"protocol": "clean"}} for r in records]
-    monkeypatch.setattr(report, "recorded", lambda name: records if name == task else [])
-    return claims_made().loc[claim]
+    given = Records.holding(records)
+    return claims_made(given).loc[claim]
 
 
 LONG = "Shorter training on ETTh1 (earlier stop)"
 SHORT = "Reaches a better optimum earlier (ETTh1; here: is as good as AdamW's best in an earlier epoch)"
 
 
-def test_claims_on_the_length_of_training(monkeypatch):
+def test_claims_on_the_length_of_training():
     few = [[3.0, 2.0, 1.0]] * 4 + [[3.0, 2.0, 1.0, 1.5]]
     many = [[3.0, 2.5, 2.0, 1.5, 1.2, 1.1]] * 5
-    assert verdict_on(monkeypatch, LONG, few, many)["verdict"] == "holds"
-    row = verdict_on(monkeypatch, LONG, many, few)
+    assert verdict_on(LONG, few, many)["verdict"] == "holds"
+    row = verdict_on(LONG, many, few)
     assert row["verdict"] == "does not hold: it is the other way round"
     assert row["ours"].startswith("epochs: +")
     assert "0 of 10 runs went on to the last epoch allowed, 8" in row["ours"]
     longer = "Trains for more epochs on IMDB instead of stopping too early"
-    assert verdict_on(monkeypatch, longer, many, few, "imdb")["verdict"] == "holds"
-    assert verdict_on(monkeypatch, longer, few, many, "imdb")["verdict"] == "does not hold: it is the other way round"
+    assert verdict_on(longer, many, few, "imdb")["verdict"] == "holds"
+    assert verdict_on(longer, few, many, "imdb")["verdict"] == "does not hold: it is the other way round"
 
 
-def test_a_run_that_diverges_is_not_one_that_takes_less_time(monkeypatch):
+def test_a_run_that_diverges_is_not_one_that_takes_less_time():
     short = [made("metaadamw", k, [3.0, 8.0]) | {"status": "diverged"} for k in range(5)]
     records = short + [made("adamw", k, [3.0, 2.5, 2.0, 1.5, 1.2, 1.1 + k]) for k in range(5)]
-    monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
-    verdicts = claims_made()["verdict"]
+    given = Records.holding(records)
+    verdicts = claims_made(given)["verdict"]
     assert verdicts[LONG] == "not decided: 5 of 5 pairs lost"
 
 
 @pytest.mark.parametrize(("task", "gain"), [("etth1", 10), ("cifar10", -10)])
-def test_table_2_and_its_claims_have_the_sign_of_the_papers_formula(monkeypatch, task, gain):
+def test_table_2_and_its_claims_have_the_sign_of_the_papers_formula(task, gain):
     sizes = {"adamw": 1.0, "metaadamw": 0.9, "metaadamw-frozen": 2.0}
     records = [
         made(arm, k, [size * (1 + k / 10 + (k % 2) * (arm == "metaadamw") / 100)], task)
         for arm, size in sizes.items()
         for k in range(5)
     ]
-    monkeypatch.setattr(report, "recorded", lambda name: records if name == task else [])
-    row = report.table_of_tasks().loc[task]
+    given = Records.holding(records)
+    row = report.table_of_tasks(given).loc[task]
     assert row["difference"].mean == pytest.approx(gain, abs=1)
     assert row["arm_mean"] == pytest.approx(0.9 * row["baseline_mean"], rel=0.02)
-    claims = claims_made()
+    claims = claims_made(given)
     claim = {"etth1": "Lower error on ETTh1", "cifar10": "Higher accuracy on CIFAR-10"}[task]
     assert claims.loc[claim, "verdict"] == ("holds" if gain > 0 else "does not hold: it is worse")
     learning = claims.loc["Meta-learning adapts Φ to the task, which leads to better generalization", "ours"]
@@ -830,93 +829,92 @@ def test_table_2_and_its_claims_have_the_sign_of_the_papers_formula(monkeypatch,
 
 
 def test_table_2_is_corrected_over_its_tasks():
-    table = report.table_of_tasks()
+    table = report.table_of_tasks(COMMITTED)
     pd.testing.assert_series_equal(table["p_holm"], paired.holm(table["p"]), check_names=False)
     assert (table["p_holm"] > table["p"]).any()
 
 
 def test_a_tuned_baseline_is_judged_by_seeds_that_it_was_not_chosen_by():
-    table = report.tuned_table()
+    table = report.tuned_table(COMMITTED)
     assert all(d.seeds <= len(SEEDS) for column in ("tuned", "difference") for d in table[column].dropna())
 
 
 def test_a_tuned_baseline_and_what_is_set_beside_it_have_the_right_signs(monkeypatch):
     errors = {"adamw": 2.0, "adamw-lr0.001": 1.0, "metaadamw": 0.9}
     records = [made(arm, k, [x + k / 100]) for arm, x in errors.items() for k in (*range(5), *SEARCH_SEEDS)]
-    monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
+    given = Records.holding(records)
     done = RunKey("etth1", "adamw", "paper", "paper", SEARCH_SEEDS[0])
     monkeypatch.setattr(report, "best_variant", lambda search, _: "adamw-lr0.001" if done in search else None)
-    row = report.tuned_table().iloc[0]
+    row = report.tuned_table(given).iloc[0]
     assert row["difference"].mean == pytest.approx(10, abs=0.5)
     assert row["tuned"].mean == pytest.approx(50, abs=1)
     assert row["worse"] == 0
     assert row["difference"].seeds == 5
 
 
-def test_what_is_called_the_last_epoch_is_the_last(monkeypatch):
+def test_what_is_called_the_last_epoch_is_the_last():
     records = [
         made(arm, k, [3.0, 1.0 + k / 10, last + k / 10], protocol=protocol)
         for arm, last in (("adamw", 2.0), ("metaadamw", 4.0), ("metaadamw-frozen", 2.0))
         for protocol in ("paper", "clean")
         for k in range(3)
     ]
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    assert report.table_of_tasks().loc["etth1", "last"].mean == pytest.approx(-97, abs=3)
-    says = Evidence(TASKS["etth1"]).last_epoch()
+    given = Records.holding(records)
+    assert report.table_of_tasks(given).loc["etth1", "last"].mean == pytest.approx(-97, abs=3)
+    says = Evidence(given, TASKS["etth1"]).last_epoch()
     assert "Last epoch, MetaAdamW against AdamW: -9" in says, "twice the error"
     frame = report.runs_frame([made("adamw", 0, [3.0, 1.0, 2.0])])
     assert frame[["best", "last"]].iloc[0].tolist() == [1.0, 2.0]
 
 
-def test_a_component_is_necessary_only_if_it_is_after_the_correction(monkeypatch):
+def test_a_component_is_necessary_only_if_it_is_after_the_correction():
     def verdict_with(worse_by):
-        removed = [v for v in REMOVALS if v in set(report.ablation_table("etth1", "lite")["variant"])]
+        removed = [v for v in REMOVALS if v in set(report.ablation_table(COMMITTED, "etth1", "lite")["variant"])]
         spread = [0.1, -0.2, 0.15, -0.1, 0.05]
         records = [made("metaadamw", k, [1.0], profile="lite") for k in range(5)]
         for variant in removed[:-1]:  # cannot be told from chance
             records += [made(variant, k, [1.0 + x], profile="lite") for k, x in enumerate(spread)]
         records += [made(removed[-1], k, [1.0 + worse_by + x / 5], profile="lite") for k, x in enumerate(spread)]
-        monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
-        table = report.ablation_table("etth1", "lite").set_index("variant").loc[removed[-1]]
-        return table["difference"].p, _found_parts("etth1").says
+        given = Records.holding(records)
+        table = report.ablation_table(given, "etth1", "lite").set_index("variant").loc[removed[-1]]
+        return table["difference"].p, _found_parts(given, "etth1").says
 
     p, says = verdict_with(0.04)
     assert 0.01 < p < 0.05, "one of six, uncorrected"
     assert says == "after Holm's correction: not decided: cannot be told from chance for 6 (lite runs)"
-    monkeypatch.undo()
     p, says = verdict_with(0.4)
     assert "holds for 1" in says
 
 
-def test_claims_on_who_is_first(monkeypatch):
+def test_claims_on_who_is_first():
     soon = [[3.0, 1.0, 2.0, 2.0]] * 3 + [[1.0, 1.0, 2.0, 2.0]] * 2
     late = [[3.0, 2.5, 2.0, 1.0]] * 5
-    assert verdict_on(monkeypatch, SHORT, soon, late)["verdict"] == "holds"
-    assert verdict_on(monkeypatch, SHORT, late, soon)["verdict"] == "does not hold: it is later or never"
-    same = verdict_on(monkeypatch, SHORT, late, late)
+    assert verdict_on(SHORT, soon, late)["verdict"] == "holds"
+    assert verdict_on(SHORT, late, soon)["verdict"] == "does not hold: it is later or never"
+    same = verdict_on(SHORT, late, late)
     assert same["verdict"] == "not decided: identical results", "a tie is no defeat"
-    assert "(3 of 5 pairs)" in verdict_on(monkeypatch, SHORT, soon[:3] + late[3:], late)["ours"]
+    assert "(3 of 5 pairs)" in verdict_on(SHORT, soon[:3] + late[3:], late)["ours"]
     latest = [*late[:3], [3.0, 1.0, 2.0, 2.0], [3.0, 1.0, 2.0, 2.0]]
-    never = verdict_on(monkeypatch, SHORT, [[3.0, 2.9, 2.8, 2.7]] * 5, latest)
+    never = verdict_on(SHORT, [[3.0, 2.9, 2.8, 2.7]] * 5, latest)
     assert never["verdict"] == "does not hold: it is later or never"
 
 
-def test_an_ablation_holds_where_the_change_is_worse(monkeypatch):
+def test_an_ablation_holds_where_the_change_is_worse():
     def row(variant_error):
         records = [made("metaadamw", k, [1.0 + k / 10], profile="lite") for k in range(5)]
         records += [made("adamw", k, [1.0 + k / 10], profile="lite") for k in range(5)]
         records += [
             made("gating-off", k, [(1.0 + k / 10) * (variant_error + k / 100)], profile="lite") for k in range(5)
         ]
-        monkeypatch.setattr(report, "recorded", lambda task: records if task == "etth1" else [])
-        return claims_made().loc["Feature gating is effective (ETTh1)"]
+        given = Records.holding(records)
+        return claims_made(given).loc["Feature gating is effective (ETTh1)"]
 
     assert row(1.3)["verdict"] == "holds (lite runs)"
     assert row(1.3)["ours"].startswith("-"), "as the paper prints it"
     assert row(0.7)["verdict"] == "does not hold: it is better (lite runs)"
 
 
-def test_what_training_phi_brings_is_taken_against_the_same_phi_untrained(monkeypatch):
+def test_what_training_phi_brings_is_taken_against_the_same_phi_untrained():
     gains = {"metaadamw": 1.00, "updates-10": 0.90, "features-enhanced": 0.5, "metaadamw-frozen": 1.00}
     moves = {"metaadamw": [0.01, 0.02], "updates-10": [0.1, 0.4, 0.3], "features-enhanced": [0.9]}
     records = [
@@ -927,19 +925,19 @@ def test_what_training_phi_brings_is_taken_against_the_same_phi_untrained(monkey
     ]
     refused = next(r for r in records if (r["run"]["variant"], r["run"]["seed"]) == ("updates-10", 2))
     refused["meta_updates"][1]["error"] = "the loss is nan"
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    runs = report.movement_table("etth1", "lite").set_index(["variant", "seed"])
+    given = Records.holding(records)
+    runs = report.movement_table(given, "etth1", "lite").set_index(["variant", "seed"])
     assert runs.loc[("updates-10", 3), "alpha_moved"] == pytest.approx(1.6)
     assert runs.loc[("updates-10", 3), "meta_updates"] == 3
     assert runs.loc[("updates-10", 2), "meta_updates"] == 2, "one was refused"
     assert len(runs) == 12, "the control does no meta-updates"
-    table = report.more_meta_learning("etth1", "lite")
+    table = report.more_meta_learning(given, "etth1", "lite")
     assert table.index.tolist() == ["MetaAdamW", "Meta-update frequency: Approx. 10 times per epoch"]
     assert table["difference"].map(lambda d: d.mean).tolist() == pytest.approx([0, 10])
     assert table["alpha_moved"].tolist() == pytest.approx([0.05, 1.0])
     statement = report.more_meta_learning_statement(table)
     assert "10 times per epoch**: 3 meta-updates a run, α by up to 1.6) is +10.0 %" in statement
-    assert report.more_meta_learning("etth1", "paper").empty
+    assert report.more_meta_learning(given, "etth1", "paper").empty
 
 
 def test_the_statement_on_the_tuned_baseline_counts_what_was_tested():
@@ -967,12 +965,12 @@ def dots(ax):
     return sorted(x for collection in ax.collections for x in collection.get_offsets()[:, 0])
 
 
-def test_pictures_show_the_numbers_of_their_tables(monkeypatch):
+def test_pictures_show_the_numbers_of_their_tables():
     pairs = pd.DataFrame({"task": "made", "improvement": [1.0, -2.0, 30.0], "paper": 4.0})
     assert set(dots(figures.plot_improvements(pairs).axes[0])) == {-2.0, 1.0, 4.0, 30.0}
 
-    monkeypatch.setattr(report, "recorded", lambda _: made_ablations())
-    table = report.ablation_table("etth1", "lite")
+    given = Records.holding(made_ablations())
+    table = report.ablation_table(given, "etth1", "lite")
     tested = table[~table["baseline"] & table["difference"].map(lambda d: d.seeds >= 3)]
     assert len(tested) == 2
     means = figures.plot_ablations(table).axes[0].lines[0].get_xdata()

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from metaadamw_lite.experiments import bench, figures, paired, report
-from metaadamw_lite.experiments.records import RunKey
+from metaadamw_lite.experiments.records import Records, RunKey
 from metaadamw_lite.experiments.task import PROTOCOLS, Task
 from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS
@@ -23,6 +23,7 @@ class Evidence:
     """The committed runs of a task's three arms, under each protocol at the best profile with enough seeds.
 
     Args:
+        records: of all runs.
         task: which.
 
     Raises:
@@ -31,21 +32,23 @@ class Evidence:
     Attributes:
         profiles: "paper" or "lite", by protocol.
         paper: the task's row of the paper's Table 2.
-        records: the records.
+        records: those of the runs.
         runs: a row for each, with its ``outcome``.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, records: Records, task: Task) -> None:
         self.task = task
+        self._recorded = records.of(task.name)
         self.paper: Any = report.paper_table(2).loc[task.name]
-        runs = report.main_runs(task.name)
+        runs = report.main_runs(records, task.name)
         if runs.empty:
             raise FileNotFoundError(
                 f"no run of {task.name} is recorded; `sweep main/lite --task {task.name}` makes them"
             )
         self.profiles = {protocol: report.best_evidence(runs, protocol) for protocol in PROTOCOLS}
         self._all = report.outcomes(runs)
-        self.records = [r for p, profile in self.profiles.items() for r in report.main_records(task.name, p, profile)]
+        shown = (report.main_records(records, task.name, p, profile) for p, profile in self.profiles.items())
+        self.records = [record for part in shown for record in part]
         self.runs = report.outcomes(report.runs_frame(self.records))
         self._movement = report.movement_frame(self.records)
 
@@ -284,7 +287,7 @@ class Evidence:
         Whole runs as they were; on a GPU also an epoch's training at the paper's settings, from steps that were timed.
         """
         took: dict[tuple[str, str, int], list[float]] = {}
-        for record in report.recorded(self.task.name):
+        for record in self._recorded:
             if record["run"]["variant"] in ARMS and record["status"] != "failed":
                 where = record["environment"]
                 key = record["run"]["profile"], where["device"], where["threads"]

@@ -1,5 +1,6 @@
 """The claims of the three papers, each with its number, ours, and the verdict that the records give by a rule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from metaadamw_lite.experiments.paired import (
     pairs_by_seed,
     power,
 )
-from metaadamw_lite.experiments.relatives import Records
+from metaadamw_lite.experiments.records import Record, Records
 from metaadamw_lite.experiments.studies import study_runs
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import ABLATIONS, SEEDS
@@ -53,7 +54,7 @@ class Finding:
         return judge(self.test, correction, opposite=self.opposite, profile=self.profile, planned=self.planned)
 
 
-def claims_table() -> pd.DataFrame:
+def claims_table(records: Records) -> pd.DataFrame:
     """One row for each claim on MetaAdamW in ``data/paper/claims.csv``, with our number, the verdict and the evidence.
 
     A claim that one test decides is judged by its p after Holm's correction over all such rows, "p (Holm)", and by that
@@ -76,9 +77,9 @@ def claims_table() -> pd.DataFrame:
     Claims over tasks (``all``, ``trained``) are corrected over the tasks of a protocol.
     """
     claims = pd.read_csv(report.repository() / "data" / "paper" / "claims.csv", dtype=str)
-    main = report.table_of_tasks()
-    control = {p: report.table_of_tasks(baseline="metaadamw-frozen", protocol=p) for p in PROTOCOLS}
-    findings = pd.Series([_found(claim, main, control) for _, claim in claims.iterrows()], index=claims.index)
+    main = report.table_of_tasks(records)
+    control = {p: report.table_of_tasks(records, baseline="metaadamw-frozen", protocol=p) for p in PROTOCOLS}
+    findings = pd.Series([_found(records, claim, main, control) for _, claim in claims.iterrows()], index=claims.index)
     tests = findings.map(lambda f: f.test).dropna()
     after = corrected(tests)
     says = findings.map(lambda f: f.says)
@@ -113,7 +114,7 @@ KINDS = (
 """Of claims; ``claims_table`` says what each is."""
 
 
-def _found(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.DataFrame]) -> Finding:
+def _found(records: Records, claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.DataFrame]) -> Finding:
     """Find the evidence on a claim."""
     kind, task = claim["kind"], claim["task"]
     check_choice("kind (of a claim)", kind, KINDS)
@@ -131,13 +132,13 @@ def _found(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.Da
             ours += f"; one more pair, as the paper's with {gain:+.2f} %: {d.one_more}"
         return Finding(ours, test=d, profile=profile, planned=planned)
     if kind in ("ablation", "no gain"):
-        return _found_ablation(task, claim["variant"], None if kind == "ablation" else float(claim["high"]))
+        return _found_ablation(records, task, claim["variant"], None if kind == "ablation" else float(claim["high"]))
     if kind == "necessary":
-        return _found_parts(task)
-    runs = report.main_runs(task)
+        return _found_parts(records, task)
+    runs = report.main_runs(records, task)
     if report.best_evidence(runs, "paper") == "lite":  # when a small run stops says nothing about one as published
         return Finding("–")
-    return _found_optimum(task) if kind == "earlier" else _found_length(task, kind, runs)
+    return _found_optimum(records, task) if kind == "earlier" else _found_length(task, kind, runs)
 
 
 def _found_over_tasks(tables: dict[str, pd.DataFrame]) -> Finding:
@@ -159,9 +160,9 @@ def _found_over_tasks(tables: dict[str, pd.DataFrame]) -> Finding:
     return Finding("<br>".join(ours), "<br>".join(says))
 
 
-def _found_ablation(task: str, variant: str, gain: float | None) -> Finding:
+def _found_ablation(records: Records, task: str, variant: str, gain: float | None) -> Finding:
     """Is the variant worse than MetaAdamW, or not better by some gain? Whole runs count, where there are enough."""
-    runs = report.outcomes(report.runs_frame(report.recorded(task)))
+    runs = report.outcomes(report.runs_frame(records.of(task)))
     lower_is_better = TASKS[task].lower_is_better
     for profile in ("paper", "lite"):
         outcome = runs[runs["profile"] == profile]
@@ -178,13 +179,13 @@ def _found_ablation(task: str, variant: str, gain: float | None) -> Finding:
     return Finding("–")
 
 
-def _found_optimum(task: str) -> Finding:
+def _found_optimum(records: Records, task: str) -> Finding:
     """Is MetaAdamW as good as AdamW's best in an earlier epoch?"""
-    records = report.main_records(task, "paper", "paper")
-    reached = report.time_to_best(records, TASKS[task].lower_is_better)
+    runs = report.main_records(records, task, "paper", "paper")
+    reached = report.time_to_best(runs, TASKS[task].lower_is_better)
     never = TASKS[task].settings("paper").epochs + 1
     d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
-    seeds = [{r["run"]["seed"] for r in records if r["run"]["variant"] == arm} for arm in ("metaadamw", "adamw")]
+    seeds = [{r["run"]["seed"] for r in runs if r["run"]["variant"] == arm} for arm in ("metaadamw", "adamw")]
     d = replace(d, lost=len(set.intersection(*seeds)) - len(reached))  # those without a finite epoch
     often = (reached["MetaAdamW, epoch"] < reached["AdamW, epoch"]).sum()
     ours = f"{d}; positive is earlier ({often} of {len(reached)} pairs); never counts as epoch {never}"
@@ -217,11 +218,11 @@ REMOVALS = (
 """The rows of Table 3 that take something away, where they are not a task's own setting."""
 
 
-def _found_parts(task: str) -> Finding:
+def _found_parts(records: Records, task: str) -> Finding:
     """Every row of a task's Table 3 that is run and takes something away: is it worse, after Holm's correction?"""
     found = {}
     for profile in ("paper", "lite"):
-        table = report.ablation_table(task, profile)
+        table = report.ablation_table(records, task, profile)
         differences = table[table["variant"].isin(REMOVALS)]["difference"]
         found[profile] = differences[differences.map(lambda d: d.pairs >= ENOUGH_SEEDS)]
     profile = max(found, key=lambda p: len(found[p]))  # "paper" once it has as many rows
@@ -281,7 +282,7 @@ def _measured_cost(kind: str, record: dict[str, Any]) -> "tuple[dict[str, pd.Ser
     return {"ours, of an AdamW step": parts[part] / parts["AdamW"]}, "{:.2f}"
 
 
-def relatives_claims_table() -> pd.DataFrame:
+def relatives_claims_table(records: Records) -> pd.DataFrame:
     """One row for each claim in ``data/paper/claims_relatives.csv``, judged as the claims on MetaAdamW are.
 
     * accuracy: test accuracy with LiLAW against without, in points, on the task; with p after Holm's correction over
@@ -292,41 +293,41 @@ def relatives_claims_table() -> pd.DataFrame:
     * scale: needs models or data that are not at hand; not tested.
     """
     claims = pd.read_csv(report.repository() / "data" / "paper" / "claims_relatives.csv", dtype=str)
-    results = report.repository() / "data" / "results"
-    studies = {method: study_runs(f"{method.lower()}/lite", results) for method in ("LiLAW", "LoPE")}
-    records = {method: relatives.study_records(study) for method, study in studies.items()}
+    studies = {method: study_runs(f"{method.lower()}/lite", records) for method in ("LiLAW", "LoPE")}
+    runs = {method: relatives.study_records(records, study) for method, study in studies.items()}
     rows = []
     for _, claim in claims.iterrows():
         ours: str
         says: Verdict | str
         ours, says = "–", f"not tested: {claim['why']}"
         if claim["kind"] != "scale":
-            ours, says = _judged_relative(claim, records[claim["method"]])
+            ours, says = _judged_relative(claim, runs[claim["method"]])
         link = chapter_link(claim["evidence"])
         rows.append((claim["method"], claim["claim"], claim["number"], ours, says, link))
     return pd.DataFrame(rows, columns=["method", "claim", "paper", "ours", "verdict", "evidence"])
 
 
-def _judged_relative(claim: "pd.Series[str]", records: Records) -> tuple[str, Verdict | str]:
+def _judged_relative(claim: "pd.Series[str]", runs: Sequence[Record]) -> tuple[str, Verdict | str]:
     """What the lite runs of a method's study show about a claim, with what it was measured on, and the verdict."""
     check_choice("kind (of a claim)", claim["kind"], ("accuracy", "detection", "adaptation", "noise cost"))
-    if not records:
+    if not runs:
         return "–", UNTESTED
     row: Any
     if claim["kind"] == "adaptation":
-        table = lope_report.lope_table(lope_report.adaptations_frame(records))
+        table = lope_report.lope_table(lope_report.adaptations_frame(runs))
         row = lope_report.noise_share(claim["task"]), lope_report.LOPE_LABELS[claim["against"]]
         what = f"lower perplexity, {row[0]} noise"
     elif claim["kind"] == "noise cost":
-        table = lope_report.noise_cost_table(lope_report.adaptations_frame(records))
+        table = lope_report.noise_cost_table(lope_report.adaptations_frame(runs))
         row = lope_report.LOPE_LABELS[claim["against"]]
         what = "less rise of perplexity from 0 to 20 % noise"
     elif claim["kind"] == "accuracy":
-        runs = lilaw_report.accuracies_frame([r for r in records if r["run"]["variant"] in ("adamw", "adamw-lilaw")])
-        table, row = lilaw_report.accuracy_table(runs, "best"), lilaw_report.noise_name(claim["task"])
+        arms = [r for r in runs if r["run"]["variant"] in ("adamw", "adamw-lilaw")]
+        table = lilaw_report.accuracy_table(lilaw_report.accuracies_frame(arms), "best")
+        row = lilaw_report.noise_name(claim["task"])
         what = row
     else:
-        areas = lilaw_report.detection_frame(records)
+        areas = lilaw_report.detection_frame(runs)
         tables = {area.upper(): lilaw_report.detection_against(areas, area) for area in ("auroc", "auprc")}
         spans = pd.DataFrame({area: table["difference"].map(relatives.student) for area, table in tables.items()})
         lines = [f"{noise}: {'; '.join(row)}" for noise, *row in spans.itertuples()]

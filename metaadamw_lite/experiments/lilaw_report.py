@@ -17,12 +17,12 @@ from metaadamw_lite import LiLAW
 from metaadamw_lite.experiments import NOISY, paired, relatives, report
 from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS, legend_below, student_interval
 from metaadamw_lite.experiments.paired import PairedDifference, paired_difference
-from metaadamw_lite.experiments.relatives import Records
+from metaadamw_lite.experiments.records import Record
 from metaadamw_lite.experiments.verdict import count_decided
 from metaadamw_lite.lilaw import weights_of
 
 
-def accuracies_frame(records: Records) -> pd.DataFrame:
+def accuracies_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each run, accuracies and shares in percent.
 
     Columns beside the run's key: noise (what is wrong), ``wrong`` (how many of the ``train`` labels are), ``best``
@@ -173,7 +173,7 @@ def weights_moved(runs: pd.DataFrame) -> "pd.Series[float]":
     return pd.Series({k: float((total(*end) - before).abs().max()) for k, *end in ends.itertuples()}, dtype=float)
 
 
-def detection_frame(records: Records) -> pd.DataFrame:
+def detection_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each run, method and measure ("auroc", "auprc") of finding wrong labels."""
     return pd.DataFrame(
         [
@@ -223,7 +223,7 @@ EPOCH_LABELS = {
 }
 
 
-def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw")) -> Figure:
+def plot_epochs(records: Sequence[Record], column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw")) -> Figure:
     """Epoch by epoch, mean over seeds and the band from lowest to highest; a panel for each noise.
 
     Args:
@@ -269,7 +269,7 @@ def _panels(count: int, size: tuple[float, float], sharex: bool = False) -> tupl
     return figure, list(axes.flat[:count])
 
 
-def plot_scalars(records: Records) -> Figure:
+def plot_scalars(records: Sequence[Record]) -> Figure:
     """α, δ and β of LiLAW over the steps of every run, a panel for each, coloured by noise."""
     rows = [
         {"noise": noise_name(r["run"]["task"]), "run": i, **point}

@@ -1,6 +1,7 @@
 """What the chapter on LoPE is made of: perplexities of its arms, what masking takes, what noise costs."""
 
 import math
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -11,7 +12,7 @@ from metaadamw_lite.experiments import paired, relatives, report
 from metaadamw_lite.experiments.figures import legend_below, student_interval
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.paired import PairedDifference
-from metaadamw_lite.experiments.relatives import Records
+from metaadamw_lite.experiments.records import Record
 
 LOPE_LABELS = {
     "lora": "LoRA (peft)",
@@ -31,7 +32,7 @@ def noise_share(task: str) -> str:
     return f"{100 * NOISE[task]:.0f} %"
 
 
-def adaptations_frame(records: Records) -> pd.DataFrame:
+def adaptations_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each adaptation and each point at which it was tested on clean reviews.
 
     Columns beside the run's key: noise (share of the words of the adaptation data, as text), ``at`` ("pretrained",
@@ -221,7 +222,7 @@ def plot_stages(runs: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_expert_use(records: Records) -> Figure:
+def plot_expert_use(records: Sequence[Record]) -> Figure:
     """The router's weight of the poisoning expert for clean words and for kinds of noise; a panel for each training.
 
     Mean and range over seeds, for the arms that have such an expert.

@@ -30,10 +30,10 @@ from metaadamw_lite.experiments.paired import (
     share_of_phi,
     spread_ratio,
 )
+from metaadamw_lite.experiments.records import Records, papers_gain
 from metaadamw_lite.experiments.records import paper_table as paper_table
-from metaadamw_lite.experiments.records import papers_gain, read_records
 from metaadamw_lite.experiments.records import repository as repository
-from metaadamw_lite.experiments.studies import best_variant, search_runs, seeds_by_power, tasks_of
+from metaadamw_lite.experiments.studies import best_variant, search_runs, seeds_by_power
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import (
     ABLATIONS,
@@ -53,13 +53,8 @@ TESTED = {"paper": "as published", "lite": "small, whole"}
 
 
 def recorded(task: str) -> list[dict[str, Any]]:
-    """The committed records of a task that were made from real data.
-
-    Raises:
-        ValueError: for an unknown task.
-    """
-    check_choice("task", task, tasks_of("smoke"))  # which has all
-    return [r for r in read_records(repository() / "data" / "results", task) if r["data"] != "synthetic"]
+    """The committed records of a task, for ``null_gains``."""
+    return Records().of(task)
 
 
 def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", baseline: str = "adamw") -> str:
@@ -145,7 +140,7 @@ def factors_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def alphas_and_gains(task: str, protocol: str) -> pd.DataFrame:
+def alphas_and_gains(records: Records, task: str, protocol: str) -> pd.DataFrame:
     """Whether a gain goes with a group's learning rate: one row for each pair of MetaAdamW and AdamW, and group.
 
     Returns:
@@ -157,16 +152,16 @@ def alphas_and_gains(task: str, protocol: str) -> pd.DataFrame:
         ValueError: for an unknown task or protocol.
     """
     check_choice("protocol", protocol, PROTOCOLS)
-    records = [r for r in _of_main_study(recorded(task)) if r["run"]["protocol"] == protocol]
-    runs = outcomes(runs_frame(records))
-    factors = factors_frame(r for r in records if r["run"]["variant"] == "metaadamw")
+    chosen = [r for r in _of_main_study(records.of(task)) if r["run"]["protocol"] == protocol]
+    runs = outcomes(runs_frame(chosen))
+    factors = factors_frame(r for r in chosen if r["run"]["variant"] == "metaadamw")
     alpha = factors.groupby(["profile", "seed", "group"], sort=False)["alpha"].mean().reset_index()
     gains = {}
     for profile, part in runs.groupby("profile"):
         arm, baseline = by_seed(part, protocol, "metaadamw", "adamw")
         gains[profile] = improvements_by_seed(arm, baseline, TASKS[task].lower_is_better)
     gain = pd.concat(gains, names=["profile", "seed"]).dropna().rename("gain")
-    shares = {g["name"]: 100 * g["parameters"] / r["parameters"] for r in records for g in r.get("groups", [])}
+    shares = {g["name"]: 100 * g["parameters"] / r["parameters"] for r in chosen for g in r.get("groups", [])}
     table = alpha.join(gain, on=["profile", "seed"], how="inner")
     return table.assign(share=table["group"].map(shares))
 
@@ -293,9 +288,9 @@ def comparison_table(task: str, outcome: pd.DataFrame, labels: dict[str, str]) -
     return pd.DataFrame(rows).set_index(["protocol", "comparison"])
 
 
-def common_profiles(protocol: str = "paper") -> dict[str, str]:
+def common_profiles(records: Records, protocol: str = "paper") -> dict[str, str]:
     """For each task with records the best profile that all ``PAIRS`` of arms can be compared by."""
-    runs = {name: main_runs(name) for name in TASKS}
+    runs = {name: main_runs(records, name) for name in TASKS}
     return {
         name: min(best_evidence(frame, protocol, arm, baseline) for arm, baseline in PAIRS)  # "lite" < "paper"
         for name, frame in runs.items()
@@ -304,6 +299,7 @@ def common_profiles(protocol: str = "paper") -> dict[str, str]:
 
 
 def table_of_tasks(
+    records: Records,
     arm: str = "metaadamw",
     baseline: str = "adamw",
     protocol: str = "paper",
@@ -312,6 +308,7 @@ def table_of_tasks(
     """Table 2 again: for every task the arms' means, the paired improvement, its tests, and the profile it rests on.
 
     Args:
+        records: of the runs.
         arm, baseline: variants.
         protocol: "paper" or "clean".
         profiles: by task; None for the best that these two arms can be compared by.
@@ -330,7 +327,7 @@ def table_of_tasks(
     check_choice("protocol", protocol, PROTOCOLS)
     rows = {}
     for name, task in TASKS.items():
-        runs = main_runs(name)
+        runs = main_runs(records, name)
         if runs.empty:
             continue
         profile = best_evidence(runs, protocol, arm, baseline) if profiles is None else profiles[name]
@@ -403,16 +400,16 @@ def time_to_best(records: Iterable[dict[str, Any]], lower_is_better: bool) -> pd
     return pd.DataFrame(rows, columns=columns).set_index(["protocol", "seed"])
 
 
-def searched(task: str, protocol: str, profile: str) -> pd.DataFrame:
+def searched(records: Records, task: str, protocol: str, profile: str) -> pd.DataFrame:
     """The runs of the search for AdamW's learning rate: lr, seed, best metric."""
     search = search_runs(task, protocol, profile)
-    runs = runs_frame(recorded(task))
+    runs = runs_frame(records.of(task))
     mine = runs[(runs["protocol"] == protocol) & (runs["profile"] == profile)]
     mine = mine[mine["seed"].isin({key.seed for key in search})]
     return mine.assign(lr=mine["variant"].map(learning_rate))[["lr", "seed", "best"]]
 
 
-def tuned_table() -> pd.DataFrame:
+def tuned_table(records: Records) -> pd.DataFrame:
     """MetaAdamW at the paper's settings against AdamW with a searched learning rate; a row for each search done.
 
     Returns:
@@ -423,10 +420,10 @@ def tuned_table() -> pd.DataFrame:
     """
     rows = {}
     for name, task in TASKS.items():
-        runs = runs_frame(recorded(name))
+        runs = runs_frame(records.of(name))
         for protocol in reversed(PROTOCOLS):
             for profile in ("paper", "lite"):
-                best = best_variant(search_runs(name, protocol, profile), repository() / "data" / "results")
+                best = best_variant(search_runs(name, protocol, profile), records)
                 if best is None:
                     continue
                 fresh = runs["seed"].isin(SEEDS)  # not those that the rate was chosen with
@@ -472,7 +469,7 @@ def tuned_statement(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def ablation_table(task: str, profile: str) -> pd.DataFrame:
+def ablation_table(records: Records, task: str, profile: str) -> pd.DataFrame:
     """A task's part of Table 3 again: for each row the paper's number and ours, under the paper's protocol.
 
     Returns:
@@ -488,7 +485,7 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
     check_choice("profile", profile, OF_REAL_DATA)
     printed = paper_table(3)
     settings, lower_is_better = TASKS[task].settings("paper"), TASKS[task].lower_is_better
-    runs = runs_frame(recorded(task))
+    runs = runs_frame(records.of(task))
     outcome = outcomes(runs[runs["profile"] == profile])
     rows = []
     for variant in printed["variant"]:
@@ -505,9 +502,9 @@ def ablation_table(task: str, profile: str) -> pd.DataFrame:
     return table.assign(paper=printed[task], p_holm=holm(tested))
 
 
-def reported(task: str, profile: str) -> list[dict[str, Any]]:
+def reported(records: Records, task: str, profile: str) -> list[dict[str, Any]]:
     """The records of a task under the paper's protocol with the seeds that every study has, which no search has."""
-    runs = ((record, record["run"]) for record in recorded(task))
+    runs = ((record, record["run"]) for record in records.of(task))
     return [
         record
         for record, run in runs
@@ -515,7 +512,7 @@ def reported(task: str, profile: str) -> list[dict[str, Any]]:
     ]
 
 
-def movement_table(task: str, profile: str) -> pd.DataFrame:
+def movement_table(records: Records, task: str, profile: str) -> pd.DataFrame:
     """How far meta-learning moved the factors in MetaAdamW and in each variant of Table 3, under the paper's protocol.
 
     Returns:
@@ -528,13 +525,13 @@ def movement_table(task: str, profile: str) -> pd.DataFrame:
         ValueError: for an unknown task, or a profile other than "lite" and "paper".
     """
     check_choice("profile", profile, OF_REAL_DATA)
-    records = reported(task, profile)
-    moved = movement_frame(r for r in records if r["run"]["variant"] in ("metaadamw", *ABLATIONS))
+    chosen = reported(records, task, profile)
+    moved = movement_frame(r for r in chosen if r["run"]["variant"] in ("metaadamw", *ABLATIONS))
     if moved.empty:
         return pd.DataFrame(columns=["change", "variant", "seed", "meta_updates", "alpha_moved", "same_phi"])
     names = {name: f"{row.factor}: {row.value}" for name, row in ABLATIONS.items()}
     same = {"metaadamw"} | {name for name, row in ABLATIONS.items() if row.factor in KEEP_PHI}
-    counts = runs_frame(records).set_index(["variant", "seed"])["meta_updates"]
+    counts = runs_frame(chosen).set_index(["variant", "seed"])["meta_updates"]
     runs = moved.groupby(["variant", "seed"])[["alpha_moved"]].max().join(counts).reset_index()
     change = runs["variant"].map({"metaadamw": "MetaAdamW"} | names)
     return runs.assign(change=change, same_phi=runs["variant"].isin(same))
@@ -544,7 +541,7 @@ KEEP_PHI = ("Meta-learning objective", "HUW priorities", "Meta-update frequency"
 """The blocks of Table 3 that change how Φ is trained and not what it is."""
 
 
-def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
+def more_meta_learning(records: Records, task: str, profile: str) -> pd.DataFrame:
     """What training Φ in another way, or more often, gains over the same Φ left untrained.
 
     Returns:
@@ -552,11 +549,11 @@ def more_meta_learning(task: str, profile: str) -> pd.DataFrame:
         over seeds), "largest" (over seeds), "difference": the improvement over the untrained control, paired by seed (a
         ``PairedDifference``), and "p_holm", its p after Holm's correction over the rows that move α at all.
     """
-    runs = movement_table(task, profile)
+    runs = movement_table(records, task, profile)
     columns = ["meta_updates", "alpha_moved", "largest", "difference", "p_holm"]
     if runs.empty:
         return pd.DataFrame(columns=columns)
-    outcome = outcomes(runs_frame(reported(task, profile)))
+    outcome = outcomes(runs_frame(reported(records, task, profile)))
     rows = {}
     for (change, variant), group in runs[runs["same_phi"]].groupby(["change", "variant"]):
         difference = compare(outcome, "paper", str(variant), "metaadamw-frozen", TASKS[task].lower_is_better)
@@ -578,7 +575,7 @@ def more_meta_learning_statement(table: pd.DataFrame) -> str:
     )
 
 
-def main_records(task: str, protocol: str, profile: str) -> list[dict[str, Any]]:
+def main_records(records: Records, task: str, protocol: str, profile: str) -> list[dict[str, Any]]:
     """The records of the main study under a protocol and a profile.
 
     Raises:
@@ -587,12 +584,12 @@ def main_records(task: str, protocol: str, profile: str) -> list[dict[str, Any]]
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("profile", profile, OF_REAL_DATA)
     wanted = (protocol, profile)
-    return [r for r in _of_main_study(recorded(task)) if (r["run"]["protocol"], r["run"]["profile"]) == wanted]
+    return [r for r in _of_main_study(records.of(task)) if (r["run"]["protocol"], r["run"]["profile"]) == wanted]
 
 
-def main_runs(task: str) -> pd.DataFrame:
+def main_runs(records: Records, task: str) -> pd.DataFrame:
     """A ``runs_frame`` of a task's runs of the main study."""
-    return runs_frame(_of_main_study(recorded(task)))
+    return runs_frame(_of_main_study(records.of(task)))
 
 
 def _of_main_study(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
