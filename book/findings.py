@@ -138,7 +138,8 @@ def facts(records: Records, rows: pd.DataFrame) -> dict[str, Any]:
     pairs = pd.concat([*tested["improvements"]]) if len(tested) else pd.Series(dtype=float)
     won = int((pairs > 0).sum())
     gained: Any = report.paper_table(2)["improvement_percent"]
-    trained = (rows["trained_is"] == "better") & rows["trained"].map(lambda d: d.mean > 1)
+    papers = rows["task"].isin(gained.index)
+    trained = papers & (rows["trained_is"] == "better") & rows["trained"].map(lambda d: d.mean > 1)
     as_large = (rows["gain_is"] == "better") & (rows["gain"].map(lambda d: d.mean) >= rows["task"].map(gained))
     return {
         "rows": [row | {"title": short(row["task"])} for row in rows.to_dict("records")],

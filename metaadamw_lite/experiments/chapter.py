@@ -31,7 +31,7 @@ class Evidence:
 
     Attributes:
         profiles: "paper" or "lite", by protocol.
-        paper: the task's row of the paper's Table 2.
+        paper: the task's row of the paper's Table 2; NaN throughout for a task that the paper lacks.
         records: those of the runs.
         runs: a row for each, with its ``outcome``.
     """
@@ -39,7 +39,7 @@ class Evidence:
     def __init__(self, records: Records, task: Task) -> None:
         self.task = task
         self._recorded = records.of(task.name)
-        self.paper: Any = report.paper_table(2).loc[task.name]
+        self.paper: Any = report.paper_table(2).reindex([task.name]).loc[task.name]
         runs = report.main_runs(records, task.name)
         if runs.empty:
             raise FileNotFoundError(
@@ -103,7 +103,7 @@ class Evidence:
             whole = self._pairs("paper", "paper")
             arms = [
                 f"{figures.LABELS[arm]} {whole[column].min():.4g} to {whole[column].max():.4g} "
-                f"(the paper's run: {self.paper[arm]:.4g})"
+                f"(the paper's run: {_printed(self.paper[arm], '.4g')})"
                 for arm, column in (("adamw", "baseline"), ("metaadamw", "arm"))
             ]
             lines.append(f"* {self.task.unit[0].upper()}{self.task.unit[1:]}, protocol `paper`: {'; '.join(arms)}.")
@@ -270,11 +270,11 @@ class Evidence:
 
     def verdict(self) -> pd.DataFrame:
         """The paper's claim, ours and what follows; a lite run says so in the cell."""
-        rows = {}
+        rows, gain = {}, _printed(self.paper["improvement_percent"], "+.2f", " %")
         for protocol, profile in self.profiles.items():
             d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
             rows[protocol] = {
-                "paper (1 seed)": f"{self.paper['improvement_percent']:+.2f} %" if protocol == "paper" else "–",
+                "paper (1 seed)": gain if protocol == "paper" else "–",
                 "ours (paired)": annotate(d, profile),
                 "power for the paper's gain": report.percent(report.power_for_paper(self.task.name, d)),
                 "MetaAdamW improves on AdamW": self._judge(d, protocol),
@@ -302,7 +302,10 @@ class Evidence:
         for name, record in report.bench_records().items():
             if record["environment"]["device_type"] != "cpu":
                 measure = f"whole epoch, {self.task.title} (K_meta = {settings.meta_every})"
-                row = next(row for row in record["rows"] if row["measure"] == measure and row["who"] == "ours")
+                timed = (row for row in record["rows"] if row["measure"] == measure and row["who"] == "ours")
+                row = next(timed, None)
+                if row is None:
+                    continue
                 adamw, ours = steps * row["baseline_seconds"], steps * row["seconds"]
                 code = f"{'older ' if bench.is_older(name) else ''}code of {record['environment']['revision']}"
                 lines.append(
@@ -320,7 +323,8 @@ class Evidence:
             return [run(key, Path(folder), device) for key in keys]
 
     def _reference(self) -> dict[str, float]:
-        return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if self.profiles["paper"] == "paper" else {}
+        as_published = self.profiles["paper"] == "paper" and self.paper.notna().all()
+        return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if as_published else {}
 
     def _titled(self, figure: Figure) -> Figure:
         figure.suptitle(f"{self.task.title}, profile: {self._profile()}", fontsize="medium")
@@ -332,3 +336,8 @@ class Evidence:
         if len(set(self.profiles.values())) == 1:
             return table.rename_axis(columns=f"profile: {self._profile()}")
         return table.rename(index={p: f"{p} ({profile} runs)" for p, profile in self.profiles.items()})
+
+
+def _printed(number: float, form: str, unit: str = "") -> str:
+    """A number of the paper for a page; a dash where it has none."""
+    return "–" if math.isnan(number) else f"{number:{form}}{unit}"

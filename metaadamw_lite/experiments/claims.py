@@ -77,8 +77,9 @@ def claims_table(records: Records) -> pd.DataFrame:
     Claims over tasks (``all``, ``trained``) are corrected over the tasks of a protocol.
     """
     claims = pd.read_csv(report.repository() / "data" / "paper" / "claims.csv", dtype=str)
-    main = report.table_of_tasks(records)
-    control = {p: report.table_of_tasks(records, baseline="metaadamw-frozen", protocol=p) for p in PROTOCOLS}
+    main = _of_paper(report.table_of_tasks(records))
+    against = {p: report.table_of_tasks(records, baseline="metaadamw-frozen", protocol=p) for p in PROTOCOLS}
+    control = {protocol: _of_paper(table) for protocol, table in against.items()}
     findings = pd.Series([_found(records, claim, main, control) for _, claim in claims.iterrows()], index=claims.index)
     tests = findings.map(lambda f: f.test).dropna()
     after = corrected(tests)
@@ -97,6 +98,11 @@ def claims_table(records: Records) -> pd.DataFrame:
         verdict=says,
         evidence=claims["evidence"].map(chapter_link),
     )
+
+
+def _of_paper(table: pd.DataFrame) -> pd.DataFrame:
+    """The tasks of the paper, which are those that claims are about."""
+    return table[table.index.isin(report.paper_table(2).index)]
 
 
 def chapter_link(page: Any) -> str:
@@ -156,7 +162,9 @@ def _found_over_tasks(tables: dict[str, pd.DataFrame]) -> Finding:
             what = f"{d}; power for the paper's gain: {chance}" if chance != "–" else str(d)
             ours.append(f"{TASKS[str(task)].title}{where}: {annotate(what, profile)}")
         count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
-        says.append(f"of {len(TASKS)} tasks{where}: " + "; ".join(f"{v} on {n}" for v, n in count.items()))
+        says.append(
+            f"of {len(report.paper_table(2))} tasks{where}: " + "; ".join(f"{v} on {n}" for v, n in count.items())
+        )
     return Finding("<br>".join(ours), "<br>".join(says))
 
 
@@ -269,8 +277,9 @@ def _measured_cost(kind: str, record: dict[str, Any]) -> "tuple[dict[str, pd.Ser
         return {f"{who}, every 100 steps": ratios for who, ratios in of_a_step.groupby("who")["ratio"]}, "{:+.1f}"
     if kind == "frequent":
         often = ABLATIONS["updates-10"].change
-        every = {task.title: often(task.settings("paper")).meta_every for task in TASKS.values()}
         ratios = of_a_step["ratio"].rename(lambda measure: measure.split(", ")[1])
+        timed = (task for task in TASKS.values() if task.title in ratios.index)
+        every = {task.title: often(task.settings("paper")).meta_every for task in timed}
         added = {title: 100 * ratios[title] / steps for title, steps in every.items()}
         return {"ours, ten times an epoch, five tasks": pd.Series(added)}, "{:+.0f}"
     if kind == "time":

@@ -217,7 +217,7 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
     ax.set_xscale("symlog", linthresh=LINEAR_TO)
     ticks = [tick for size in (5, 10, 30, 100) for tick in (-size, size)]
     shown = improvements[["improvement", "paper"]].to_numpy(dtype=float)
-    left, right = 1.3 * min(shown.min(), -LINEAR_TO), 1.3 * max(shown.max(), LINEAR_TO)
+    left, right = 1.3 * min(np.nanmin(shown), -LINEAR_TO), 1.3 * max(np.nanmax(shown), LINEAR_TO)
     ax.set(xlim=(left, right), ylabel="")
     ax.set_xticks([0, *(tick for tick in ticks if left < tick < right)])
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")

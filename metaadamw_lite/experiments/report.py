@@ -360,14 +360,14 @@ def table_of_tasks(
 
 
 def improvements_frame(table: pd.DataFrame) -> pd.DataFrame:
-    """Every pair of a ``table_of_tasks``, for a figure: task (and how tested), improvement and paper (percent)."""
-    paper: Any = paper_table(2)["improvement_percent"]
+    """Every pair of a ``table_of_tasks``, for a figure: task (and how tested), improvement and paper (percent; NaN
+    for a task that the paper lacks)."""
     return pd.concat(
         pd.DataFrame(
             {
                 "task": f"{TASKS[str(task)].title} ({TESTED[row['profile']]})",
                 "improvement": row["improvements"],
-                "paper": paper[task],
+                "paper": papers_gain(str(task)),
             }
         )
         for task, row in table.iterrows()
@@ -472,6 +472,8 @@ def tuned_statement(table: pd.DataFrame) -> str:
 def ablation_table(records: Records, task: str, profile: str) -> pd.DataFrame:
     """A task's part of Table 3 again: for each row the paper's number and ours, under the paper's protocol.
 
+    Rows of ``ABLATIONS`` that the paper's table lacks come last.
+
     Returns:
         Indexed by factor and value, with the columns "paper" (text, as printed, or missing), "baseline" (the row is
         the task's own setting in Table 4), "variant" (missing where the row is the baseline), "mean" of ours and
@@ -484,11 +486,14 @@ def ablation_table(records: Records, task: str, profile: str) -> pd.DataFrame:
     """
     check_choice("profile", profile, OF_REAL_DATA)
     printed = paper_table(3)
+    own = {(row.factor, row.value): name for name, row in ABLATIONS.items() if name not in {*printed["variant"]}}
+    variants = printed["variant"].to_dict() | own
+    index = pd.MultiIndex.from_tuples(list(variants), names=printed.index.names)
     settings, lower_is_better = TASKS[task].settings("paper"), TASKS[task].lower_is_better
     runs = runs_frame(records.of(task))
     outcome = outcomes(runs[runs["profile"] == profile])
     rows = []
-    for variant in printed["variant"]:
+    for variant in variants.values():
         baseline = pd.isna(variant) or variant == "metaadamw"
         baseline = baseline or (variant in ABLATIONS and not differs(settings, variant))
         name = "metaadamw" if baseline else str(variant)
@@ -497,9 +502,9 @@ def ablation_table(records: Records, task: str, profile: str) -> pd.DataFrame:
         means = pairs_by_seed(arm, metaadamw).mean()
         rows.append((baseline, None if baseline else variant, means["arm"], means["baseline"], difference))
     columns = ["baseline", "variant", "mean", "metaadamw", "difference"]
-    table = pd.DataFrame(rows, index=printed.index, columns=columns)
+    table = pd.DataFrame(rows, index=index, columns=columns)
     tested = table["difference"].map(lambda d: d.p).where(~table["baseline"])  # NaN with too few seeds
-    return table.assign(paper=printed[task], p_holm=holm(tested))
+    return table.assign(paper=printed.reindex(index, columns=[task])[task], p_holm=holm(tested))
 
 
 def reported(records: Records, task: str, profile: str) -> list[dict[str, Any]]:

@@ -167,14 +167,16 @@ def seeds_by_power(task: str, first: "pd.Series[float]") -> dict[str, range]:
         first: the gains of MetaAdamW over AdamW in percent in the pairs of the first five seeds, under ``paper``.
 
     Returns:
-        By protocol: 10 to 40 under ``paper``, half as many under ``clean``; the first five while one is missing.
+        By protocol: 10 to 40 under ``paper``, half as many under ``clean``; the first five while one is missing, and
+        of a task that the paper lacks.
 
     Raises:
         FileNotFoundError: outside a checkout, where the paper's gain is not at hand.
     """
-    if len(first) < len(SEEDS):
+    gain = papers_gain(task)
+    if len(first) < len(SEEDS) or math.isnan(gain):
         return dict.fromkeys(PROTOCOLS, SEEDS)
-    needed = pairs_needed(first, papers_gain(task))
+    needed = pairs_needed(first, gain)
     return {"paper": range(needed), "clean": range(math.ceil(needed / 2))}
 
 
