@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from metaadamw_lite.experiments import TASKS, figures, released, report
+from metaadamw_lite.experiments import TASKS, figures, main_report, released, report
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     FEWEST_PAIRS,
@@ -23,7 +23,7 @@ from metaadamw_lite.experiments.paired import (
     expected_best,
     share_of_phi,
 )
-from metaadamw_lite.experiments.records import Records
+from metaadamw_lite.experiments.records import Records, paper_table
 from metaadamw_lite.experiments.verdict import FAILS, HOLDS, NEVER, OPEN, SAME, judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,10 +45,10 @@ def comparisons(records: Records) -> pd.DataFrame:
         Holm's correction over the tasks of a profile, "power" for the paper's gain, and "improvements" (by seed).
     """
     parts = []
-    for profile, how in report.TESTED.items():
+    for profile, how in main_report.TESTED.items():
         profiles = dict.fromkeys(TASKS, profile)
-        main = report.table_of_tasks(records, profiles=profiles)
-        control = report.table_of_tasks(records, baseline="metaadamw-frozen", profiles=profiles)["difference"]
+        main = main_report.table_of_tasks(records, profiles=profiles)
+        control = main_report.table_of_tasks(records, baseline="metaadamw-frozen", profiles=profiles)["difference"]
         table = main[["profile", "planned", "power", "improvements"]].assign(
             task=main.index,
             how=how,
@@ -96,15 +96,15 @@ def short(task: str) -> str:
 
 def gains_with_alpha(records: Records) -> dict[str, Any] | None:
     """In how many pairs on WikiText-2 gain and loss go with the output layer's α, in the profile with most pairs."""
-    table = report.alphas_and_gains(records, MAIN, "paper")
+    table = main_report.alphas_and_gains(records, MAIN, "paper")
     table = table[table["group"] == OUTPUT_LAYER]
     if table.empty:
         return None
-    profile = table["profile"].value_counts().reindex([*report.TESTED]).idxmax()
+    profile = table["profile"].value_counts().reindex([*main_report.TESTED]).idxmax()
     pairs = table[table["profile"] == profile]
     count = int(((pairs["alpha"] > 1) == (pairs["gain"] > 0)).sum())
     return {
-        "how": report.TESTED[str(profile)],
+        "how": main_report.TESTED[str(profile)],
         "count": count,
         "pairs": len(pairs),
         "share": exact_share(count, len(pairs)),
@@ -124,7 +124,7 @@ def random_phis() -> dict[str, Any] | None:
 def logged_runs() -> dict[str, Any]:
     """How many of the released logs' runs of MetaAdamW do not reach the published AdamW, by task."""
     losing = {}
-    for name, row in report.paper_table(2).iterrows():
+    for name, row in paper_table(2).iterrows():
         task, values = TASKS[str(name)], released.released_log(str(name))["value"].astype(float)
         below = values > row["adamw"] if task.lower_is_better else values < row["adamw"]
         losing[str(name)] = (int(below.sum()), len(values))
@@ -137,7 +137,7 @@ def facts(records: Records, rows: pd.DataFrame) -> dict[str, Any]:
     tested = rows[rows["gain"].map(lambda d: d.seeds >= ENOUGH_SEEDS)]
     pairs = pd.concat([*tested["improvements"]]) if len(tested) else pd.Series(dtype=float)
     won = int((pairs > 0).sum())
-    gained: Any = report.paper_table(2)["improvement_percent"]
+    gained: Any = paper_table(2)["improvement_percent"]
     papers = rows["task"].isin(gained.index)
     trained = papers & (rows["trained_is"] == "better") & rows["trained"].map(lambda d: d.mean > 1)
     as_large = (rows["gain_is"] == "better") & (rows["gain"].map(lambda d: d.mean) >= rows["task"].map(gained))
@@ -164,7 +164,7 @@ def rendered(facts: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         autoescape=False,  # it is no HTML
     )
-    environment.filters |= {"difference": written, "percent": report.percent, "estimate": in_percent}
+    environment.filters |= {"difference": written, "percent": main_report.percent, "estimate": in_percent}
     return re.sub(r"\n   (?=\S)", " ", environment.get_template("findings.md.jinja").render(facts))
 
 
@@ -188,7 +188,7 @@ def updated(readme: str, findings: str) -> str:
 
 def drawn(rows: pd.DataFrame) -> str:
     """The numbers in the picture; it carries them, so that a test sees whether it is the records'."""
-    return report.improvements_frame(rows.set_index("task")).to_csv(index=False, float_format="%.3g")
+    return main_report.improvements_frame(rows.set_index("task")).to_csv(index=False, float_format="%.3g")
 
 
 if __name__ == "__main__":
@@ -196,5 +196,5 @@ if __name__ == "__main__":
     rows = comparisons(records)
     README.write_text(updated(README.read_text(encoding="utf-8"), rendered(facts(records, rows))), encoding="utf-8")
     figures.use_style()
-    figure = figures.plot_improvements(report.improvements_frame(rows.set_index("task")))
+    figure = figures.plot_improvements(main_report.improvements_frame(rows.set_index("task")))
     figure.savefig(PICTURE, dpi=110, metadata={"Software": None, "Description": drawn(rows)})

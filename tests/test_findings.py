@@ -7,9 +7,9 @@ import re
 
 import pandas as pd
 import pytest
+from made_records import made
 from PIL import Image
 from test_book import script
-from test_report import made
 
 from metaadamw_lite.experiments import TASKS, paired, report
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi

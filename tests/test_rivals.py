@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_report import made
+from made_records import made
 from test_variants import record
 
 from metaadamw_lite.experiments import TASKS, paired, report, rivals_report, training
@@ -17,7 +17,7 @@ from metaadamw_lite.experiments.departures import DEPARTURES
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE, released_class, their_arguments
-from metaadamw_lite.experiments.records import Records, RunKey, default_results, read_record
+from metaadamw_lite.experiments.records import Records, RunKey, default_results, paper_table, read_record
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS, best_variant, search_runs, study_runs
 from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS, LEARNING_RATES, SEEDS, VARIANTS, changed
@@ -205,7 +205,7 @@ def test_the_smoke_study_leaves_the_released_optimizer_out_without_a_clone(tmp_p
 
 
 def test_the_released_optimizer_gets_the_settings_of_table_4():
-    table = report.paper_table(4)
+    table = paper_table(4)
     for name, task in TASKS.items():
         theirs, row = their_arguments(task.settings("paper").metaadamw), table.loc[name]
         for ours in ("attn_layers", "attn_hidden_dim", "attn_heads", "feature_version", "feature_dim"):

@@ -41,8 +41,8 @@ def corrected_table(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.D
     return table.assign(p_holm=p_holm, verdict=pd.Series(verdicts, index=table.index, dtype=object))
 
 
-def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The same as text, for a page: mean with Student's interval, both p, number of seeds, verdict."""
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Format a ``corrected_table`` as text: mean with Student's interval, both p, number of seeds, verdict."""
     differences = table["difference"]
     unit = differences.iloc[0].unit if len(table) else "points"
     text = table.drop(columns=["difference", "p_holm", "verdict"])

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from metaadamw_lite.experiments import TASKS
-from metaadamw_lite.experiments.report import paper_table, repository
+from metaadamw_lite.experiments.records import paper_table, repository
 
 SETTINGS = {
     "max_epochs": "limit of epochs",

@@ -7,16 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite.experiments import TASKS, frames, main_report
 from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
 from metaadamw_lite.experiments.departures import DEPARTED
-from metaadamw_lite.experiments.paired import (
-    PairedDifference,
-    corrected,
-    improvement,
-    median_time,
-    power,
-)
+from metaadamw_lite.experiments.paired import PairedDifference, corrected, improvement, median_time, power
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED
 from metaadamw_lite.experiments.records import Records, papers_gain
@@ -40,16 +34,16 @@ def published_table(records: Records, task: str) -> pd.DataFrame:
         ValueError: for an unknown task.
     """
     columns = ["difference", "adamw", "verdict", "power"]
-    runs = report.reported(records, task, "lite")
+    runs = main_report.reported(records, task, "lite")
     if not runs:
         return pd.DataFrame(columns=columns)
-    outcome, lower_is_better = report.outcomes(report.runs_frame(runs)), TASKS[task].lower_is_better
+    outcome, lower_is_better = frames.outcomes(frames.runs_frame(runs)), TASKS[task].lower_is_better
     rows = dict[str, tuple[PairedDifference, PairedDifference | None]]()
     for variant in (*DEPARTED, *RELEASED):
-        arm, metaadamw, adamw = report.by_seed(outcome, "paper", variant, "metaadamw", "adamw")
+        arm, metaadamw, adamw = frames.by_seed(outcome, "paper", variant, "metaadamw", "adamw")
         if len(arm):
             rows[variant] = improvement(arm, metaadamw, lower_is_better), improvement(arm, adamw, lower_is_better)
-    trained, frozen = report.by_seed(outcome, "paper", *RELEASED)
+    trained, frozen = frames.by_seed(outcome, "paper", *RELEASED)
     if len(trained) and len(frozen):
         rows[TRAINED_RELEASE] = improvement(trained, frozen, lower_is_better), None
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns[:2], dtype=object)
@@ -80,10 +74,10 @@ def budget_table(records: Records, task: str) -> pd.DataFrame:
     baseline = "adamw, constant"
     if baseline not in chosen:
         raise ValueError(f"the search for AdamW's rate on {task} is not complete: `sweep budget/lite` makes it")
-    runs, lower_is_better = report.reported(records, task, "lite"), TASKS[task].lower_is_better
-    outcome = report.outcomes(report.runs_frame(runs))
+    runs, lower_is_better = main_report.reported(records, task, "lite"), TASKS[task].lower_is_better
+    outcome = frames.outcomes(frames.runs_frame(runs))
     chosen |= {name: (name, math.nan) for name in (*PEERS, LEARNED) if (outcome["variant"] == name).any()}
-    by_name = {name: report.by_seed(outcome, "paper", variant)[0] for name, (variant, _) in chosen.items()}
+    by_name = {name: frames.by_seed(outcome, "paper", variant)[0] for name, (variant, _) in chosen.items()}
     reference = by_name[baseline]
     variants = {variant for variant, _ in chosen.values()}
     compared = [record for record in runs if record["run"]["variant"] in variants]

@@ -5,10 +5,10 @@ import math
 
 import pandas as pd
 import pytest
+from made_records import claims_made, made, runs_of
 from test_book import script
-from test_report import claims_made, made, runs_of
 
-from metaadamw_lite.experiments import TASKS, figures, released, report
+from metaadamw_lite.experiments import TASKS, ablation_report, figures, main_report, released
 from metaadamw_lite.experiments.chapter import Evidence
 from metaadamw_lite.experiments.records import Records
 from metaadamw_lite.experiments.studies import seeds_by_power, study_runs
@@ -34,11 +34,11 @@ def whole(monkeypatch):
 
 
 def test_tables_of_all_tasks_have_a_row_for_a_task_of_ones_own(whole):
-    table = report.table_of_tasks(Records.holding(whole))
+    table = main_report.table_of_tasks(Records.holding(whole))
     assert table["seeds"].to_dict() == {"etth1": 5, "own": 5}
     assert table["power"].isna().to_dict() == {"etth1": False, "own": True}
     assert table.loc["own", "difference"] == table.loc["etth1", "difference"]
-    frame = report.improvements_frame(table).set_index("task")
+    frame = main_report.improvements_frame(table).set_index("task")
     assert frame["paper"].isna().groupby(level=0).all().to_dict() == {
         "ETTh1 forecasting (as published)": False,
         "Mine (as published)": True,
@@ -58,8 +58,8 @@ def test_a_page_on_a_task_of_ones_own_has_dashes_for_the_papers_numbers(whole):
     assert "nan" not in page.conclusion()
     assert "(the paper's run: –)" in page.conclusion()
     assert len(page.curves().axes) == len(page.pairs().axes) == 2
-    assert set(report.comparison_table("own", page.runs, figures.LABELS)["power"]) == {"–"}
-    assert report.ablation_table(Records.holding(whole), "own", "paper")["paper"].isna().all()
+    assert set(main_report.comparison_table("own", page.runs, figures.LABELS)["power"]) == {"–"}
+    assert ablation_report.ablation_table(Records.holding(whole), "own", "paper")["paper"].isna().all()
 
 
 def test_the_front_page_has_a_row_for_a_task_of_ones_own(whole, monkeypatch):
@@ -87,7 +87,7 @@ def test_a_row_of_the_ablation_that_the_paper_lacks_is_run_and_shown(monkeypatch
     monkeypatch.setitem(VARIANTS, "range-2", Variant(row.change))
     assert {key.task for key in study_runs("ablation/lite", tmp_path) if key.variant == "range-2"} == set(TASKS)
     runs = [made(v, k, [x + k], profile="lite") for v, x in (("metaadamw", 2.0), ("range-2", 1.0)) for k in range(3)]
-    table = report.ablation_table(Records.holding(runs), "etth1", "lite")
+    table = ablation_report.ablation_table(Records.holding(runs), "etth1", "lite")
     mine = table.loc[("Range of α", "2")]
     assert mine["variant"] == "range-2"
     assert not mine["baseline"]
