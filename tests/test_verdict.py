@@ -8,7 +8,7 @@ from made_records import series
 
 from metaadamw_lite.experiments import frames, paired
 from metaadamw_lite.experiments.paired import PairedDifference, improvement
-from metaadamw_lite.experiments.verdict import HOLDS, count_decided, judge
+from metaadamw_lite.experiments.verdict import HOLDS, NEVER, SAME, Verdict, count_decided, judge
 
 
 def test_equal_differences_are_a_decision_once_there_are_enough_of_them():
@@ -85,3 +85,17 @@ def test_a_difference_can_be_seen_from_the_other_side():
     assert back.reversed() == d
     assert judge(d).kind == HOLDS
     assert str(judge(back, opposite="it is better")) == "does not hold: it is better"
+
+
+def test_the_notes_of_a_verdict_say_what_it_rests_on_unless_it_rests_on_nothing():
+    assert str(Verdict(HOLDS, profile="lite", pairs=3, planned=5)) == "holds (lite runs; interim: 3 of 5 planned seeds)"
+    assert str(Verdict(HOLDS, profile="lite", pairs=5, planned=5)) == "holds (lite runs)"
+    assert str(Verdict(NEVER, "2 of 3 seeds", "lite", 2, 3)) == "not yet tested: 2 of 3 seeds"
+
+
+def test_a_verdict_has_a_short_form_without_its_reason():
+    d = paired.paired_difference(series([0.30, 0.31, 0.32, 0.29, 0.30]), "%")
+    assert judge(d).text == "equivalent (±1 %), though not zero"
+    assert judge(d).label == "equivalent (±1 %)"
+    assert judge(d).kind == SAME
+    assert not judge(d).decided

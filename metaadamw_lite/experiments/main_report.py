@@ -161,7 +161,7 @@ def comparison_table(task: str, outcome: pd.DataFrame, labels: dict[str, str]) -
                     "power": percent(power_for_paper(task, d)),
                     "log ratio": d.log_text if d.seeds else "–",
                     "seeds": d.seeds,
-                    "better?": judge(d).kind,
+                    "better?": judge(d).label,
                 }
             )
     return pd.DataFrame(rows).set_index(["protocol", "comparison"])
