@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from metaadamw_lite.experiments import TASKS, figures, phi_report, released, report
+from metaadamw_lite.experiments import TASKS, figures, main_report, phi_report, released
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     FEWEST_PAIRS,
@@ -21,6 +21,7 @@ from metaadamw_lite.experiments.paired import (
     corrected,
     exact_share,
 )
+from metaadamw_lite.experiments.records import Records, paper_table
 from metaadamw_lite.experiments.verdict import FAILS, HOLDS, NEVER, OPEN, SAME, judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,7 @@ OUTPUT_LAYER = "other/deep/weight"
 """The modulation group that is the output layer's weight in the model of WikiText-2."""
 
 
-def comparisons() -> pd.DataFrame:
+def comparisons(records: Records) -> pd.DataFrame:
     """Every comparison of MetaAdamW with AdamW and with the control under the paper's protocol.
 
     Returns:
@@ -42,10 +43,10 @@ def comparisons() -> pd.DataFrame:
         Holm's correction over the tasks of a profile, "power" for the paper's gain, and "improvements" (by seed).
     """
     parts = []
-    for profile, how in report.TESTED.items():
+    for profile, how in main_report.TESTED.items():
         profiles = dict.fromkeys(TASKS, profile)
-        main = report.table_of_tasks(profiles=profiles)
-        control = report.table_of_tasks(baseline="metaadamw-frozen", profiles=profiles)["difference"]
+        main = main_report.table_of_tasks(records, profiles=profiles)
+        control = main_report.table_of_tasks(records, baseline="metaadamw-frozen", profiles=profiles)["difference"]
         table = main[["profile", "planned", "power", "improvements"]].assign(
             task=main.index,
             how=how,
@@ -91,36 +92,36 @@ def short(task: str) -> str:
     return TASKS[task].title.split()[0]
 
 
-def gains_with_alpha() -> dict[str, Any] | None:
+def gains_with_alpha(records: Records) -> dict[str, Any] | None:
     """In how many pairs on WikiText-2 gain and loss go with the output layer's α, in the profile with most pairs."""
-    table = report.alphas_and_gains(MAIN, "paper")
+    table = main_report.alphas_and_gains(records, MAIN, "paper")
     table = table[table["group"] == OUTPUT_LAYER]
     if table.empty:
         return None
-    profile = table["profile"].value_counts().reindex([*report.TESTED]).idxmax()
+    profile = table["profile"].value_counts().reindex([*main_report.TESTED]).idxmax()
     pairs = table[table["profile"] == profile]
     count = int(((pairs["alpha"] > 1) == (pairs["gain"] > 0)).sum())
     return {
-        "how": report.TESTED[str(profile)],
+        "how": main_report.TESTED[str(profile)],
         "count": count,
         "pairs": len(pairs),
         "share": exact_share(count, len(pairs)),
     }
 
 
-def random_phis() -> dict[str, Any] | None:
+def random_phis(records: Records) -> dict[str, Any] | None:
     """Describe the gains of untrained Φ's on WikiText-2; None while fewer than ten have all their runs."""
-    whole = phi_report.null_results(MAIN).dropna()
+    whole = phi_report.null_results(records, MAIN).dropna()
     if len(whole) < FEWEST_PAIRS:
         return None
-    draws, found = phi_report.logged_runs(MAIN), phi_report.null_distribution(MAIN)
+    draws, found = phi_report.logged_runs(MAIN), phi_report.null_distribution(records, MAIN)
     return {"phis": len(whole), "share": found["share of Φ"], "draws": draws, "best": found[f"best of {draws}"]}
 
 
 def logged_runs() -> dict[str, Any]:
     """How many of the released logs' runs of MetaAdamW do not reach the published AdamW, by task."""
     losing = {}
-    for name, row in report.paper_table(2).iterrows():
+    for name, row in paper_table(2).iterrows():
         task, values = TASKS[str(name)], released.released_log(str(name))["value"].astype(float)
         below = values > row["adamw"] if task.lower_is_better else values < row["adamw"]
         losing[str(name)] = (int(below.sum()), len(values))
@@ -128,13 +129,14 @@ def logged_runs() -> dict[str, Any]:
     return {"all": sum(runs for _, runs in losing.values()), "mostly": mostly, "main": losing[MAIN]}
 
 
-def facts(rows: pd.DataFrame) -> dict[str, Any]:
+def facts(records: Records, rows: pd.DataFrame) -> dict[str, Any]:
     """Collect the template's variables from ``comparisons`` and the records of the other studies."""
     tested = rows[rows["gain"].map(lambda d: d.seeds >= ENOUGH_SEEDS)]
     pairs = pd.concat([*tested["improvements"]]) if len(tested) else pd.Series(dtype=float)
     won = int((pairs > 0).sum())
-    gained: Any = report.paper_table(2)["improvement_percent"]
-    trained = (rows["trained_is"] == "better") & rows["trained"].map(lambda d: d.mean > 1)
+    gained: Any = paper_table(2)["improvement_percent"]
+    papers = rows["task"].isin(gained.index)
+    trained = papers & (rows["trained_is"] == "better") & rows["trained"].map(lambda d: d.mean > 1)
     as_large = (rows["gain_is"] == "better") & (rows["gain"].map(lambda d: d.mean) >= rows["task"].map(gained))
     return {
         "rows": [row | {"title": short(row["task"])} for row in rows.to_dict("records")],
@@ -143,8 +145,8 @@ def facts(rows: pd.DataFrame) -> dict[str, Any]:
         "gain": answers_about(rows, "gain"),
         "trained": answers_about(rows, "trained"),
         "won": {"count": won, "pairs": len(pairs), "share": exact_share(won, len(pairs))} if len(pairs) else None,
-        "alpha": gains_with_alpha(),
-        "null": random_phis(),
+        "alpha": gains_with_alpha(records),
+        "null": random_phis(records),
         "log": logged_runs(),
         "refuted": {"trained": rows[trained]["task"].nunique(), "as_large": rows[as_large]["task"].nunique()},
     }
@@ -159,7 +161,7 @@ def rendered(facts: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         autoescape=False,  # it is no HTML
     )
-    environment.filters |= {"difference": written, "percent": report.percent, "estimate": in_percent}
+    environment.filters |= {"difference": written, "percent": main_report.percent, "estimate": in_percent}
     return re.sub(r"\n   (?=\S)", " ", environment.get_template("findings.md.jinja").render(facts))
 
 
@@ -183,12 +185,13 @@ def updated(readme: str, findings: str) -> str:
 
 def drawn(rows: pd.DataFrame) -> str:
     """The numbers in the picture; it carries them, so that a test sees whether it is the records'."""
-    return report.improvements_frame(rows.set_index("task")).to_csv(index=False, float_format="%.3g")
+    return main_report.improvements_frame(rows.set_index("task")).to_csv(index=False, float_format="%.3g")
 
 
 if __name__ == "__main__":
-    rows = comparisons()
-    README.write_text(updated(README.read_text(encoding="utf-8"), rendered(facts(rows))), encoding="utf-8")
+    records = Records()
+    rows = comparisons(records)
+    README.write_text(updated(README.read_text(encoding="utf-8"), rendered(facts(records, rows))), encoding="utf-8")
     figures.use_style()
-    figure = figures.plot_improvements(report.improvements_frame(rows.set_index("task")))
+    figure = figures.plot_improvements(main_report.improvements_frame(rows.set_index("task")))
     figure.savefig(PICTURE, dpi=110, metadata={"Software": None, "Description": drawn(rows)})

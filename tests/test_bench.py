@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from metaadamw_lite import MetaAdamW, factors, optimizer
-from metaadamw_lite.experiments import TASKS, bench, report
+from metaadamw_lite.experiments import TASKS, bench
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.claims import claims_table
+from metaadamw_lite.experiments.records import paper_table
 from metaadamw_lite.folded import FoldedModulator
 
 CPU = torch.device("cpu")
@@ -177,9 +178,9 @@ def test_a_folder_without_the_released_code_is_named(tmp_path, capsys):
     assert "nowhere has no experiments/meta_adamw.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", report.bench_records())
+@pytest.mark.parametrize("name", bench.bench_records())
 def test_a_committed_record_has_every_row_and_a_clean_revision(name):
-    record = report.bench_record(name)
+    record = bench.bench_record(name)
     assert not record["environment"]["revision"].endswith("+")
     rows = [bench.Row(**row) for row in record["rows"]]
     ours = {row.measure for row in rows if row.who == "ours"}
@@ -197,16 +198,16 @@ def test_each_record_is_a_column_and_older_ones_say_so(tmp_path, monkeypatch):
         content = {"environment": {"device": device, "revision": name[-3:]}, "rows": [*rows, theirs]}
         (tmp_path / "data" / "bench" / f"{name}.json").write_text(json.dumps(content))
 
-    monkeypatch.setattr(report, "repository", lambda: tmp_path)
+    monkeypatch.setattr(bench, "repository", lambda: tmp_path)
     (tmp_path / "data" / "bench").mkdir(parents=True)
     put("cpu", "EPYC", {"step": 3.5, "epoch": 1.04})
     put("h200-abc", "H200", {"epoch": 5.17, "step": 68.0})
-    table = bench.side_by_side(report.bench_records())
+    table = bench.side_by_side(bench.bench_records())
     assert list(table) == ["EPYC (cpu)", "H200 (before: abc)"]
     assert table.index.tolist() == ["step", "epoch"]
     assert table["H200 (before: abc)"].tolist() == ["68 (1 to 9)", "5.17 (1 to 9)"]
     put("cuda", "H200", {"step": 1.9})
-    table = bench.side_by_side(report.bench_records())
+    table = bench.side_by_side(bench.bench_records())
     assert list(table) == ["EPYC (cpu)", "H200 (uda)", "H200 (before: abc)"]
     assert table["H200 (uda)"].tolist() == ["1.9 (1 to 9)", "–"]
 
@@ -216,22 +217,22 @@ def test_what_the_bench_measured_is_judged_against_the_papers_range():
     memory = claims.loc["Peak memory of a meta-update is 1.5 to 2 times AdamW's"]
     peaks = {
         row["who"]: row["ratio"]
-        for row in report.bench_record()["rows"]
+        for row in bench.bench_record()["rows"]
         if row["measure"].startswith("peak memory") and "ETTh1" in row["measure"]
     }
     assert f"ours, ETTh1 model: {peaks['ours']:.2f} ×" in memory["ours"]
     assert ("ours, ETTh1 model: holds" in memory["verdict"]) == (1.5 <= peaks["ours"] <= 2)
     longer = claims.loc["Whole trainings take 10 to 30 % longer"]
-    totals = report.paper_table(5)["overhead_percent"]
+    totals = paper_table(5)["overhead_percent"]
     within = totals.between(10, 30).sum()
     assert f"the paper's Table 5, totals: {totals.min():+.0f} to {totals.max():+.0f} %" in longer["ours"]
     assert f"holds for {within} of 5" in longer["verdict"].split("totals")[1]
     every_100 = claims.loc[[c for c in claims.index if c.startswith("With K_meta = 100")]].iloc[0]
-    rows = pd.DataFrame(report.bench_record()["rows"])
+    rows = pd.DataFrame(bench.bench_record()["rows"])
     updates = rows[rows["measure"].str.startswith("meta-update / ") & (rows["who"] == "ours")]["ratio"]
     assert f"ours, every 100 steps: {updates.min():+.1f} to {updates.max():+.1f} %" in every_100["ours"]
     assert ("ours, every 100 steps: above the range" in every_100["verdict"]) == (updates.min() > 1.5)
-    assert report.bench_record("no such device") is None
+    assert bench.bench_record("no such device") is None
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from conftest import assert_same
 from filelock import FileLock
 
-from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, lope_study, records, report, studies, training
+from metaadamw_lite.experiments import NOISY, TASKS, datasets, etth1, lope_study, records, studies, training
 from metaadamw_lite.experiments.__main__ import main, parser
 from metaadamw_lite.experiments.datasets import DataError, DataFile, fetch
 from metaadamw_lite.experiments.lope_study import NOISE
@@ -34,6 +34,7 @@ from metaadamw_lite.experiments.records import (
     default_results,
     read_record,
     read_records,
+    repository,
     write_record,
 )
 from metaadamw_lite.experiments.studies import missing, study_runs, sweep
@@ -891,7 +892,7 @@ def test_a_record_made_with_other_settings_is_not_passed_off(tmp_path):
 
 def test_the_committed_records_were_made_with_the_settings_of_their_profiles():
     """Older ones lack some that had one value then."""
-    for record in read_records(report.repository() / "data" / "results"):
+    for record in read_records(repository() / "data" / "results"):
         key = RunKey(**record["run"])
         asked = dataclasses.asdict(training.run_settings(key))
         made = record["settings"]

@@ -7,15 +7,17 @@ import re
 
 import pandas as pd
 import pytest
+from made_records import made
 from PIL import Image
 from test_book import script
-from test_report import made
 
-from metaadamw_lite.experiments import TASKS, paired, report
+from metaadamw_lite.experiments import TASKS, paired
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi
+from metaadamw_lite.experiments.records import Records
 
 findings = script("findings")
 LOG = findings.logged_runs()
+COMMITTED = Records()
 
 DIFFERENCES = {
     "better": [6.0, 6.1, 6.2, 5.8, 5.9],
@@ -57,22 +59,22 @@ def other_evidence(monkeypatch):
     """What answers 3 and 4 rest on, to be set by a test."""
     evidence = {"gains_with_alpha": None, "random_phis": None, "logged_runs": LOG}
     for name in evidence:
-        monkeypatch.setattr(findings, name, lambda name=name: evidence[name])
+        monkeypatch.setattr(findings, name, lambda *_, name=name: evidence[name])
     return evidence
 
 
 def answers(rows):
     """The five answers, without their questions."""
-    text = findings.rendered(findings.facts(rows))
+    text = findings.rendered(findings.facts(COMMITTED, rows))
     found = re.findall(r"^\d\. \*\*.*?\?\*\* (.*)$", text, flags=re.MULTILINE)
     assert len(found) == 5
     return found
 
 
 def test_the_front_page_and_its_picture_are_those_of_the_records():
-    rows = findings.comparisons()
+    rows = findings.comparisons(COMMITTED)
     readme = findings.README.read_text(encoding="utf-8")
-    assert readme == findings.updated(readme, findings.rendered(findings.facts(rows))), "run `make findings`"
+    assert readme == findings.updated(readme, findings.rendered(findings.facts(COMMITTED, rows))), "run `make findings`"
     with Image.open(findings.PICTURE) as picture:
         assert picture.text["Description"] == findings.drawn(rows), "run `make findings`"
 
@@ -142,7 +144,7 @@ def test_verdicts_are_those_after_the_correction_over_the_tasks():
 def test_what_would_change_the_answer_is_seen_when_it_comes(other_evidence):
     def last(*kinds, **more):
         rows = compared(*kinds, **more)
-        return findings.facts(rows)["refuted"], answers(rows)[4]
+        return findings.facts(COMMITTED, rows)["refuted"], answers(rows)[4]
 
     refuted, before = last(("open", "open"), ("open", "equivalent"))
     assert refuted == {"trained": 0, "as_large": 0}
@@ -155,22 +157,21 @@ def test_what_would_change_the_answer_is_seen_when_it_comes(other_evidence):
     assert last(*[("open", "better")] * 2, task="imdb")[0]["trained"] == 1, "a task counts once, however it was tested"
 
 
-def test_random_phis_are_described_once_ten_of_them_have_all_their_runs(monkeypatch):
+def test_random_phis_are_described_once_ten_of_them_have_all_their_runs():
     records = [made("adamw", seed, [100.0 + seed], "wikitext2", "lite") for seed in (0, 1)]
     records += [
         made(frozen_phi(phi), seed, [(100.0 + seed) * (1 - k / 100)], "wikitext2", "lite")
         for k, phi in enumerate(PHI_SEEDS[:12])
         for seed in (0, 1)
     ]
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    assert findings.random_phis()["phis"] == 12
-    assert findings.random_phis()["share"].value == pytest.approx(1)
+    assert findings.random_phis(Records.holding(records))["phis"] == 12
+    assert findings.random_phis(Records.holding(records))["share"].value == pytest.approx(1)
     records[-1] = records[-1] | {"status": "failed"}
-    assert findings.random_phis()["phis"] == 11
+    assert findings.random_phis(Records.holding(records))["phis"] == 11
     del records[-6:]
-    assert findings.random_phis() is None, "fewer than ten say little of how Φ's vary"
+    assert findings.random_phis(Records.holding(records)) is None, "fewer than ten say little of how Φ's vary"
     del records[2:]
-    assert findings.random_phis() is None
+    assert findings.random_phis(Records.holding(records)) is None
 
 
 def test_logged_runs_that_do_not_reach_the_published_adamw_are_counted_in_the_direction_of_the_metric():

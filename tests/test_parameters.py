@@ -12,7 +12,7 @@ import pytest
 import torch
 from papermill.translators import PythonTranslator
 
-from metaadamw_lite.experiments import notebook, records, report
+from metaadamw_lite.experiments import notebook, records
 from metaadamw_lite.experiments.notebook import SEED, check_parameters, one_of, positive, whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,13 +250,13 @@ def test_a_chapter_runs_at_the_ends_of_what_is_allowed(name, parameters, tmp_pat
 
 def test_records_are_found_from_any_folder_by_a_package_in_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert report.repository() == ROOT
+    assert records.repository() == ROOT
 
 
 def test_a_package_outside_a_checkout_says_how_records_are_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(records, "__file__", str(tmp_path / "site-packages/metaadamw_lite/experiments/records.py"))
     with pytest.raises(FileNotFoundError, match="--cwd CHECKOUT/notebooks"):
-        report.repository()
+        records.repository()
     (tmp_path / "data" / "paper").mkdir(parents=True)
-    assert report.repository() == tmp_path, "and that of the current folder comes first"
+    assert records.repository() == tmp_path, "and that of the current folder comes first"

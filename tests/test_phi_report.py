@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from test_report import made
+from made_records import made
 
-from metaadamw_lite.experiments import phi_figures, phi_report, report
+from metaadamw_lite.experiments import phi_figures, phi_report
 from metaadamw_lite.experiments.dose import TWINS
 from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi, trained_phi
+from metaadamw_lite.experiments.records import Records
 from metaadamw_lite.experiments.transfer import TRANSFER_TASKS, transfer_from
 from metaadamw_lite.experiments.verdict import CORRECTED, FAILS, HOLDS, SAME
 
@@ -33,11 +34,11 @@ def kinds(table, column):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """``recorded(records, best)`` lets these be all records, and ``best`` the best AdamW of the search."""
+    """``recorded(records, best)`` are these records, with ``best`` the best AdamW of the search."""
 
     def put(records, best=None):
-        monkeypatch.setattr(report, "recorded", lambda task: records)
-        monkeypatch.setattr(phi_report, "best_adamw", lambda task: best)
+        monkeypatch.setattr(phi_report, "best_adamw", lambda records, task: best)
+        return Records.holding(records)
 
     return put
 
@@ -51,11 +52,11 @@ def null_records(gains, name=frozen_phi, seeds=2):
 
 def test_the_papers_gain_is_placed_among_those_of_random_phis(recorded):
     gains = {phi: 5.0 * (phi % 4 == 0) + (phi % 7) / 100 for phi in PHI_SEEDS}
-    recorded([made("adamw", k, [100.0], profile="lite") for k in range(5)] + null_records(gains))
-    table = phi_report.null_gains("etth1")
+    given = recorded([made("adamw", k, [100.0], profile="lite") for k in range(5)] + null_records(gains))
+    table = phi_report.null_gains(given, "etth1")
     assert table.shape == (32, 2)
     assert table.loc[1004].tolist() == pytest.approx([gains[1004]] * 2)
-    found = phi_report.null_distribution("etth1")
+    found = phi_report.null_distribution(given, "etth1")
     assert found["share of Φ"].value > 0.999
     assert found["share as good"].value == pytest.approx(8 / 32)
     best = found[f"best of {phi_report.logged_runs('etth1')}"]
@@ -63,21 +64,21 @@ def test_the_papers_gain_is_placed_among_those_of_random_phis(recorded):
     assert found["best of 1"].value < best.value <= found["95th percentile"].value
     assert found["95th percentile"].value == pytest.approx(max(gains.values()))
     assert phi_report.logged_runs("wikitext2") == 46
-    recorded([])
-    assert phi_report.null_gains("etth1").empty
+    given = recorded([])
+    assert phi_report.null_gains(given, "etth1").empty
 
 
 def test_a_gain_of_a_random_phi_is_over_adamw_with_the_same_seed(recorded):
     adamw = [made("adamw", k, [100.0 * (1 + k)], profile="lite") for k in range(2)]
-    recorded(adamw + [made(frozen_phi(1000), k, [90.0 * (1 + k)], profile="lite") for k in range(2)])
-    assert phi_report.null_gains("etth1").loc[1000].tolist() == pytest.approx([10.0, 10.0])
+    given = recorded(adamw + [made(frozen_phi(1000), k, [90.0 * (1 + k)], profile="lite") for k in range(2)])
+    assert phi_report.null_gains(given, "etth1").loc[1000].tolist() == pytest.approx([10.0, 10.0])
 
 
 def test_a_phi_counts_once_all_its_runs_are_there(recorded):
     half = null_records({1003: 1.0}, seeds=1)
     failed = [record | {"status": "failed"} for record in null_records({1002: 5.0})]
-    recorded([*runs_of({"adamw": 100.0}), *null_records({1000: 1.0, 1001: 2.0}), *half, *failed])
-    results = phi_report.null_results("etth1")
+    given = recorded([*runs_of({"adamw": 100.0}), *null_records({1000: 1.0, 1001: 2.0}), *half, *failed])
+    results = phi_report.null_results(given, "etth1")
     assert results.index.tolist() == [1000, 1001, 1002]
     assert results.loc[1002].isna().all(), "a failed run is there, without a result"
 
@@ -89,19 +90,19 @@ def test_the_alpha_of_a_random_phi_is_weighted_by_parameters(recorded):
     for record in records:
         alpha = list(factors[int(record["run"]["variant"].removeprefix("frozen-phi"))])
         record |= {"groups": groups, "trace": [{"step": t, "alpha": alpha, "beta": alpha} for t in (1, 2)]}
-    recorded([*runs_of({"adamw": 100.0}), *records])
-    table = phi_report.null_alphas("etth1")
+    given = recorded([*runs_of({"adamw": 100.0}), *records])
+    table = phi_report.null_alphas(given, "etth1")
     assert table.groupby("phi")["alpha"].first().to_dict() == pytest.approx({1000: 0.8, 1001: 1.0, 1002: 1.2})
     assert phi_report.rank_correlation(table, "alpha", "gain").value == pytest.approx(1)
-    recorded(runs_of({"adamw": 100.0}))
-    assert phi_report.null_alphas("etth1").empty
+    given = recorded(runs_of({"adamw": 100.0}))
+    assert phi_report.null_alphas(given, "etth1").empty
 
 
 def test_a_trained_phi_is_set_against_the_same_one_untrained(recorded):
     phis = {phi: (phi % 5) * 4.0 for phi in PHI_SEEDS}
     better = {phi: gain + 2 + phi % 3 / 10 for phi, gain in phis.items()}
-    recorded([*null_records(phis), *null_records(better, trained_phi)])
-    row = phi_report.trained_against_untrained("etth1").iloc[0]
+    given = recorded([*null_records(phis), *null_records(better, trained_phi)])
+    row = phi_report.trained_against_untrained(given, "etth1").iloc[0]
     assert row["difference"].seeds == 32
     assert 2 < row["difference"].mean < 2.5
     assert row["difference, verdict"].kind == HOLDS
@@ -112,15 +113,15 @@ def test_a_trained_phi_is_set_against_the_same_one_untrained(recorded):
 
 def test_each_rung_stands_over_adamw_and_over_the_rung_below(recorded):
     errors = {"adamw": 100.0, "adamw-lr0.002": 95.0, "ladder-one": 90.0, "ladder-groups": 80.0, "ladder-mlp": 80.0}
-    recorded(runs_of(errors), best="adamw-lr0.002")
-    table = phi_report.ladder_table("etth1")
+    given = recorded(runs_of(errors), best="adamw-lr0.002")
+    table = phi_report.ladder_table(given, "etth1")
     assert table.index.tolist() == ["ladder-one", "ladder-groups", "ladder-mlp"], "as the ladder goes; Φ has no runs"
     assert [d.mean for d in table["over AdamW"]] == pytest.approx([10, 20, 20], abs=0.2)
     assert table.loc["ladder-one", "over the best AdamW"].mean == pytest.approx(100 * 5 / 95, abs=0.2)
     assert table.loc["ladder-one", "over the rung below"] is None
     assert kinds(table, "over the rung below") == [None, HOLDS, SAME]
-    recorded(runs_of(errors))
-    assert "over the best AdamW" not in phi_report.ladder_table("etth1"), "its search is not complete"
+    given = recorded(runs_of(errors))
+    assert "over the best AdamW" not in phi_report.ladder_table(given, "etth1"), "its search is not complete"
     assert phi_report.written(table, "over the rung below")["ladder-one"] == "–"
 
 
@@ -130,8 +131,8 @@ def test_verdicts_of_a_column_are_corrected_for_its_rows(recorded):
     for record in records:  # one rung, with a p just below 0.05 by itself
         if record["run"]["variant"] == "ladder-one":
             record["best"]["metric"] = 100 - np.array([3.0, -0.5, 2.2, 4.0, 3.0])[record["run"]["seed"]]
-    recorded(records)
-    table = phi_report.ladder_table("etth1")
+    given = recorded(records)
+    table = phi_report.ladder_table(given, "etth1")
     assert 0.01 < table.loc["ladder-one", "over AdamW"].p < 0.05
     assert table.loc["ladder-one", "over AdamW, verdict"].reason == CORRECTED
 
@@ -144,45 +145,43 @@ def test_a_dose_stands_over_its_twin_with_how_far_it_moved_phi(recorded):
         if moved is not None:
             size = moved + record["run"]["seed"] / 1000
             record["meta_updates"] = [{"step": t, "alpha_moved": size * t, "log_var": []} for t in (0.5, 1)]
-    recorded(records, best="adamw")
-    table = phi_report.dose_table("etth1")
+    given = recorded(records, best="adamw")
+    table = phi_report.dose_table(given, "etth1")
     assert table.index.tolist() == [v for v in TWINS if v in errors]
     assert table.loc["dose-sgd1", "over its twin"].mean == pytest.approx(10, abs=0.2)
     assert table.loc["ladder-phi", "over its twin"].mean == pytest.approx(10, abs=0.2)
     assert table["moved"].to_dict() == pytest.approx({"dose-sgd1": 0.252, "ladder-phi": 2.002})
     assert len(phi_figures.plot_dose(table).axes[0].get_lines()) >= 2
-    recorded(runs_of({"adamw": 100.0}))
-    assert phi_report.dose_table("etth1").empty
+    given = recorded(runs_of({"adamw": 100.0}))
+    assert phi_report.dose_table(given, "etth1").empty
 
 
 def test_a_replay_stands_beside_its_source(recorded):
     names = ("metaadamw", "replay-groups-of-metaadamw", "replay-one-of-metaadamw")
-    recorded(runs_of(dict(zip(("adamw", *names), (100.0, 90.0, 90.0, 95.0), strict=True))))
-    table = phi_report.replay_table("etth1")
+    given = recorded(runs_of(dict(zip(("adamw", *names), (100.0, 90.0, 90.0, 95.0), strict=True))))
+    table = phi_report.replay_table(given, "etth1")
     assert table.index.tolist() == [*names]
     assert [d.mean for d in table["over AdamW"]] == pytest.approx([10, 10, 5], abs=0.2)
     assert kinds(table, "over the source") == [None, SAME, FAILS]
 
 
 def test_circularity_is_over_metaadamw(recorded):
-    recorded(runs_of({"adamw": 50.0, "metaadamw": 100.0, "circularity-targets": 100.0}))
-    table = phi_report.circularity_table("etth1")
+    given = recorded(runs_of({"adamw": 50.0, "metaadamw": 100.0, "circularity-targets": 100.0}))
+    table = phi_report.circularity_table(given, "etth1")
     assert table.index.tolist() == ["circularity-targets"]
     assert kinds(table, "over the loss itself") == [SAME]
 
 
-def test_transfer_has_a_row_for_the_task_and_a_column_for_the_source(recorded, monkeypatch):
-    of = {"etth1": runs_of({"adamw": 100.0, transfer_from("imdb"): 110.0}, seeds=3)}
-    recorded([])
-    monkeypatch.setattr(report, "recorded", lambda task: of.get(task, []))
-    table = phi_report.transfer_table()
+def test_transfer_has_a_row_for_the_task_and_a_column_for_the_source(recorded):
+    given = recorded(runs_of({"adamw": 100.0, transfer_from("imdb"): 110.0}, seeds=3))
+    table = phi_report.transfer_table(given)
     assert table.index.tolist() == table.columns.tolist() == list(TRANSFER_TASKS)
     assert table.loc["etth1", "imdb"].mean == pytest.approx(-10, abs=0.2)
     assert table.loc["imdb", "etth1"] is None
 
 
 def test_runs_of_searches_other_profiles_and_protocols_do_not_count(recorded):
-    recorded(
+    given = recorded(
         [
             made("adamw", 100, [1.0], profile="lite"),
             made("adamw", 0, [1.0], profile="paper"),
@@ -190,7 +189,7 @@ def test_runs_of_searches_other_profiles_and_protocols_do_not_count(recorded):
             made("adamw", 0, [2.0], profile="lite"),
         ]
     )
-    assert phi_report.small_runs("etth1")["outcome"].tolist() == [2.0]
+    assert phi_report.small_runs(given, "etth1")["outcome"].tolist() == [2.0]
 
 
 # ---------------------------------------------------------------- figures
@@ -198,8 +197,8 @@ def test_runs_of_searches_other_profiles_and_protocols_do_not_count(recorded):
 
 def test_only_differences_with_an_interval_are_drawn(recorded):
     records = runs_of({"adamw": 100.0, "ladder-one": 90.0, "ladder-phi": 80.0})
-    recorded([r for r in records if r["run"]["variant"] != "ladder-phi" or r["run"]["seed"] < 2])
-    table = phi_report.ladder_table("etth1")
+    given = recorded([r for r in records if r["run"]["variant"] != "ladder-phi" or r["run"]["seed"] < 2])
+    table = phi_report.ladder_table(given, "etth1")
     figure = phi_figures.plot_differences(table, {"over AdamW": "gain (%)", "over the rung below": "gain (%)"})
     left, right = figure.axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["ladder-one", "ladder-phi"]
@@ -209,7 +208,7 @@ def test_only_differences_with_an_interval_are_drawn(recorded):
 
 
 def test_a_missing_pair_leaves_its_cell_empty(recorded):
-    recorded([])
-    table = phi_report.transfer_table()
+    given = recorded([])
+    table = phi_report.transfer_table(given)
     cells = phi_figures.plot_transfer(table, {}).axes[0].collections[0].get_array()
     assert np.isnan(np.ma.filled(cells, math.nan)).all()

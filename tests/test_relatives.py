@@ -5,9 +5,11 @@ import math
 import pandas as pd
 import pytest
 
-from metaadamw_lite.experiments import claims, lilaw_report, lope_report, relatives, report
+from metaadamw_lite.experiments import claims, lilaw_report, lope_report, paired, relatives
 from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS
 from metaadamw_lite.experiments.lope_study import ARMS
+from metaadamw_lite.experiments.records import Records, repository
+from metaadamw_lite.experiments.verdict import count_decided
 
 
 def adaptation(variant, seed, perplexity, accuracy=0.5, task="lope-noise5"):
@@ -15,6 +17,7 @@ def adaptation(variant, seed, perplexity, accuracy=0.5, task="lope-noise5"):
     return {
         "run": {"task": task, "variant": variant, "protocol": "clean", "profile": "lite", "seed": seed},
         "status": "finished",
+        "data": "made",
         "epochs": [
             {"stage": stage, "perplexity": 1000.0 if stage != stages[-1] else perplexity, "accuracy": accuracy}
             for stage in stages
@@ -27,6 +30,7 @@ def on_wrong_labels(variant, seed, accuracy):
         "run": {"task": "cifar10-symmetric40", "variant": variant, "protocol": "clean", "profile": "lite"}
         | {"seed": seed, "source": "real"},
         "status": "finished",
+        "data": "made",
         "wrong_labels": 40,
         "samples": {"train": 100},
         "settings": {"batch_size": 30},
@@ -51,12 +55,11 @@ def test_kinds_on_which_nothing_is_learned_are_named():
         for best in values
         for variant in ("adamw", "adamw-lilaw")
     ]
-    says = lilaw_report.chance_statement(pd.DataFrame(rows))
-    assert "IMDB, symmetric 40 %: 51.5 %, chance 50 %." in says
-    assert "CIFAR" not in says
+    blind = lilaw_report.hardly_above_chance(pd.DataFrame(rows))
+    assert blind.to_dict("index") == {"IMDB, symmetric 40 %": {"best": 51.5, "chance": 50}}
     nothing = pd.DataFrame([row | {"best": math.nan} for row in rows])
-    assert "CIFAR-10, symmetric 40 %: nan %" in lilaw_report.chance_statement(nothing)
-    assert "more than 5 points above chance" in lilaw_report.chance_statement(pd.DataFrame(rows[4:]))
+    assert "CIFAR-10, symmetric 40 %" in lilaw_report.hardly_above_chance(nothing).index
+    assert lilaw_report.hardly_above_chance(pd.DataFrame(rows[4:])).empty
 
 
 def test_every_arm_has_a_label():
@@ -78,7 +81,7 @@ def test_lope_is_set_beside_each_recorded_arm_and_not_beside_itself():
     table = lope_report.lope_table(runs)
     assert list(table.index) == [("5 %", "LoRA (peft)"), ("5 %", "LoPE, discrete noise only")]
     assert set(table["verdict"].map(str)) == {"not decided: identical results"}
-    assert list(relatives.shown(table)["difference (%)"]) == ["+0.0 [+0.0, +0.0]"] * 2
+    assert list(relatives.format_table(table)["difference (%)"]) == ["+0.0 [+0.0, +0.0]"] * 2
 
 
 def test_an_arm_whose_pairs_are_all_lost_is_not_one_that_was_not_run():
@@ -86,14 +89,6 @@ def test_an_arm_whose_pairs_are_all_lost_is_not_one_that_was_not_run():
     made = [*failed, *(adaptation("lora", k, 92.0 + k) for k in range(3))]
     table = lope_report.lope_table(lope_report.adaptations_frame(made))
     assert str(table.loc[("5 %", "LoRA (peft)"), "verdict"]) == "not decided: 3 of 3 pairs lost"
-
-
-def test_arms_that_start_from_different_models_are_pointed_out():
-    records = [adaptation(arm, 0, 90.0) for arm in ("lope", "lora")]
-    assert "same model" not in lope_report.accuracy_statement(lope_report.adaptations_frame(records))
-    records[0]["epochs"][0]["perplexity"] *= 1.001
-    says = lope_report.accuracy_statement(lope_report.adaptations_frame(records))
-    assert "it was pretrained 2 times, and perplexities before adaptation differ by up to 0.1 %" in says
 
 
 def test_lope_is_judged_after_a_correction_for_all_arms_and_noises():
@@ -123,16 +118,12 @@ def test_what_a_failed_run_had_reached_is_not_its_end():
     assert ends.loc[1, ["best", *columns]].isna().all()
 
 
-def judged_claims(monkeypatch, made):
-    def recorded(study):
-        return [r for r in made if r["run"]["task"] in {key.task for key in study}]
-
-    monkeypatch.setattr(relatives, "study_records", recorded)
-    table = claims.relatives_claims_table().set_index("claim")
+def judged_claims(made):
+    table = claims.relatives_claims_table(Records.holding(made)).set_index("claim")
     return table.assign(verdict=table["verdict"].map(str))
 
 
-def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
+def test_claims_are_judged_by_their_task_and_lite_runs_say_so():
     made = [adaptation("lope", k, 90.0 + k / 10) for k in range(3)]
     made += [adaptation("lora", k, 100.0 + k) for k in range(3)]
     made += [adaptation("asymmetric-lora", k, 80.0 + k) for k in range(3)]
@@ -140,7 +131,7 @@ def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
     fifty = [on_wrong_labels("adamw", k, 0.3) for k in range(3)]
     fifty += [on_wrong_labels("adamw-lilaw", k, 0.2 + k / 1000) for k in range(3)]
     made += [r | {"run": r["run"] | {"task": "cifar10-symmetric50"}, "detection": None} for r in fifty]
-    table = judged_claims(monkeypatch, made)
+    table = judged_claims(made)
     verdicts = table["verdict"]
     lower = "Our check on a small GPT: adapted to noisy text it has a lower perplexity than LoRA"
     assert verdicts[lower] == "holds (lite runs)"
@@ -158,15 +149,15 @@ def test_claims_are_judged_by_their_task_and_lite_runs_say_so(monkeypatch):
     assert verdicts[hybrid] == "not yet tested", "an arm without records"
 
 
-def test_claims_without_records_are_not_judged(monkeypatch):
-    verdicts = judged_claims(monkeypatch, [])["verdict"]
+def test_claims_without_records_are_not_judged():
+    verdicts = judged_claims([])["verdict"]
     assert verdicts.str.startswith("not ").all()
     assert (verdicts[verdicts != "not yet tested"].str.removeprefix("not tested: ").str.len() > 10).all()
 
 
 def test_the_evidence_for_every_claim_is_a_chapter():
-    links = claims.relatives_claims_table()["evidence"].str.extract(r"\((.*)\)")[0].dropna()
-    assert set(links) <= {p.name for p in (report.repository() / "notebooks").iterdir()}
+    links = claims.relatives_claims_table(Records())["evidence"].str.extract(r"\((.*)\)")[0].dropna()
+    assert set(links) <= {p.name for p in (repository() / "notebooks").iterdir()}
 
 
 def test_a_setting_of_lilaw_is_set_beside_adamw_with_the_same_batches():
@@ -186,8 +177,10 @@ def test_a_setting_of_lilaw_is_set_beside_adamw_with_the_same_batches():
     }
     assert set(table["seeds"]) == {3}, "seeds that every setting has"
     assert set(table["meta-steps"]) == {"8"}, "two epochs of four batches, after the warm-up"
-    says = lilaw_report.sensitivity_statement(table)
-    assert "Of these 9 differences **4** are decided, and **4** after" in says, "equal differences are no test"
+    found = table.filter(like="(points)").melt()["value"]
+    assert len(found) == 9
+    decided = [sum(count_decided(d)) for d in (found, paired.corrected(found))]
+    assert decided == [4, 4], "equal differences are no test"
 
 
 def test_how_far_the_weights_of_samples_moved():
@@ -282,14 +275,6 @@ def test_what_noise_costs_is_measured_against_the_same_arm_without_noise():
     made += [adaptation("lora", 8, 1.0, task=task) for task in ("lope-noise0", "lope-noise20")]
     more = lope_report.noise_cost_table(lope_report.adaptations_frame(made)).loc["LoRA (peft)", "difference"]
     assert (more.seeds, more.lost) == (3, 0), "a seed that LoPE lacks is not lost"
-
-
-def test_accuracies_at_chance_are_called_that():
-    def at(accuracy):
-        return lope_report.accuracy_statement(lope_report.adaptations_frame([adaptation("lope", 0, 90.0, accuracy)]))
-
-    assert "no arm reads the sentiment" in at(0.502)
-    assert "no arm" not in at(0.8)
 
 
 def test_the_best_other_ranking_has_all_seeds():

@@ -3,12 +3,13 @@
 import pandas as pd
 import pytest
 
-from metaadamw_lite.experiments import TASKS, released, report
+from metaadamw_lite.experiments import TASKS, released
+from metaadamw_lite.experiments.records import paper_table
 
 
 def test_every_number_of_table_3_is_traced_to_a_logged_run():
     traced = released.behind_table3().set_index(["task", "row"])
-    cells = report.paper_table(3).drop(index="MetaAdamW", level="factor")[list(TASKS)]
+    cells = paper_table(3).drop(index="MetaAdamW", level="factor")[list(TASKS)]
     assert len(traced) == (cells.notna() & (cells != "baseline")).sum().sum()
     assert (traced["settings"] >= 1).all(), "none is the best run itself"
     shared = traced[traced["number"] == "116.13"]
@@ -28,7 +29,7 @@ def test_a_number_without_a_logged_run_is_kept_and_says_so(monkeypatch):
     assert missing["settings"].isna().all()
 
 
-@pytest.mark.parametrize(("task", "best"), list(report.paper_table(2)["metaadamw"].items()))
+@pytest.mark.parametrize(("task", "best"), list(paper_table(2)["metaadamw"].items()))
 def test_the_log_has_the_papers_best_run_once_and_nothing_better(task, best):
     values = released.released_log(task)["value"].astype(float)
     assert (values == best).sum() == 1

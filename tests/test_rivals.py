@@ -7,16 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_report import made
+from made_records import made
 from test_variants import record
 
-from metaadamw_lite.experiments import TASKS, paired, report, rivals_report, training
+from metaadamw_lite.experiments import TASKS, paired, rivals_report, training
 from metaadamw_lite.experiments.__main__ import main
 from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
 from metaadamw_lite.experiments.departures import DEPARTURES
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE, released_class, their_arguments
-from metaadamw_lite.experiments.records import RunKey, default_results, read_record
+from metaadamw_lite.experiments.records import Records, RunKey, default_results, paper_table, read_record
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS, best_variant, search_runs, study_runs
 from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS, LEARNING_RATES, SEEDS, VARIANTS, changed
@@ -204,7 +204,7 @@ def test_the_smoke_study_leaves_the_released_optimizer_out_without_a_clone(tmp_p
 
 
 def test_the_released_optimizer_gets_the_settings_of_table_4():
-    table = report.paper_table(4)
+    table = paper_table(4)
     for name, task in TASKS.items():
         theirs, row = their_arguments(task.settings("paper").metaadamw), table.loc[name]
         for ours in ("attn_layers", "attn_hidden_dim", "attn_heads", "feature_version", "feature_dim"):
@@ -272,7 +272,7 @@ def test_runs_that_do_not_reach_a_target_count_in_the_median():
     assert estimate.value == pytest.approx(math.log(2), abs=0.05)
 
 
-def test_departures_are_set_against_metaadamw(monkeypatch):
+def test_departures_are_set_against_metaadamw():
     spread = np.array([-0.02, 0.01, 0.0, 0.02, -0.01])
     results = {"adamw": 2.0, "metaadamw": 1.0, "departure-u1": 0.8, "departure-u2": 1.0, "released": 1.5}
     records = [
@@ -280,14 +280,14 @@ def test_departures_are_set_against_metaadamw(monkeypatch):
         for variant, x in results.items()
         for k in range(5)
     ]
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    table = rivals_report.published_table("etth1")
+    given = Records.holding(records)
+    table = rivals_report.published_table(given, "etth1")
     assert table.index.tolist() == ["departure-u1", "departure-u2", "released"]
     assert table.loc["departure-u1", "difference"].mean == pytest.approx(20, abs=0.5)
     assert table.loc["departure-u1", "adamw"].mean == pytest.approx(60, abs=0.5)
     assert table["verdict"].map(str).tolist()[:2] == ["holds", "equivalent (±1 %)"]
-    monkeypatch.setattr(report, "recorded", lambda task: [])
-    assert rivals_report.published_table("etth1").empty
+    given = Records.holding([])
+    assert rivals_report.published_table(given, "etth1").empty
 
 
 def test_arms_are_compared_at_the_best_rate_that_each_search_found(monkeypatch):
@@ -306,8 +306,8 @@ def test_arms_are_compared_at_the_best_rate_that_each_search_found(monkeypatch):
         for variant, x in errors.items()
         for k in (*SEEDS, *SEARCH_SEEDS)
     ]
-    monkeypatch.setattr(report, "recorded", lambda task: records)
-    table = rivals_report.budget_table("etth1")
+    given = Records.holding(records)
+    table = rivals_report.budget_table(given, "etth1")
     assert table.index.tolist() == ["adamw, constant", "metaadamw, constant", "prodigy"]
     ours = table.loc["metaadamw, constant"]
     assert ours["difference"].seeds == 5, "without the seeds of the search"
@@ -325,4 +325,4 @@ def test_arms_are_compared_at_the_best_rate_that_each_search_found(monkeypatch):
     assert table.loc["adamw, constant", "verdict"] == "–"
     monkeypatch.setattr(rivals_report, "best_variant", lambda *_: None)
     with pytest.raises(ValueError, match=r"etth1 is not complete"):
-        rivals_report.budget_table("etth1")
+        rivals_report.budget_table(given, "etth1")

@@ -10,7 +10,7 @@ from torch import nn
 
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.checks import NotFiniteError
-from metaadamw_lite.experiments import NOISY, TASKS, report, training
+from metaadamw_lite.experiments import NOISY, TASKS, frames, training
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.task import Settings
 from metaadamw_lite.experiments.training import derived_seed, run
@@ -215,6 +215,6 @@ def test_only_a_meta_update_that_is_not_finite_is_passed_over_and_not_counted(tm
     monkeypatch.setattr(MetaAdamW, "update_attention", refuses)
     record = run(RunKey("etth1", "metaadamw", "paper", "smoke", 0), tmp_path, progress=False)
     assert record["status"] == status
-    (count,) = report.runs_frame([record])["meta_updates"]
+    (count,) = frames.runs_frame([record])["meta_updates"]
     assert count == 0
     assert all(update["error"] == str(error) for update in record["meta_updates"])

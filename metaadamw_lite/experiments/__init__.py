@@ -16,7 +16,9 @@
 * ``null``, ``ladder``, ``dose``, ``replay``, ``circularity``, ``transfer``
                 the variants of the studies of random, constant and learned factors
 * ``studies``   which runs belong together, and running all that are missing
-* ``report``    tables made from records; ``paired`` has the statistics, ``claims`` the verdicts on the paper's claims
+* ``paired``    differences of paired runs and their tests; ``verdict`` what they say about a claim
+* ``frames``    records as frames, from which ``main_report``, ``ablation_report`` and ``tuning_report`` make tables;
+                ``claims`` judges the paper's claims by them
 * ``departures``, ``published``, ``budget``, ``peers``
                 variants of the studies "published" and "budget"; ``rivals_report`` has their tables
 * ``released``  the logs that come with the released code

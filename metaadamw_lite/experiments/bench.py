@@ -30,7 +30,7 @@ from metaadamw_lite.checks import check_not_negative
 from metaadamw_lite.experiments import TASKS, etth1, imdb, multi30k, wikitext2
 from metaadamw_lite.experiments.progress import progress_bar
 from metaadamw_lite.experiments.published import released_class, their_arguments
-from metaadamw_lite.experiments.records import environment, expanded, expanded_folder, write_atomically
+from metaadamw_lite.experiments.records import environment, expanded, expanded_folder, repository, write_atomically
 from metaadamw_lite.experiments.task import Batch, Task
 from metaadamw_lite.experiments.training import pick_device
 
@@ -468,8 +468,23 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
     ).set_index("measure")
 
 
+def bench_records() -> dict[str, dict[str, Any]]:
+    """The measurements of ``bench``, by the names of their files.
+
+    The latest are named by the kind of device ("cpu", "cuda"), older ones that are kept to compare with by device and
+    commit ("h200-1470adc").
+    """
+    paths = sorted((repository() / "data" / "bench").glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def bench_record(name: str = "cpu") -> dict[str, Any] | None:
+    """One of ``bench_records``; None where there is none of this name."""
+    return bench_records().get(name)
+
+
 def is_older(name: str) -> bool:
-    """Whether a measurement of this name (see ``report.bench_records``) is an older one, kept to compare with."""
+    """Whether a measurement of this name (see ``bench_records``) is an older one, kept to compare with."""
     return "-" in name
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from metaadamw_lite.experiments import bench, figures, paired, report
-from metaadamw_lite.experiments.records import RunKey
+from metaadamw_lite.experiments import bench, figures, frames, main_report, paired
+from metaadamw_lite.experiments.records import Records, RunKey, paper_table
 from metaadamw_lite.experiments.task import PROTOCOLS, Task
 from metaadamw_lite.experiments.training import run
 from metaadamw_lite.experiments.variants import ARMS
@@ -23,6 +23,7 @@ class Evidence:
     """The committed runs of a task's three arms, under each protocol at the best profile with enough seeds.
 
     Args:
+        records: of all runs.
         task: which.
 
     Raises:
@@ -30,24 +31,26 @@ class Evidence:
 
     Attributes:
         profiles: "paper" or "lite", by protocol.
-        paper: the task's row of the paper's Table 2.
-        records: the records.
+        paper: the task's row of the paper's Table 2; NaN throughout for a task that the paper lacks.
+        records: those of the runs.
         runs: a row for each, with its ``outcome``.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, records: Records, task: Task) -> None:
         self.task = task
-        self.paper: Any = report.paper_table(2).loc[task.name]
-        runs = report.main_runs(task.name)
+        self._recorded = records.of(task.name)
+        self.paper: Any = paper_table(2).reindex([task.name]).loc[task.name]
+        runs = main_report.main_runs(records, task.name)
         if runs.empty:
             raise FileNotFoundError(
                 f"no run of {task.name} is recorded; `sweep main/lite --task {task.name}` makes them"
             )
-        self.profiles = {protocol: report.best_evidence(runs, protocol) for protocol in PROTOCOLS}
-        self._all = report.outcomes(runs)
-        self.records = [r for p, profile in self.profiles.items() for r in report.main_records(task.name, p, profile)]
-        self.runs = report.outcomes(report.runs_frame(self.records))
-        self._movement = report.movement_frame(self.records)
+        self.profiles = {protocol: main_report.best_evidence(runs, protocol) for protocol in PROTOCOLS}
+        self._all = frames.outcomes(runs)
+        shown = (main_report.main_records(records, task.name, p, profile) for p, profile in self.profiles.items())
+        self.records = [record for part in shown for record in part]
+        self.runs = frames.outcomes(frames.runs_frame(self.records))
+        self._movement = frames.movement_frame(self.records)
 
     def label(self) -> str:
         """Which runs the page rests on, with a warning where they are small ones (Markdown)."""
@@ -90,22 +93,22 @@ class Evidence:
         """What the records say about the paper's claim, and what they cannot say (Markdown)."""
         lines = []
         for protocol in self.profiles:
-            d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
+            d = main_report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
             verdict = self._judge(d, protocol)
             text = f"the claim that MetaAdamW is better: **{verdict.text}**"
             says = annotate(text, verdict.profile, verdict.pairs, verdict.planned)
-            chance = report.percent(report.power_for_paper(self.task.name, d))
+            chance = main_report.percent(main_report.power_for_paper(self.task.name, d))
             lines.append(f"* Protocol `{protocol}`: {d}; {says}; power for a gain as the paper's: {chance}.")
         if self.profiles["paper"] == "paper":
             whole = self._pairs("paper", "paper")
             arms = [
                 f"{figures.LABELS[arm]} {whole[column].min():.4g} to {whole[column].max():.4g} "
-                f"(the paper's run: {self.paper[arm]:.4g})"
+                f"(the paper's run: {_printed(self.paper[arm], '.4g')})"
                 for arm, column in (("adamw", "baseline"), ("metaadamw", "arm"))
             ]
             lines.append(f"* {self.task.unit[0].upper()}{self.task.unit[1:]}, protocol `paper`: {'; '.join(arms)}.")
         lines += [f"* {few}" for few in self._whole_but_few()]
-        lines.append("* " + self.factors_statement())
+        lines.append("* " + self._describe_factors())
         if "lite" in self.profiles.values():
             lines.append(
                 f"* `python -m metaadamw_lite.experiments sweep main/paper --task {self.task.name}` makes the runs "
@@ -116,13 +119,13 @@ class Evidence:
     def _judge(self, difference: paired.PairedDifference, protocol: str) -> Verdict:
         """Judge a difference under a protocol."""
         profile = self.profiles[protocol]
-        planned = report.planned_pairs(self.task.name, self._all, protocol, profile)
+        planned = main_report.planned_pairs(self.task.name, self._all, protocol, profile)
         return judge(difference, profile=profile, planned=planned)
 
     def _pairs(self, protocol: str, profile: str) -> pd.DataFrame:
         """The outcomes of MetaAdamW ("arm") and AdamW ("baseline") by seed, and the "gain" in percent."""
         runs = self._all[self._all["profile"] == profile]
-        arm, baseline = report.by_seed(runs, protocol, "metaadamw", "adamw")
+        arm, baseline = frames.by_seed(runs, protocol, "metaadamw", "adamw")
         gain = paired.improvements_by_seed(arm, baseline, self.task.lower_is_better)
         return paired.pairs_by_seed(arm, baseline).assign(gain=gain)
 
@@ -152,7 +155,7 @@ class Evidence:
 
     def curves(self) -> Figure:
         """Validation curves, with the paper's two numbers where the runs have the paper's settings."""
-        epochs = report.epochs_frame(self.records)
+        epochs = frames.epochs_frame(self.records)
         alike = len(set(self.profiles.values())) == 1  # runs of both profiles end far from each other
         return self._titled(figures.plot_curves(epochs, PROTOCOLS, self.task, self._reference(), share_y=alike))
 
@@ -170,14 +173,14 @@ class Evidence:
     def comparisons(self) -> pd.DataFrame:
         """The arms against each other, paired by seed."""
         short = {**figures.LABELS, "metaadamw-frozen": "untrained Φ"}
-        return self._named(report.comparison_table(self.task.name, self.runs, short))
+        return self._named(main_report.comparison_table(self.task.name, self.runs, short))
 
     def last_epoch(self) -> str:
         """The comparisons of the last epochs instead of the best ones, under the paper's protocol (Markdown)."""
         last = self.runs.assign(outcome=self.runs["last"])
         lines = []
-        for arm, baseline in report.PAIRS:
-            d = report.compare(last, "paper", arm, baseline, self.task.lower_is_better)
+        for arm, baseline in main_report.PAIRS:
+            d = main_report.compare(last, "paper", arm, baseline, self.task.lower_is_better)
             who = f"{figures.LABELS[arm]} against {figures.LABELS[baseline]}"
             lines.append(f"* Last epoch, {who}: {d}; better: {self._judge(d, 'paper')}")
         return "\n".join(lines)
@@ -207,7 +210,7 @@ class Evidence:
 
     def time_to_best(self) -> pd.DataFrame:
         """The epoch in which MetaAdamW is as good as AdamW at its best, as text, where it is at all."""
-        table = report.time_to_best(self.records, self.task.lower_is_better)
+        table = main_report.time_to_best(self.records, self.task.lower_is_better)
         first = table["MetaAdamW, epoch"].map("{:.0f}".format).replace("nan", "never")
         return self._named(table.assign(**{"MetaAdamW, epoch": first}))
 
@@ -234,7 +237,7 @@ class Evidence:
 
     def _factors(self) -> pd.DataFrame:
         """Smallest, mean and largest factor of each run; in the mean a group counts by its parameters."""
-        traced, keys = report.factors_frame(self.records), ["protocol", "seed"]
+        traced, keys = frames.factors_frame(self.records), ["protocol", "seed"]
         traced = traced[traced["variant"] == "metaadamw"]
         runs = traced.groupby(keys)
         columns: dict[str, pd.Series[float]] = {}
@@ -248,7 +251,7 @@ class Evidence:
             }
         return pd.DataFrame(columns).round(3)
 
-    def factors_statement(self) -> str:
+    def _describe_factors(self) -> str:
         """What the factors did, in a few sentences for each profile (Markdown)."""
         whole, says = self._factors(), []
         for profile in dict.fromkeys(self.profiles.values()):
@@ -267,13 +270,13 @@ class Evidence:
 
     def verdict(self) -> pd.DataFrame:
         """The paper's claim, ours and what follows; a lite run says so in the cell."""
-        rows = {}
+        rows, gain = {}, _printed(self.paper["improvement_percent"], "+.2f", " %")
         for protocol, profile in self.profiles.items():
-            d = report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
+            d = main_report.compare(self.runs, protocol, "metaadamw", "adamw", self.task.lower_is_better)
             rows[protocol] = {
-                "paper (1 seed)": f"{self.paper['improvement_percent']:+.2f} %" if protocol == "paper" else "–",
+                "paper (1 seed)": gain if protocol == "paper" else "–",
                 "ours (paired)": annotate(d, profile),
-                "power for the paper's gain": report.percent(report.power_for_paper(self.task.name, d)),
+                "power for the paper's gain": main_report.percent(main_report.power_for_paper(self.task.name, d)),
                 "MetaAdamW improves on AdamW": self._judge(d, protocol),
             }
         return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
@@ -284,7 +287,7 @@ class Evidence:
         Whole runs as they were; on a GPU also an epoch's training at the paper's settings, from steps that were timed.
         """
         took: dict[tuple[str, str, int], list[float]] = {}
-        for record in report.recorded(self.task.name):
+        for record in self._recorded:
             if record["run"]["variant"] in ARMS and record["status"] != "failed":
                 where = record["environment"]
                 key = record["run"]["profile"], where["device"], where["threads"]
@@ -296,10 +299,13 @@ class Evidence:
         ]
         settings = self.task.settings("paper")
         steps = settings.meta_every * settings.meta_per_epoch  # of an epoch, to a few
-        for name, record in report.bench_records().items():
+        for name, record in bench.bench_records().items():
             if record["environment"]["device_type"] != "cpu":
                 measure = f"whole epoch, {self.task.title} (K_meta = {settings.meta_every})"
-                row = next(row for row in record["rows"] if row["measure"] == measure and row["who"] == "ours")
+                timed = (row for row in record["rows"] if row["measure"] == measure and row["who"] == "ours")
+                row = next(timed, None)
+                if row is None:
+                    continue
                 adamw, ours = steps * row["baseline_seconds"], steps * row["seconds"]
                 code = f"{'older ' if bench.is_older(name) else ''}code of {record['environment']['revision']}"
                 lines.append(
@@ -317,7 +323,8 @@ class Evidence:
             return [run(key, Path(folder), device) for key in keys]
 
     def _reference(self) -> dict[str, float]:
-        return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if self.profiles["paper"] == "paper" else {}
+        as_published = self.profiles["paper"] == "paper" and self.paper.notna().all()
+        return {arm: float(self.paper[arm]) for arm in ARMS[:2]} if as_published else {}
 
     def _titled(self, figure: Figure) -> Figure:
         figure.suptitle(f"{self.task.title}, profile: {self._profile()}", fontsize="medium")
@@ -329,3 +336,8 @@ class Evidence:
         if len(set(self.profiles.values())) == 1:
             return table.rename_axis(columns=f"profile: {self._profile()}")
         return table.rename(index={p: f"{p} ({profile} runs)" for p, profile in self.profiles.items()})
+
+
+def _printed(number: float, form: str, unit: str = "") -> str:
+    """A number of the paper for a page; a dash where it has none."""
+    return "–" if math.isnan(number) else f"{number:{form}}{unit}"

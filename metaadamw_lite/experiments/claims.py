@@ -1,5 +1,6 @@
 """The claims of the three papers, each with its number, ours, and the verdict that the records give by a rule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,7 +8,17 @@ import numpy as np
 import pandas as pd
 
 from metaadamw_lite.checks import check_choice
-from metaadamw_lite.experiments import TASKS, lilaw_report, lope_report, paired, relatives, report
+from metaadamw_lite.experiments import (
+    TASKS,
+    ablation_report,
+    bench,
+    frames,
+    lilaw_report,
+    lope_report,
+    main_report,
+    paired,
+    relatives,
+)
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
     PairedDifference,
@@ -19,7 +30,7 @@ from metaadamw_lite.experiments.paired import (
     pairs_by_seed,
     power,
 )
-from metaadamw_lite.experiments.relatives import Records
+from metaadamw_lite.experiments.records import Record, Records, paper_table, repository
 from metaadamw_lite.experiments.studies import study_runs
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.variants import ABLATIONS, SEEDS
@@ -53,7 +64,7 @@ class Finding:
         return judge(self.test, correction, opposite=self.opposite, profile=self.profile, planned=self.planned)
 
 
-def claims_table() -> pd.DataFrame:
+def claims_table(records: Records) -> pd.DataFrame:
     """One row for each claim on MetaAdamW in ``data/paper/claims.csv``, with our number, the verdict and the evidence.
 
     A claim that one test decides is judged by its p after Holm's correction over all such rows, "p (Holm)", and by that
@@ -75,10 +86,11 @@ def claims_table() -> pd.DataFrame:
 
     Claims over tasks (``all``, ``trained``) are corrected over the tasks of a protocol.
     """
-    claims = pd.read_csv(report.repository() / "data" / "paper" / "claims.csv", dtype=str)
-    main = report.table_of_tasks()
-    control = {p: report.table_of_tasks(baseline="metaadamw-frozen", protocol=p) for p in PROTOCOLS}
-    findings = pd.Series([_found(claim, main, control) for _, claim in claims.iterrows()], index=claims.index)
+    claims = pd.read_csv(repository() / "data" / "paper" / "claims.csv", dtype=str)
+    main = _of_paper(main_report.table_of_tasks(records))
+    against = {p: main_report.table_of_tasks(records, baseline="metaadamw-frozen", protocol=p) for p in PROTOCOLS}
+    control = {protocol: _of_paper(table) for protocol, table in against.items()}
+    findings = pd.Series([_found(records, claim, main, control) for _, claim in claims.iterrows()], index=claims.index)
     tests = findings.map(lambda f: f.test).dropna()
     after = corrected(tests)
     says = findings.map(lambda f: f.says)
@@ -88,7 +100,7 @@ def claims_table() -> pd.DataFrame:
     return claims[["section", "claim"]].assign(
         paper=claims["number"],
         ours=findings.map(lambda f: f.ours),
-        power=powers.reindex(claims.index).map(report.percent),
+        power=powers.reindex(claims.index).map(main_report.percent),
         **{
             "p (Holm)": after.map(lambda d: d.p).reindex(claims.index).map(p_value),
             "p (equivalent, Holm)": after.map(lambda d: d.p_equivalent).reindex(claims.index).map(p_value),
@@ -96,6 +108,11 @@ def claims_table() -> pd.DataFrame:
         verdict=says,
         evidence=claims["evidence"].map(chapter_link),
     )
+
+
+def _of_paper(table: pd.DataFrame) -> pd.DataFrame:
+    """The tasks of the paper, which are those that claims are about."""
+    return table[table.index.isin(paper_table(2).index)]
 
 
 def chapter_link(page: Any) -> str:
@@ -113,7 +130,7 @@ KINDS = (
 """Of claims; ``claims_table`` says what each is."""
 
 
-def _found(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.DataFrame]) -> Finding:
+def _found(records: Records, claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.DataFrame]) -> Finding:
     """Find the evidence on a claim."""
     kind, task = claim["kind"], claim["task"]
     check_choice("kind (of a claim)", kind, KINDS)
@@ -127,17 +144,17 @@ def _found(claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.Da
         d, profile, planned = main.loc[task, ["difference", "profile", "planned"]]
         ours = annotate(d, profile)
         if profile == "paper" and d.seeds >= ENOUGH_SEEDS:
-            gain = float(report.paper_table(2).loc[task, "improvement_percent"])
+            gain = float(paper_table(2).loc[task, "improvement_percent"])
             ours += f"; one more pair, as the paper's with {gain:+.2f} %: {d.one_more}"
         return Finding(ours, test=d, profile=profile, planned=planned)
     if kind in ("ablation", "no gain"):
-        return _found_ablation(task, claim["variant"], None if kind == "ablation" else float(claim["high"]))
+        return _found_ablation(records, task, claim["variant"], None if kind == "ablation" else float(claim["high"]))
     if kind == "necessary":
-        return _found_parts(task)
-    runs = report.main_runs(task)
-    if report.best_evidence(runs, "paper") == "lite":  # when a small run stops says nothing about one as published
+        return _found_parts(records, task)
+    runs = main_report.main_runs(records, task)
+    if main_report.best_evidence(runs, "paper") == "lite":  # when a small run stops says nothing about one as published
         return Finding("–")
-    return _found_optimum(task) if kind == "earlier" else _found_length(task, kind, runs)
+    return _found_optimum(records, task) if kind == "earlier" else _found_length(task, kind, runs)
 
 
 def _found_over_tasks(tables: dict[str, pd.DataFrame]) -> Finding:
@@ -151,25 +168,25 @@ def _found_over_tasks(tables: dict[str, pd.DataFrame]) -> Finding:
             table.index, corrected(table["difference"]), *columns, strict=True
         ):
             verdicts.append(str(judge(d, correction, profile=profile, planned=planned)))
-            chance = report.percent(report.power_for_paper(str(task), d))
+            chance = main_report.percent(main_report.power_for_paper(str(task), d))
             what = f"{d}; power for the paper's gain: {chance}" if chance != "–" else str(d)
             ours.append(f"{TASKS[str(task)].title}{where}: {annotate(what, profile)}")
         count = {v: verdicts.count(v) for v in sorted(set(verdicts))}
-        says.append(f"of {len(TASKS)} tasks{where}: " + "; ".join(f"{v} on {n}" for v, n in count.items()))
+        says.append(f"of {len(paper_table(2))} tasks{where}: " + "; ".join(f"{v} on {n}" for v, n in count.items()))
     return Finding("<br>".join(ours), "<br>".join(says))
 
 
-def _found_ablation(task: str, variant: str, gain: float | None) -> Finding:
+def _found_ablation(records: Records, task: str, variant: str, gain: float | None) -> Finding:
     """Is the variant worse than MetaAdamW, or not better by some gain? Whole runs count, where there are enough."""
-    runs = report.outcomes(report.runs_frame(report.recorded(task)))
+    runs = frames.outcomes(frames.runs_frame(records.of(task)))
     lower_is_better = TASKS[task].lower_is_better
     for profile in ("paper", "lite"):
         outcome = runs[runs["profile"] == profile]
-        arm, metaadamw = report.by_seed(outcome, "paper", variant, "metaadamw")
+        arm, metaadamw = frames.by_seed(outcome, "paper", variant, "metaadamw")
         d = improvement(arm, metaadamw, lower_is_better)
         if d.pairs < ENOUGH_SEEDS:
             continue
-        guessing = "; these accuracies are hardly above guessing" if report.near_chance(task, outcome) else ""
+        guessing = "; these accuracies are hardly above guessing" if main_report.near_chance(task, outcome) else ""
         ours = annotate(d, profile) + guessing
         if gain is None:
             return Finding(ours, test=d.reversed(), opposite="it is better", profile=profile)
@@ -178,13 +195,13 @@ def _found_ablation(task: str, variant: str, gain: float | None) -> Finding:
     return Finding("–")
 
 
-def _found_optimum(task: str) -> Finding:
+def _found_optimum(records: Records, task: str) -> Finding:
     """Is MetaAdamW as good as AdamW's best in an earlier epoch?"""
-    records = report.main_records(task, "paper", "paper")
-    reached = report.time_to_best(records, TASKS[task].lower_is_better)
+    runs = main_report.main_records(records, task, "paper", "paper")
+    reached = main_report.time_to_best(runs, TASKS[task].lower_is_better)
     never = TASKS[task].settings("paper").epochs + 1
     d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
-    seeds = [{r["run"]["seed"] for r in records if r["run"]["variant"] == arm} for arm in ("metaadamw", "adamw")]
+    seeds = [{r["run"]["seed"] for r in runs if r["run"]["variant"] == arm} for arm in ("metaadamw", "adamw")]
     d = replace(d, lost=len(set.intersection(*seeds)) - len(reached))  # those without a finite epoch
     often = (reached["MetaAdamW, epoch"] < reached["AdamW, epoch"]).sum()
     ours = f"{d}; positive is earlier ({often} of {len(reached)} pairs); never counts as epoch {never}"
@@ -195,7 +212,7 @@ def _found_length(task: str, kind: str, runs: pd.DataFrame) -> Finding:
     """Does MetaAdamW take fewer epochs until it stops ("epochs"), or more ("longer")?"""
     runs = runs[runs["profile"] == "paper"]
     whole = runs["status"].isin(["finished", "stopped early"])  # a run that diverges is not one that took less time
-    arm, baseline = report.by_seed(runs.assign(outcome=runs["epochs"].where(whole)), "paper", "metaadamw", "adamw")
+    arm, baseline = frames.by_seed(runs.assign(outcome=runs["epochs"].where(whole)), "paper", "metaadamw", "adamw")
     d = improvement(arm, baseline, lower_is_better=False)
     limit = TASKS[task].settings("paper").epochs
     pairs = pairs_by_seed(arm, baseline)
@@ -217,11 +234,11 @@ REMOVALS = (
 """The rows of Table 3 that take something away, where they are not a task's own setting."""
 
 
-def _found_parts(task: str) -> Finding:
+def _found_parts(records: Records, task: str) -> Finding:
     """Every row of a task's Table 3 that is run and takes something away: is it worse, after Holm's correction?"""
     found = {}
     for profile in ("paper", "lite"):
-        table = report.ablation_table(task, profile)
+        table = ablation_report.ablation_table(records, task, profile)
         differences = table[table["variant"].isin(REMOVALS)]["difference"]
         found[profile] = differences[differences.map(lambda d: d.pairs >= ENOUGH_SEEDS)]
     profile = max(found, key=lambda p: len(found[p]))  # "paper" once it has as many rows
@@ -236,7 +253,7 @@ def _found_parts(task: str) -> Finding:
 
 def _found_cost(claim: "pd.Series[Any]") -> Finding:
     """The range that the paper gives (columns "low" and "high") against what the bench measured on a CPU."""
-    record = report.bench_record()
+    record = bench.bench_record()
     if record is None:
         return Finding("–")
     found, text = _measured_cost(claim["kind"], record)
@@ -268,20 +285,21 @@ def _measured_cost(kind: str, record: dict[str, Any]) -> "tuple[dict[str, pd.Ser
         return {f"{who}, every 100 steps": ratios for who, ratios in of_a_step.groupby("who")["ratio"]}, "{:+.1f}"
     if kind == "frequent":
         often = ABLATIONS["updates-10"].change
-        every = {task.title: often(task.settings("paper")).meta_every for task in TASKS.values()}
         ratios = of_a_step["ratio"].rename(lambda measure: measure.split(", ")[1])
+        timed = (task for task in TASKS.values() if task.title in ratios.index)
+        every = {task.title: often(task.settings("paper")).meta_every for task in timed}
         added = {title: 100 * ratios[title] / steps for title, steps in every.items()}
         return {"ours, ten times an epoch, five tasks": pd.Series(added)}, "{:+.0f}"
     if kind == "time":
         epochs = 100 * (rows[rows.index.str.startswith("whole epoch")]["ratio"] - 1)
-        totals = report.paper_table(5)["overhead_percent"]
+        totals = paper_table(5)["overhead_percent"]
         return {"ours, epochs": epochs, "the paper's Table 5, totals": totals}, "{:+.0f}"
     parts = pd.DataFrame(record["parts"]).pivot(index="measure", columns="part", values="seconds")
     part = "Φ" if kind == "module" else "statistics"
     return {"ours, of an AdamW step": parts[part] / parts["AdamW"]}, "{:.2f}"
 
 
-def relatives_claims_table() -> pd.DataFrame:
+def relatives_claims_table(records: Records) -> pd.DataFrame:
     """One row for each claim in ``data/paper/claims_relatives.csv``, judged as the claims on MetaAdamW are.
 
     * accuracy: test accuracy with LiLAW against without, in points, on the task; with p after Holm's correction over
@@ -291,42 +309,42 @@ def relatives_claims_table() -> pd.DataFrame:
     * noise cost: how much less LoPE's perplexity rises with noise than that of the arm named in ``against``.
     * scale: needs models or data that are not at hand; not tested.
     """
-    claims = pd.read_csv(report.repository() / "data" / "paper" / "claims_relatives.csv", dtype=str)
-    results = report.repository() / "data" / "results"
-    studies = {method: study_runs(f"{method.lower()}/lite", results) for method in ("LiLAW", "LoPE")}
-    records = {method: relatives.study_records(study) for method, study in studies.items()}
+    claims = pd.read_csv(repository() / "data" / "paper" / "claims_relatives.csv", dtype=str)
+    studies = {method: study_runs(f"{method.lower()}/lite", records) for method in ("LiLAW", "LoPE")}
+    runs = {method: relatives.study_records(records, study) for method, study in studies.items()}
     rows = []
     for _, claim in claims.iterrows():
         ours: str
         says: Verdict | str
         ours, says = "–", f"not tested: {claim['why']}"
         if claim["kind"] != "scale":
-            ours, says = _judged_relative(claim, records[claim["method"]])
+            ours, says = _judged_relative(claim, runs[claim["method"]])
         link = chapter_link(claim["evidence"])
         rows.append((claim["method"], claim["claim"], claim["number"], ours, says, link))
     return pd.DataFrame(rows, columns=["method", "claim", "paper", "ours", "verdict", "evidence"])
 
 
-def _judged_relative(claim: "pd.Series[str]", records: Records) -> tuple[str, Verdict | str]:
+def _judged_relative(claim: "pd.Series[str]", runs: Sequence[Record]) -> tuple[str, Verdict | str]:
     """What the lite runs of a method's study show about a claim, with what it was measured on, and the verdict."""
     check_choice("kind (of a claim)", claim["kind"], ("accuracy", "detection", "adaptation", "noise cost"))
-    if not records:
+    if not runs:
         return "–", UNTESTED
     row: Any
     if claim["kind"] == "adaptation":
-        table = lope_report.lope_table(lope_report.adaptations_frame(records))
+        table = lope_report.lope_table(lope_report.adaptations_frame(runs))
         row = lope_report.noise_share(claim["task"]), lope_report.LOPE_LABELS[claim["against"]]
         what = f"lower perplexity, {row[0]} noise"
     elif claim["kind"] == "noise cost":
-        table = lope_report.noise_cost_table(lope_report.adaptations_frame(records))
+        table = lope_report.noise_cost_table(lope_report.adaptations_frame(runs))
         row = lope_report.LOPE_LABELS[claim["against"]]
         what = "less rise of perplexity from 0 to 20 % noise"
     elif claim["kind"] == "accuracy":
-        runs = lilaw_report.accuracies_frame([r for r in records if r["run"]["variant"] in ("adamw", "adamw-lilaw")])
-        table, row = lilaw_report.accuracy_table(runs, "best"), lilaw_report.noise_name(claim["task"])
+        arms = [r for r in runs if r["run"]["variant"] in ("adamw", "adamw-lilaw")]
+        table = lilaw_report.accuracy_table(lilaw_report.accuracies_frame(arms), "best")
+        row = lilaw_report.noise_name(claim["task"])
         what = row
     else:
-        areas = lilaw_report.detection_frame(records)
+        areas = lilaw_report.detection_frame(runs)
         tables = {area.upper(): lilaw_report.detection_against(areas, area) for area in ("auroc", "auprc")}
         spans = pd.DataFrame({area: table["difference"].map(relatives.student) for area, table in tables.items()})
         lines = [f"{noise}: {'; '.join(row)}" for noise, *row in spans.itertuples()]

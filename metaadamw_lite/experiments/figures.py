@@ -65,7 +65,7 @@ def plot_curves(
     """Validation curves of the arms, a panel for each protocol: mean over seeds, the band from lowest to highest.
 
     Args:
-        epochs: from ``report.epochs_frame``.
+        epochs: from ``frames.epochs_frame``.
         protocols: the panels.
         task: whose metric it is; an error has a logarithmic axis.
         reference: the paper's value for an arm, drawn as a thin line under the paper's protocol.
@@ -106,7 +106,7 @@ def plot_factors(factors: pd.DataFrame) -> Figure:
     """α and β of every group over the steps of one run, coloured by layer type; a panel for each factor.
 
     Args:
-        factors: from ``report.factors_frame``, of one run.
+        factors: from ``frames.factors_frame``, of one run.
     """
     factors = factors.assign(type=factors["group"].str.split("/").str[0], kind=factors["group"].str.split("/").str[2])
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.0), sharex=True, sharey=True)
@@ -134,7 +134,7 @@ def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], task: Task, refere
     """What every run reports, runs of one seed connected; a panel for each protocol.
 
     Args:
-        outcome: from ``report.outcomes``.
+        outcome: from ``frames.outcomes``.
         titles: the protocols and the titles of their panels.
         task: whose metric it is.
         reference: the paper's value for an arm, drawn as a line in the panel of the paper's protocol.
@@ -172,7 +172,7 @@ def plot_learning_rates(search: pd.DataFrame, task: Task, reference: float) -> F
     """The best validation metric of AdamW over its learning rate: mean and range over the seeds of the search.
 
     Args:
-        search: from ``report.searched``.
+        search: from ``tuning_report.searched``.
         task: whose metric it is; an error has a logarithmic axis.
         reference: the paper's learning rate, drawn as a line.
     """
@@ -195,7 +195,7 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
     """The improvement of every pair, a row for each task, with the mean and the paper's number.
 
     Args:
-        improvements: from ``report.improvements_frame``.
+        improvements: from ``main_report.improvements_frame``.
     """
     figure, ax = plt.subplots(figsize=(7.6, 0.7 * improvements["task"].nunique() + 1.4))
     sns.stripplot(
@@ -219,7 +219,7 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
     ax.set_xscale("symlog", linthresh=LINEAR_TO)
     ticks = [tick for size in (5, 10, 30, 100) for tick in (-size, size)]
     shown = improvements[["improvement", "paper"]].to_numpy(dtype=float)
-    left, right = 1.3 * min(shown.min(), -LINEAR_TO), 1.3 * max(shown.max(), LINEAR_TO)
+    left, right = 1.3 * min(np.nanmin(shown), -LINEAR_TO), 1.3 * max(np.nanmax(shown), LINEAR_TO)
     ax.set(xlim=(left, right), ylabel="")
     ax.set_xticks([0, *(tick for tick in ticks if left < tick < right)])
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")
@@ -290,7 +290,7 @@ def plot_alpha_and_gain(pairs: pd.DataFrame) -> Figure:
     """What each pair of runs gains over the output layer's α in its MetaAdamW run, a panel for each task.
 
     Args:
-        pairs: the rows of that group from ``report.alphas_and_gains``, with a column "task", the panel's title.
+        pairs: the rows of that group from ``main_report.alphas_and_gains``, with a column "task", the panel's title.
     """
     tasks = pairs["task"].unique()
     figure, axes = plt.subplots(1, len(tasks), figsize=(2.5 * len(tasks), 2.9), squeeze=False)
@@ -308,7 +308,7 @@ def plot_ablations(table: pd.DataFrame) -> Figure:
     """The change that each ablation makes against MetaAdamW, with Student's 95 % interval; a row for each variant.
 
     Args:
-        table: from ``report.ablation_table``; rows without a variant or without an interval are left out.
+        table: from ``ablation_report.ablation_table``; rows without a variant or without an interval are left out.
     """
     rows = table[table["variant"].notna() & (table["variant"] != "metaadamw")]
     rows = rows[[d.seeds >= ENOUGH_SEEDS for d in rows["difference"]]]
@@ -349,7 +349,7 @@ def plot_moved(runs: pd.DataFrame) -> Figure:
     """How far meta-learning moved α in each variant of Table 3: a dot for each run, on a logarithmic axis.
 
     Args:
-        runs: from ``report.movement_table``; runs that moved α by nothing at all are left out.
+        runs: from ``ablation_report.movement_table``; runs that moved α by nothing at all are left out.
     """
     moved = runs[runs["alpha_moved"] > 0]
     order = moved.groupby("change")["alpha_moved"].max().sort_values().index
@@ -364,7 +364,7 @@ def plot_movement(movement: pd.DataFrame) -> Figure:
     """How far Φ, α and log σ² are from their start after each meta-update: means and ranges over seeds.
 
     Args:
-        movement: from ``report.movement_frame``.
+        movement: from ``frames.movement_frame``.
     """
     titles = {
         "phi_moved": "Φ: distance / norm at the start",

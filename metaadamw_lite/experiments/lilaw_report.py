@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from metaadamw_lite import LiLAW
-from metaadamw_lite.experiments import NOISY, paired, relatives, report
+from metaadamw_lite.experiments import NOISY, frames, relatives
 from metaadamw_lite.experiments.figures import COLOURS, DASHES, LABELS, legend_below, student_interval
+from metaadamw_lite.experiments.main_report import ABOVE_CHANCE
 from metaadamw_lite.experiments.paired import PairedDifference, paired_difference
-from metaadamw_lite.experiments.relatives import Records
-from metaadamw_lite.experiments.verdict import count_decided
+from metaadamw_lite.experiments.records import Record
 from metaadamw_lite.lilaw import weights_of
 
 
-def accuracies_frame(records: Records) -> pd.DataFrame:
+def accuracies_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each run, accuracies and shares in percent.
 
     Columns beside the run's key: noise (what is wrong), ``wrong`` (how many of the ``train`` labels are), ``best``
@@ -90,16 +90,19 @@ def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     return relatives.corrected_table(pd.DataFrame.from_dict(rows, orient="index"), control=right)
 
 
-def chance_statement(runs: pd.DataFrame) -> str:
-    """On which kinds of noise AdamW is hardly above chance, so that accuracies say little (Markdown)."""
+def hardly_above_chance(runs: pd.DataFrame) -> pd.DataFrame:
+    """The kinds of noise on which AdamW is hardly above chance, so that accuracies say little.
+
+    Args:
+        runs: from ``accuracies_frame``.
+
+    Returns:
+        Indexed by noise: "best", AdamW's mean test accuracy, and "chance", both in percent.
+    """
     adamw = runs[runs["variant"] == "adamw"]
     chance = adamw["task"].map(lambda name: 100 / (NOISY[name].classes or math.nan))
     mean = adamw.assign(chance=chance).groupby("noise", sort=False)[["best", "chance"]].mean()
-    blind = mean[~(mean["best"] >= mean["chance"] + report.ABOVE_CHANCE)]  # NaN included
-    if blind.empty:
-        return f"AdamW is more than {report.ABOVE_CHANCE:g} points above chance on every kind of noise."
-    named = "; ".join(f"{noise}: {row['best']:.1f} %, chance {row['chance']:.0f} %" for noise, row in blind.iterrows())
-    return f"**Hardly above chance** is AdamW on some kinds; their rows say little about accuracy. {named}."
+    return mean[~(mean["best"] >= mean["chance"] + ABOVE_CHANCE)]  # NaN included
 
 
 def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -135,13 +138,6 @@ def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def sensitivity_statement(table: pd.DataFrame) -> str:
-    """How many of the differences of ``sensitivity_table`` are more than chance explains (Markdown)."""
-    found = pd.Series([d for column in table for d in table[column] if isinstance(d, PairedDifference)], dtype=object)
-    alone, left = (sum(count_decided(d)) for d in (found, paired.corrected(found)))
-    return f"Of these {len(found)} differences **{alone}** are decided, and **{left}** after Holm's correction."
-
-
 def possible_probabilities(band: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """A grid of (s[ỹ], max s), and where on it such a pair is possible for some number of classes.
 
@@ -173,7 +169,7 @@ def weights_moved(runs: pd.DataFrame) -> "pd.Series[float]":
     return pd.Series({k: float((total(*end) - before).abs().max()) for k, *end in ends.itertuples()}, dtype=float)
 
 
-def detection_frame(records: Records) -> pd.DataFrame:
+def detection_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each run, method and measure ("auroc", "auprc") of finding wrong labels."""
     return pd.DataFrame(
         [
@@ -223,7 +219,7 @@ EPOCH_LABELS = {
 }
 
 
-def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw")) -> Figure:
+def plot_epochs(records: Sequence[Record], column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw")) -> Figure:
     """Epoch by epoch, mean over seeds and the band from lowest to highest; a panel for each noise.
 
     Args:
@@ -232,7 +228,7 @@ def plot_epochs(records: Records, column: str, arms: Sequence[str] = ("adamw", "
             accuracy on validation labels.
         arms: the variants.
     """
-    epochs = report.epochs_frame(r for r in records if r["run"]["variant"] in arms).dropna(subset=column)
+    epochs = frames.epochs_frame(r for r in records if r["run"]["variant"] in arms).dropna(subset=column)
     epochs = epochs.assign(value=epochs[column].astype(float) * (1 if column == "val_loss" else 100))
     tasks = list(dict.fromkeys(epochs["task"]))
     figure, axes = _panels(len(tasks), (2.5, 2.5) if len(tasks) > 1 else (7.2, 3.8))
@@ -269,7 +265,7 @@ def _panels(count: int, size: tuple[float, float], sharex: bool = False) -> tupl
     return figure, list(axes.flat[:count])
 
 
-def plot_scalars(records: Records) -> Figure:
+def plot_scalars(records: Sequence[Record]) -> Figure:
     """α, δ and β of LiLAW over the steps of every run, a panel for each, coloured by noise."""
     rows = [
         {"noise": noise_name(r["run"]["task"]), "run": i, **point}

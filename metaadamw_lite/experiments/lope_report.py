@@ -1,17 +1,18 @@
 """What the chapter on LoPE is made of: perplexities of its arms, what masking takes, what noise costs."""
 
 import math
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from metaadamw_lite.experiments import paired, relatives, report
+from metaadamw_lite.experiments import paired, relatives
 from metaadamw_lite.experiments.figures import legend_below, student_interval
 from metaadamw_lite.experiments.lope_study import NOISE
 from metaadamw_lite.experiments.paired import PairedDifference
-from metaadamw_lite.experiments.relatives import Records
+from metaadamw_lite.experiments.records import Record
 
 LOPE_LABELS = {
     "lora": "LoRA (peft)",
@@ -31,7 +32,7 @@ def noise_share(task: str) -> str:
     return f"{100 * NOISE[task]:.0f} %"
 
 
-def adaptations_frame(records: Records) -> pd.DataFrame:
+def adaptations_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row for each adaptation and each point at which it was tested on clean reviews.
 
     Columns beside the run's key: noise (share of the words of the adaptation data, as text), ``at`` ("pretrained",
@@ -70,27 +71,6 @@ def adaptations_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     ).unstack()
     arms = [arm for arm in LOPE_LABELS if arm in text.index]
     return text.reindex(arms).fillna("–").rename(index=LOPE_LABELS).rename_axis(index=None, columns="noise")
-
-
-def accuracy_statement(runs: pd.DataFrame) -> str:
-    """Where the runs start from, and whether any of them tells good reviews from bad ones at all (Markdown)."""
-    start = runs[runs["at"] == "pretrained"]
-    before = start[["perplexity", "accuracy"]].mean()
-    low, high = runs[runs["final"]]["accuracy"].agg(["min", "max"])
-    says = (
-        f"Before any adaptation: perplexity {before['perplexity']:.0f}, accuracy {before['accuracy']:.1f} %. "
-        f"About half of the reviews are good ones, and the accuracy of all runs lies between {low:.1f} and {high:.1f} %"
-    )
-    if high < 50 + report.ABOVE_CHANCE:
-        says += ": **no arm reads the sentiment** at this size. What can be compared is perplexity"
-    models = sorted(start["perplexity"].unique())
-    if len(models) > 1:
-        spread = 100 * (models[-1] / models[0] - 1)
-        says += (
-            f".\n\n**Not all arms start from the same model**: it was pretrained {len(models)} times, and perplexities "
-            f"before adaptation differ by up to {spread:.1g} %. Small differences between arms may come from that"
-        )
-    return says + "."
 
 
 def masking_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -221,7 +201,7 @@ def plot_stages(runs: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_expert_use(records: Records) -> Figure:
+def plot_expert_use(records: Sequence[Record]) -> Figure:
     """The router's weight of the poisoning expert for clean words and for kinds of noise; a panel for each training.
 
     Mean and range over seeds, for the arms that have such an expert.

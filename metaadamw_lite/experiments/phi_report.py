@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite.experiments import TASKS, frames, main_report
 from metaadamw_lite.experiments.circularity import UNREPLACED
 from metaadamw_lite.experiments.dose import TWINS
 from metaadamw_lite.experiments.ladder import LADDER
@@ -26,32 +26,32 @@ from metaadamw_lite.experiments.paired import (
     share_as_good,
     share_of_phi,
 )
-from metaadamw_lite.experiments.records import papers_gain
+from metaadamw_lite.experiments.records import Records, papers_gain, repository
 from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS, best_variant, search_runs
 from metaadamw_lite.experiments.transfer import TRANSFER_TASKS, transfer_from
 from metaadamw_lite.experiments.verdict import Verdict, judge
 
 
-def small_runs(task: str) -> pd.DataFrame:
-    """The small whole runs of a task under the paper's protocol, from ``report.outcomes``; without those of searches.
+def small_runs(records: Records, task: str) -> pd.DataFrame:
+    """The small whole runs of a task under the paper's protocol, from ``frames.outcomes``; without those of searches.
 
     Raises:
         ValueError: for an unknown task.
     """
-    records = [r for r in report.recorded(task) if (r["run"]["profile"], r["run"]["protocol"]) == ("lite", "paper")]
-    if not records:
+    small = [r for r in records.of(task) if (r["run"]["profile"], r["run"]["protocol"]) == ("lite", "paper")]
+    if not small:
         return pd.DataFrame(columns=["protocol", "variant", "seed", "outcome"])
-    runs = report.outcomes(report.runs_frame(records))
+    runs = frames.outcomes(frames.runs_frame(small))
     return runs[~runs["seed"].isin(SEARCH_SEEDS)]
 
 
-def best_adamw(task: str) -> str | None:
+def best_adamw(records: Records, task: str) -> str | None:
     """AdamW at the constant rate that the search on small runs found; None while the search is not complete."""
-    return best_variant(search_runs(task, "paper", "lite"), report.repository() / "data" / "results")
+    return best_variant(search_runs(task, "paper", "lite"), records)
 
 
-def compare_rows(task: str, columns: Mapping[str, Mapping[str, tuple[str, str]]]) -> pd.DataFrame:
+def compare_rows(records: Records, task: str, columns: Mapping[str, Mapping[str, tuple[str, str]]]) -> pd.DataFrame:
     """Compare arms pair by pair, a family of tests for each column.
 
     Args:
@@ -65,10 +65,10 @@ def compare_rows(task: str, columns: Mapping[str, Mapping[str, tuple[str, str]]]
     Raises:
         ValueError: for an unknown task.
     """
-    runs, lower_is_better = small_runs(task), TASKS[task].lower_is_better
+    runs, lower_is_better = small_runs(records, task), TASKS[task].lower_is_better
     parts = []
     for column, rows in columns.items():
-        found = {row: report.compare(runs, "paper", *arms, lower_is_better) for row, arms in rows.items()}
+        found = {row: main_report.compare(runs, "paper", *arms, lower_is_better) for row, arms in rows.items()}
         kept = pd.Series({row: d for row, d in found.items() if d.pairs}, dtype=object, name=column)
         after = corrected(kept)
         says = [judge(d, c) for d, c in zip(kept, after, strict=True)]
@@ -81,7 +81,7 @@ def compare_rows(task: str, columns: Mapping[str, Mapping[str, tuple[str, str]]]
 # ---------------------------------------------------------------- null: random, untrained Φ's
 
 
-def null_results(task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:
+def null_results(records: Records, task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:
     """The best validation metrics of random Φ's.
 
     Args:
@@ -95,18 +95,18 @@ def null_results(task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataF
     Raises:
         ValueError: for an unknown task.
     """
-    runs = small_runs(task)
-    rows = {phi: report.by_seed(runs, "paper", name(phi))[0] for phi in PHI_SEEDS}
+    runs = small_runs(records, task)
+    rows = {phi: frames.by_seed(runs, "paper", name(phi))[0] for phi in PHI_SEEDS}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("phi")
     recorded = pd.Series({phi: len(row) for phi, row in rows.items()})
     whole = recorded[recorded == recorded.max()].index if recorded.max() else recorded[:0].index
     return table.loc[whole].sort_index(axis=1)
 
 
-def null_gains(task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:
+def null_gains(records: Records, task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:
     """The gains of random Φ's over AdamW with the same run seed, shaped as ``null_results``."""
-    results = null_results(task, name)
-    (adamw,) = report.by_seed(small_runs(task), "paper", "adamw")
+    results = null_results(records, task, name)
+    (adamw,) = frames.by_seed(small_runs(records, task), "paper", "adamw")
     return (-1 if _lower(task) else 1) * 100 * (results / adamw.reindex(results.columns) - 1)
 
 
@@ -116,11 +116,11 @@ def _lower(task: str) -> bool:
 
 def logged_runs(task: str) -> int:
     """How many runs of MetaAdamW on a task the released code's logs have; one that stands there twice counts once."""
-    log = pd.read_csv(report.repository() / "data" / "paper" / "released_log.csv").drop_duplicates()
+    log = pd.read_csv(repository() / "data" / "paper" / "released_log.csv").drop_duplicates()
     return int((log["task"] == task).sum())
 
 
-def null_distribution(task: str, name: Callable[[int], str] = frozen_phi) -> "dict[str, Estimate]":
+def null_distribution(records: Records, task: str, name: Callable[[int], str] = frozen_phi) -> "dict[str, Estimate]":
     """Where the paper's gain lies among those of random Φ's, and what a search among them finds by itself.
 
     Args:
@@ -135,12 +135,12 @@ def null_distribution(task: str, name: Callable[[int], str] = frozen_phi) -> "di
     Raises:
         ValueError: for an unknown task, or with fewer than two Φ's that have a result with each of two run seeds.
     """
-    results = null_results(task, name)
-    (adamw,) = report.by_seed(small_runs(task), "paper", "adamw")
+    results = null_results(records, task, name)
+    (adamw,) = frames.by_seed(small_runs(records, task), "paper", "adamw")
     logged = logged_runs(task)
     (mean, _), (best, high) = (best_of(results, adamw, _lower(task), k) for k in (1, logged))
     return {
-        "share of Φ": share_of_phi(null_gains(task, name)),
+        "share of Φ": share_of_phi(null_gains(records, task, name)),
         "share as good": share_as_good(results, adamw, _lower(task), papers_gain(task)),
         "best of 1": mean,
         f"best of {logged}": best,
@@ -148,7 +148,7 @@ def null_distribution(task: str, name: Callable[[int], str] = frozen_phi) -> "di
     }
 
 
-def null_alphas(task: str) -> pd.DataFrame:
+def null_alphas(records: Records, task: str) -> pd.DataFrame:
     """Whether the gain of a random Φ goes with the learning rate that it gives.
 
     Returns:
@@ -156,9 +156,9 @@ def null_alphas(task: str) -> pd.DataFrame:
         of the run, in which a group counts by its parameters.
     """
     names = {frozen_phi(phi): phi for phi in PHI_SEEDS}
-    runs = [r for r in report.recorded(task) if r["run"]["variant"] in names and r["run"]["profile"] == "lite"]
-    factors = report.factors_frame(runs)
-    gains = null_gains(task).rename_axis(columns="seed").melt(ignore_index=False, value_name="gain").dropna()
+    runs = [r for r in records.of(task) if r["run"]["variant"] in names and r["run"]["profile"] == "lite"]
+    factors = frames.factors_frame(runs)
+    gains = null_gains(records, task).rename_axis(columns="seed").melt(ignore_index=False, value_name="gain").dropna()
     if factors.empty:
         return pd.DataFrame(columns=["phi", "seed", "gain", "alpha"])
     weighted = factors.assign(weighted=factors["alpha"] * factors["parameters"])
@@ -186,13 +186,13 @@ def rank_correlation(table: pd.DataFrame, x: str, y: str) -> Estimate:
     return Estimate(spearman(means[x].to_numpy(), means[y].to_numpy()), float(interval.low), float(interval.high))
 
 
-def trained_against_untrained(task: str) -> pd.DataFrame:
+def trained_against_untrained(records: Records, task: str) -> pd.DataFrame:
     """Each fresh Φ trained as published against the same Φ untrained; one row, paired over Φ's and run seeds.
 
     Returns:
         As ``compare_rows``, with the column "difference"; a pair is a Φ, with the mean over its run seeds.
     """
-    trained, frozen = (null_results(task, name).mean(axis=1) for name in (trained_phi, frozen_phi))
+    trained, frozen = (null_results(records, task, name).mean(axis=1) for name in (trained_phi, frozen_phi))
     d = improvement(trained, frozen, _lower(task))
     return pd.DataFrame({"difference": [d], "difference, verdict": [judge(d)]}, index=["trained Φ"])
 
@@ -200,36 +200,36 @@ def trained_against_untrained(task: str) -> pd.DataFrame:
 # ---------------------------------------------------------------- ladder, dose, replay, circularity, transfer
 
 
-def ladder_table(task: str) -> pd.DataFrame:
+def ladder_table(records: Records, task: str) -> pd.DataFrame:
     """Each rung against AdamW, against AdamW at its best constant rate, and against the rung below.
 
     Returns:
         As ``compare_rows``: the columns "over AdamW", "over the best AdamW" (where its search is complete) and "over
         the rung below".
     """
-    rungs, best = list(LADDER), best_adamw(task)
+    rungs, best = list(LADDER), best_adamw(records, task)
     columns = {"over AdamW": {rung: (rung, "adamw") for rung in rungs}}
     if best is not None:
         columns["over the best AdamW"] = {rung: (rung, best) for rung in rungs}
     columns["over the rung below"] = {rung: (rung, below) for below, rung in pairwise(rungs)}
-    return compare_rows(task, columns)
+    return compare_rows(records, task, columns)
 
 
-def dose_table(task: str) -> pd.DataFrame:
+def dose_table(records: Records, task: str) -> pd.DataFrame:
     """How far a dose moved Φ, and what that gained.
 
     Returns:
         As ``compare_rows``: the columns "over its twin" and "over the best AdamW" (where its search is complete); and
         "moved", the largest change of a group's α by meta-learning in a run, the median over the runs.
     """
-    best = best_adamw(task)
+    best = best_adamw(records, task)
     columns = {"over its twin": {variant: (variant, twin) for variant, twin in TWINS.items()}}
     if best is not None:
         columns["over the best AdamW"] = {variant: (variant, best) for variant in TWINS}
-    table = compare_rows(task, columns)
-    moved = report.movement_frame(
+    table = compare_rows(records, task, columns)
+    moved = frames.movement_frame(
         r
-        for r in report.recorded(task)
+        for r in records.of(task)
         if r["run"]["profile"] == "lite" and r["run"]["variant"] in TWINS and r["run"]["protocol"] == "paper"
     )
     if moved.empty:
@@ -238,7 +238,7 @@ def dose_table(task: str) -> pd.DataFrame:
     return table.assign(moved=largest.reindex(table.index))
 
 
-def replay_table(task: str) -> pd.DataFrame:
+def replay_table(records: Records, task: str) -> pd.DataFrame:
     """AdamW with a run's own factors, held constant or as one schedule, against AdamW and against that run.
 
     Returns:
@@ -249,6 +249,7 @@ def replay_table(task: str) -> pd.DataFrame:
     replays = {name: source for source in sources for name in REPLAY if name.endswith(f"-of-{source}")}
     rows = [row for s in sources for row in (s, *(name for name, source in replays.items() if source == s))]
     return compare_rows(
+        records,
         task,
         {
             "over AdamW": {row: (row, "adamw") for row in rows},
@@ -257,16 +258,16 @@ def replay_table(task: str) -> pd.DataFrame:
     )
 
 
-def circularity_table(task: str) -> pd.DataFrame:
+def circularity_table(records: Records, task: str) -> pd.DataFrame:
     """A Φ whose loss says nothing of training, against the one that has the loss itself.
 
     Returns:
         As ``compare_rows``: the column "over the loss itself".
     """
-    return compare_rows(task, {"over the loss itself": {name: (name, of) for name, of in UNREPLACED.items()}})
+    return compare_rows(records, task, {"over the loss itself": {name: (name, of) for name, of in UNREPLACED.items()}})
 
 
-def transfer_table(tasks: Sequence[str] = TRANSFER_TASKS) -> pd.DataFrame:
+def transfer_table(records: Records, tasks: Sequence[str] = TRANSFER_TASKS) -> pd.DataFrame:
     """A Φ that was trained on one task, frozen on another, against AdamW.
 
     Returns:
@@ -275,7 +276,7 @@ def transfer_table(tasks: Sequence[str] = TRANSFER_TASKS) -> pd.DataFrame:
     """
     rows = {}
     for task in tasks:
-        table = compare_rows(task, {"gain": {source: (transfer_from(source), "adamw") for source in tasks}})
+        table = compare_rows(records, task, {"gain": {source: (transfer_from(source), "adamw") for source in tasks}})
         rows[task] = table["gain"] if len(table) else pd.Series(dtype=object)
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(index=list(tasks), columns=list(tasks)).astype(object)
     return table.where(table.notna(), None)

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ import torch
 
 from metaadamw_lite.checks import check_choice, check_seed
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
+
+Record = dict[str, Any]
+"""A run's record, as ``write_record`` wrote it."""
 
 FORMAT = 2
 _MACHINE_ERRORS = (
@@ -64,9 +68,8 @@ def paper_table(number: int) -> pd.DataFrame:
 
 
 def papers_gain(task: str) -> float:
-    """By how many percent MetaAdamW improves on AdamW in the paper's Table 2."""
-    table: Any = paper_table(2)
-    return float(table.loc[task, "improvement_percent"])
+    """By how many percent MetaAdamW improves on AdamW in the paper's Table 2; NaN for a task that the paper lacks."""
+    return float(paper_table(2)["improvement_percent"].get(task, math.nan))
 
 
 def default_results() -> Path:
@@ -176,7 +179,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_record(record: dict[str, Any], key: RunKey, results: Path) -> Path:
+def write_record(record: Record, key: RunKey, results: Path) -> Path:
     """Write the record of a run and return its path. What is not finite becomes null."""
     path = key.path(results)
     content = {"format": FORMAT, "run": asdict(key), **_finite(record)}
@@ -185,7 +188,7 @@ def write_record(record: dict[str, Any], key: RunKey, results: Path) -> Path:
     return path
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> Record:
     """Read a record.
 
     Raises:
@@ -194,7 +197,7 @@ def read_record(path: Path) -> dict[str, Any]:
         OSError: if it cannot be read, which says nothing of what is in it.
     """
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
         key = RunKey(**record["run"])
         for part in ("settings", "status", "data", "epochs", "best", "test", "environment", "digest"):
             record[part]
@@ -210,12 +213,12 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _digest(content: dict[str, Any]) -> str:
+def _digest(content: Record) -> str:
     """SHA-256 of a record's content, in whatever order its parts are: against slips, not against forgers."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_records(results: Path, task: str | None = None) -> list[dict[str, Any]]:
+def read_records(results: Path, task: str | None = None) -> list[Record]:
     """All records below a folder, of one task or of all, in the order of their paths; ``strays`` are passed over.
 
     Raises:
@@ -223,6 +226,59 @@ def read_records(results: Path, task: str | None = None) -> list[dict[str, Any]]
     """
     paths = sorted(results.glob(f"{task or '*'}/*/*.json"))
     return [read_record(path) for path in paths if _is_place_of_run(path.relative_to(results)) and path.is_file()]
+
+
+class Records:
+    """The records of a folder, each read once, when it is first asked for.
+
+    What is written afterwards is not seen; a new one sees it.
+
+    Args:
+        path: the folder; None for ``data/results`` of the checkout.
+
+    Raises:
+        FileNotFoundError: without a path and outside a checkout.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = repository() / "data" / "results" if path is None else path
+        self._by_task: dict[str, list[Record]] = {}
+        self._by_key: dict[RunKey, Record | None] = {}
+
+    @classmethod
+    def holding(cls, records: Iterable[Record]) -> "Records":
+        """Records that are at hand, of any tasks, in place of those of a folder."""
+        held, records = cls(Path()), list(records)
+        for task in _tasks():
+            held._keep(task, [record for record in records if record["run"]["task"] == task])
+        return held
+
+    def of(self, task: str) -> list[Record]:
+        """A task's records that were made from real data, in the order of their paths. Not to be changed.
+
+        Raises:
+            ValueError: for an unknown task.
+            RecordError, OSError: as ``read_record`` does.
+        """
+        check_choice("task", task, _tasks())
+        if task not in self._by_task:
+            self._keep(task, read_records(self.path, task))
+        return self._by_task[task]
+
+    def get(self, key: RunKey) -> Record | None:
+        """A run's record; None where there is none.
+
+        Raises:
+            RecordError, OSError: as ``read_record`` does.
+        """
+        if key not in self._by_key and key.task not in self._by_task:
+            path = key.path(self.path)
+            self._by_key[key] = read_record(path) if path.is_file() else None
+        return self._by_key.get(key)
+
+    def _keep(self, task: str, records: list[Record]) -> None:
+        self._by_task[task] = [record for record in records if record["data"] != "synthetic"]
+        self._by_key |= {RunKey(**record["run"]): record for record in records}
 
 
 def strays(results: Path) -> list[Path]:
@@ -250,15 +306,22 @@ _FILE = re.compile(
 
 def _is_place_of_run(place: Path) -> bool:
     """Whether TASK, TASK/VARIANT or TASK/VARIANT/FILE has the names of a task, a variant of it and a file of a run."""
-    from metaadamw_lite.experiments import NOISY, TASKS, lope_study  # which need this module
+    from metaadamw_lite.experiments import lope_study  # which need this module
     from metaadamw_lite.experiments.variants import VARIANTS
 
     task, *variant = place.parts[:2]
-    variants = lope_study.ARMS if task in lope_study.NOISE else VARIANTS if task in (*TASKS, *NOISY) else None
-    if variants is None or any(name not in variants for name in variant):
+    variants = lope_study.ARMS if task in lope_study.NOISE else VARIANTS
+    if task not in _tasks() or any(name not in variants for name in variant):
         return False
     files = place.parts[2:]
     return len(files) < 2 and all(map(_FILE.fullmatch, files))
+
+
+def _tasks() -> list[str]:
+    """The names of all tasks."""
+    from metaadamw_lite.experiments import NOISY, TASKS, lope_study  # which need this module
+
+    return [*TASKS, *NOISY, *lope_study.NOISE]
 
 
 def is_the_machines_fault(error: Exception) -> bool:

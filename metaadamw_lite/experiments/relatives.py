@@ -4,24 +4,20 @@
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import pandas as pd
 
-from metaadamw_lite.experiments import paired, report, verdict
+from metaadamw_lite.experiments import paired, verdict
 from metaadamw_lite.experiments.paired import PairedDifference, paired_difference
-from metaadamw_lite.experiments.records import RunKey
+from metaadamw_lite.experiments.records import Record, Records, RunKey
 from metaadamw_lite.experiments.studies import FEW_SEEDS
 from metaadamw_lite.experiments.verdict import NEVER, Verdict
 
-Records = Sequence[dict[str, Any]]
 
-
-def study_records(study: Sequence[RunKey]) -> list[dict[str, Any]]:
-    """The committed records of a study's runs."""
-    keys = set(study)
-    records = [r for task in dict.fromkeys(key.task for key in study) for r in report.recorded(task)]
-    return [r for r in records if RunKey(**r["run"]) in keys]
+def study_records(records: Records, study: Sequence[RunKey]) -> list[Record]:
+    """The records of a study's runs, task by task."""
+    keys, tasks = set(study), dict.fromkeys(key.task for key in study)
+    return [record for task in tasks for record in records.of(task) if RunKey(**record["run"]) in keys]
 
 
 def points_above(first: "pd.Series[float]", second: "pd.Series[float]") -> PairedDifference:
@@ -40,13 +36,13 @@ def corrected_table(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.D
     asked = ~table.index.isin(list(control))
     after = table["difference"].copy()
     after[asked] = paired.corrected(after[asked])
-    says = [judge(d, c) for d, c in zip(table["difference"], after, strict=True)]
-    verdicts = pd.Series(says, index=table.index, dtype=object)
-    return table.assign(p_holm=after.map(lambda d: d.p).where(asked), verdict=verdicts)
+    verdicts = [judge(d, c) for d, c in zip(table["difference"], after, strict=True)]
+    p_holm = after.map(lambda d: d.p).where(asked)
+    return table.assign(p_holm=p_holm, verdict=pd.Series(verdicts, index=table.index, dtype=object))
 
 
-def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The same as text, for a page: mean with Student's interval, both p, number of seeds, verdict."""
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Format a ``corrected_table`` as text: mean with Student's interval, both p, number of seeds, verdict."""
     differences = table["difference"]
     unit = differences.iloc[0].unit if len(table) else "points"
     text = table.drop(columns=["difference", "p_holm", "verdict"])

@@ -7,19 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from metaadamw_lite.experiments import TASKS, report
+from metaadamw_lite.experiments import TASKS, frames, main_report
 from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
 from metaadamw_lite.experiments.departures import DEPARTED
-from metaadamw_lite.experiments.paired import (
-    PairedDifference,
-    corrected,
-    improvement,
-    median_time,
-    power,
-)
+from metaadamw_lite.experiments.paired import PairedDifference, corrected, improvement, median_time, power
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED
-from metaadamw_lite.experiments.records import papers_gain
+from metaadamw_lite.experiments.records import Records, papers_gain
 from metaadamw_lite.experiments.studies import best_variant, search_runs
 from metaadamw_lite.experiments.variants import learning_rates
 from metaadamw_lite.experiments.verdict import judge
@@ -27,7 +21,7 @@ from metaadamw_lite.experiments.verdict import judge
 TRAINED_RELEASE = "released against released-frozen"
 
 
-def published_table(task: str) -> pd.DataFrame:
+def published_table(records: Records, task: str) -> pd.DataFrame:
     """What each departure of the released code is worth, and the released optimizer itself, in small whole runs.
 
     Returns:
@@ -40,23 +34,23 @@ def published_table(task: str) -> pd.DataFrame:
         ValueError: for an unknown task.
     """
     columns = ["difference", "adamw", "verdict", "power"]
-    records = report.reported(task, "lite")
-    if not records:
+    runs = main_report.reported(records, task, "lite")
+    if not runs:
         return pd.DataFrame(columns=columns)
-    outcome, lower_is_better = report.outcomes(report.runs_frame(records)), TASKS[task].lower_is_better
+    outcome, lower_is_better = frames.outcomes(frames.runs_frame(runs)), TASKS[task].lower_is_better
     rows = dict[str, tuple[PairedDifference, PairedDifference | None]]()
     for variant in (*DEPARTED, *RELEASED):
-        arm, metaadamw, adamw = report.by_seed(outcome, "paper", variant, "metaadamw", "adamw")
+        arm, metaadamw, adamw = frames.by_seed(outcome, "paper", variant, "metaadamw", "adamw")
         if len(arm):
             rows[variant] = improvement(arm, metaadamw, lower_is_better), improvement(arm, adamw, lower_is_better)
-    trained, frozen = report.by_seed(outcome, "paper", *RELEASED)
+    trained, frozen = frames.by_seed(outcome, "paper", *RELEASED)
     if len(trained) and len(frozen):
         rows[TRAINED_RELEASE] = improvement(trained, frozen, lower_is_better), None
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns[:2], dtype=object)
     return _judged(table, task)
 
 
-def budget_table(task: str) -> pd.DataFrame:
+def budget_table(records: Records, task: str) -> pd.DataFrame:
     """Every arm after the same search, and the peers, in small whole runs with seeds that no search has seen.
 
     Returns:
@@ -71,23 +65,22 @@ def budget_table(task: str) -> pd.DataFrame:
     Raises:
         ValueError: for an unknown task, or while the search for AdamW's constant rate is not complete.
     """
-    results = report.repository() / "data" / "results"
     grid, chosen = learning_rates("lite"), dict[str, tuple[str, float]]()
     for arm, schedule in SEARCHES:
-        best = best_variant(search_runs(task, "paper", "lite", arm, schedule), results)
+        best = best_variant(search_runs(task, "paper", "lite", arm, schedule), records)
         if best is not None:
             rates = {searched_as(arm, schedule, lr): lr for lr in grid}
             chosen[f"{arm}, {schedule}"] = best, rates[best]
     baseline = "adamw, constant"
     if baseline not in chosen:
         raise ValueError(f"the search for AdamW's rate on {task} is not complete: `sweep budget/lite` makes it")
-    records, lower_is_better = report.reported(task, "lite"), TASKS[task].lower_is_better
-    outcome = report.outcomes(report.runs_frame(records))
+    runs, lower_is_better = main_report.reported(records, task, "lite"), TASKS[task].lower_is_better
+    outcome = frames.outcomes(frames.runs_frame(runs))
     chosen |= {name: (name, math.nan) for name in (*PEERS, LEARNED) if (outcome["variant"] == name).any()}
-    by_name = {name: report.by_seed(outcome, "paper", variant)[0] for name, (variant, _) in chosen.items()}
+    by_name = {name: frames.by_seed(outcome, "paper", variant)[0] for name, (variant, _) in chosen.items()}
     reference = by_name[baseline]
     variants = {variant for variant, _ in chosen.values()}
-    compared = [record for record in records if record["run"]["variant"] in variants]
+    compared = [record for record in runs if record["run"]["variant"] in variants]
     times = time_to_target(compared, float(reference.median()), lower_is_better)
     rows = {}
     for name, (variant, rate) in chosen.items():

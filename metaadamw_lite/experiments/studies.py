@@ -32,7 +32,7 @@ from metaadamw_lite.experiments.paired import improvements_by_seed, pairs_needed
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.progress import progress_bar
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE
-from metaadamw_lite.experiments.records import RunKey, default_results, papers_gain, read_record, read_records
+from metaadamw_lite.experiments.records import Record, Records, RunKey, default_results, papers_gain, read_records
 from metaadamw_lite.experiments.replay import ENDS, REPLAY, WITH_ENDS
 from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
@@ -97,14 +97,14 @@ GPU_RUN_BYTES = 6 * 2**30
 """Memory of a GPU that a run may need; so many of them share it."""
 
 
-def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) -> list[RunKey]:
+def study_runs(study: str, results: Path | Records, tasks: Sequence[str] | None = None) -> list[RunKey]:
     """The runs of a study, in the order in which they are wanted: whole comparisons first, seed by seed.
 
     Args:
         study: the name of one of ``STUDIES``, all but "smoke" with "/paper" or "/lite" for one profile only
             (``STUDIES_OF_PHI`` and ``STUDIES_OF_RIVALS`` have only "/lite").
-        results: folder of the records: the second half of ``baseline``, the runs with the best learning rate, is known
-            only when its search is done.
+        results: the records, or their folder: the second half of ``baseline``, the runs with the best learning rate,
+            is known only when its search is done.
         tasks: only these; None for all.
 
     Raises:
@@ -116,7 +116,8 @@ def study_runs(study: str, results: Path, tasks: Sequence[str] | None = None) ->
     tasks = known if tasks is None else list(dict.fromkeys(tasks))
     for task in tasks:
         check_choice("task", task, known)
-    return [key for p in ([profile] if profile else _profiles(name)) for key in _RUNS[name](p, tasks, results)]
+    records = _records(results)
+    return [key for p in ([profile] if profile else _profiles(name)) for key in _RUNS[name](p, tasks, records)]
 
 
 def _profiles(name: str) -> list[str]:
@@ -134,7 +135,7 @@ def tasks_of(name: str) -> list[str]:
     return few.get(name, [*TASKS])
 
 
-def _main(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+def _main(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
     """The first seeds of all tasks; then, of small runs, as many as the power asks for, the cheapest task first."""
     for seed in SEEDS:
         for task in tasks:
@@ -167,14 +168,16 @@ def seeds_by_power(task: str, first: "pd.Series[float]") -> dict[str, range]:
         first: the gains of MetaAdamW over AdamW in percent in the pairs of the first five seeds, under ``paper``.
 
     Returns:
-        By protocol: 10 to 40 under ``paper``, half as many under ``clean``; the first five while one is missing.
+        By protocol: 10 to 40 under ``paper``, half as many under ``clean``; the first five while one is missing, and
+        of a task that the paper lacks.
 
     Raises:
         FileNotFoundError: outside a checkout, where the paper's gain is not at hand.
     """
-    if len(first) < len(SEEDS):
+    gain = papers_gain(task)
+    if len(first) < len(SEEDS) or math.isnan(gain):
         return dict.fromkeys(PROTOCOLS, SEEDS)
-    needed = pairs_needed(first, papers_gain(task))
+    needed = pairs_needed(first, gain)
     return {"paper": range(needed), "clean": range(math.ceil(needed / 2))}
 
 
@@ -184,7 +187,7 @@ def _metric(record: dict[str, Any]) -> float:
     return math.nan if metric is None else float(metric)
 
 
-def _baseline(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+def _baseline(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
     """The search, and for each one that is done, the runs with the best rate and the seeds of the main study."""
     for protocol in reversed(PROTOCOLS):  # under ``clean`` the search cannot see what is reported: that comes first
         for task in tasks:
@@ -204,15 +207,16 @@ def search_runs(task: str, protocol: str, profile: str, arm: str = "adamw", sche
     ]
 
 
-def best_variant(search: Sequence[RunKey], results: Path) -> str | None:
+def best_variant(search: Sequence[RunKey], results: Path | Records) -> str | None:
     """The variant with the best mean validation metric over the runs of a search, or None while one has no record.
 
     A variant with a run that failed, or has no finite epoch, is not chosen.
     """
     better = min if TASKS[search[0].task].lower_is_better else max
+    records = _records(results)
     metrics: dict[str, list[float]] = {}
     for key in search:
-        record = _record_of(key, results)
+        record = _record_of(key, records)
         if record is None:
             return None
         metrics.setdefault(key.variant, []).append(_metric(record))
@@ -220,7 +224,7 @@ def best_variant(search: Sequence[RunKey], results: Path) -> str | None:
     return better(means, key=lambda v: means[v]) if means else None
 
 
-def _ablation(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _ablation(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
     for seed in SEEDS:
         for task in tasks:
             for variant in (*ARMS[:2], *ABLATIONS):
@@ -228,7 +232,7 @@ def _ablation(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
                     yield RunKey(task, variant, "paper", profile, seed)
 
 
-def _null(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _null(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
     """Φ by Φ, so that the spread over the Φ's is known before all are run; the arms are those of ``main``."""
     for seed in NULL_SEEDS:
         yield from (RunKey(task, arm, "paper", profile, seed) for task in tasks for arm in ARMS)
@@ -238,7 +242,7 @@ def _null(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
             yield from (RunKey(task, kind(phi), "paper", profile, seed) for seed in NULL_SEEDS for kind in kinds)
 
 
-def _ladder(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+def _ladder(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
     """AdamW and the rungs, then AdamW at its best rate where that is known from ``baseline``."""
     for seed in LADDER_SEEDS:
         for task in tasks:
@@ -249,7 +253,7 @@ def _ladder(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKe
             yield from (RunKey(task, best, "paper", profile, seed) for seed in LADDER_SEEDS)
 
 
-def _dose(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _dose(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
     """On WikiText-2 every variant and its untrained twin; elsewhere ``EVERYWHERE``, beside the arms."""
     for seed in FEW_SEEDS:
         for task in sorted(tasks, key=lambda t: t != "wikitext2"):
@@ -259,19 +263,19 @@ def _dose(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
             yield from (RunKey(task, variant, "paper", profile, seed) for variant in here)
 
 
-def _replay(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+def _replay(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
     """The sources beside AdamW, and the replays of those that are recorded."""
     runs = _sources_first(REPLAY, profile, tasks, results, SEEDS)
     return (key for key in runs if key.variant not in ENDS or key.task in WITH_ENDS)
 
 
-def _transfer(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+def _transfer(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
     """Φ trained on each task, beside AdamW, then frozen on each."""
     return _sources_first(TRANSFER, profile, tasks, results, FEW_SEEDS)
 
 
 def _sources_first(
-    variants: Iterable[str], profile: str, tasks: Sequence[str], results: Path, seeds: Iterable[int]
+    variants: Iterable[str], profile: str, tasks: Sequence[str], results: Records, seeds: Iterable[int]
 ) -> Iterator[RunKey]:
     """AdamW and the sources of some variants; and the runs of these variants whose source has left factors."""
     seeds = list(seeds)
@@ -289,14 +293,14 @@ def _source(key: RunKey) -> RunKey:
     return source(key)
 
 
-def _circularity(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _circularity(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
     for seed in SEEDS:
         for task in tasks:
             variants = dict.fromkeys((*ARMS, *UNREPLACED.values(), *CIRCULARITY))
             yield from (RunKey(task, variant, "paper", profile, seed) for variant in variants)
 
 
-def _published(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _published(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
     """Departures on two tasks, and U5 where it is one; then the released optimizer on all; beside the arms."""
     for seed in SEEDS:
         for task in tasks:
@@ -308,7 +312,7 @@ def _published(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
         yield from (RunKey(task, variant, "paper", profile, seed) for task in tasks for variant in RELEASED)
 
 
-def _budget(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+def _budget(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
     """Task by task: the peers, the searches, and the best rate of each search that is done, with fresh seeds."""
     for task in tasks:
         yield from (RunKey(task, variant, "paper", profile, seed) for seed in SEEDS for variant in (*PEERS, LEARNED))
@@ -320,7 +324,7 @@ def _budget(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKe
                 yield from (RunKey(task, best, "paper", profile, seed) for seed in SEEDS)
 
 
-def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _lilaw(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
     for seed in FEW_SEEDS:
         for task in tasks:
             yield from (RunKey(task, arm, "clean", profile, seed) for arm in ("adamw", "adamw-lilaw"))
@@ -329,19 +333,19 @@ def _lilaw(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
         yield from (RunKey(SENSITIVITY_TASK, v, "clean", profile, seed) for seed in FEW_SEEDS for v in variants)
 
 
-def _together(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _together(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
     for seed in SEEDS:
         for task in tasks:
             yield from (RunKey(task, arm, "clean", profile, seed) for arm in TOGETHER)
 
 
-def _lope(profile: str, tasks: Sequence[str], _: Path) -> Iterator[RunKey]:
+def _lope(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
     for seed in FEW_SEEDS:
         for task in tasks:
             yield from (RunKey(task, arm, "clean", profile, seed) for arm in LOPE_ARMS)
 
 
-def _all(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+def _all(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
     """Every run once; those of the released optimizer only where its code is at hand."""
     studies = [name for name in _RUNS if name not in ("all", "smoke") and profile in _profiles(name)]
     wanted = ((name, [task for task in tasks if task in tasks_of(name)]) for name in studies)
@@ -349,7 +353,7 @@ def _all(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
     yield from (key for key in runs if key.variant not in RELEASED or os.environ.get(VARIABLE))
 
 
-def _smoke(profile: str, tasks: Sequence[str], results: Path) -> Iterator[RunKey]:
+def _smoke(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
     of_the_paper, wrong = ([t for t in tasks if t in group] for group in (TASKS, NOISY))
     runs = [key for study in (_main, _ablation) for key in study(profile, of_the_paper, results)]
     runs += [
@@ -399,19 +403,24 @@ _RUNS = {
 }
 
 
-def missing(runs: Sequence[RunKey], results: Path) -> list[RunKey]:
+def missing(runs: Sequence[RunKey], results: Path | Records) -> list[RunKey]:
     """Those that have no record.
 
     Raises:
         RecordError: for a file that is no record.
         ValueError: for a record that was made with other settings than those of its task and profile.
     """
-    return [key for key in runs if _record_of(key, results) is None]
+    records = _records(results)
+    return [key for key in runs if _record_of(key, records) is None]
 
 
-def _record_of(key: RunKey, results: Path) -> dict[str, Any] | None:
-    path = key.path(results)
-    return made_with(run_settings(key), read_record(path), path) if path.is_file() else None
+def _records(results: Path | Records) -> Records:
+    return results if isinstance(results, Records) else Records(results)
+
+
+def _record_of(key: RunKey, records: Records) -> Record | None:
+    record = records.get(key)
+    return None if record is None else made_with(run_settings(key), record, key.path(records.path))
 
 
 def sweep(
@@ -615,24 +624,25 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def ends(runs: Sequence[RunKey], results: Path) -> "Counter[str]":
+def ends(runs: Sequence[RunKey], results: Path | Records) -> "Counter[str]":
     """How many of some runs ended in which way ("finished", "stopped early", "diverged", "failed")."""
-    return Counter(record["status"] for key in runs if (record := _record_of(key, results)) is not None)
+    records = _records(results)
+    return Counter(record["status"] for key in runs if (record := _record_of(key, records)) is not None)
 
 
-def status(results: Path, studies: Sequence[str] = STUDIES_OF_PAPER) -> pd.DataFrame:
+def status(results: Path | Records, studies: Sequence[str] = STUDIES_OF_PAPER) -> pd.DataFrame:
     """How many runs of some studies have a record: a row for each study and profile, a column for each task.
 
     Args:
-        results: folder of the records.
+        results: the records, or their folder.
         studies: names of ``STUDIES``.
     """
-    rows = {}
+    rows, records = {}, _records(results)
     for name in studies:
         for profile in _profiles(name):
             study = f"{name}/{profile}"
-            keys = {task: study_runs(study, results, [task]) for task in tasks_of(name)}
-            rows[study] = {t: f"{len(k) - len(missing(k, results))}/{len(k)}" for t, k in keys.items()}
+            keys = {task: study_runs(study, records, [task]) for task in tasks_of(name)}
+            rows[study] = {t: f"{len(k) - len(missing(k, records))}/{len(k)}" for t, k in keys.items()}
     return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
 
 
@@ -666,13 +676,13 @@ def _hours(runs: Sequence[RunKey], seconds: Mapping[tuple[str, str], float]) -> 
 
 def status_lines(study: str, results: Path) -> str:
     """What a study has and what it lacks, a line for each task, protocol and variant, and what that would cost."""
-    rows = []
-    runs = study_runs(study, results)
+    rows, records = [], Records(results)
+    runs = study_runs(study, records)
     for task, protocol, profile, variant in dict.fromkeys((k.task, k.protocol, k.profile, k.variant) for k in runs):
         keys = [k for k in runs if (k.task, k.protocol, k.profile, k.variant) == (task, protocol, profile, variant)]
-        left = missing(keys, results)
+        left = missing(keys, records)
         note = f"missing seeds {', '.join(str(k.seed) for k in left)}" if left else "complete"
-        bad = [f"{n} {status}" for status, n in ends(keys, results).items() if status in ("diverged", "failed")]
+        bad = [f"{n} {status}" for status, n in ends(keys, records).items() if status in ("diverged", "failed")]
         rows.append((task, protocol, profile, variant, f"{len(keys) - len(left)}/{len(keys)}", "; ".join([note, *bad])))
     left = missing(runs, results)
     cost = f"{len(left)} of {len(runs)} runs are missing"

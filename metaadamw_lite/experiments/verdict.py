@@ -45,11 +45,15 @@ class Verdict:
         return self.kind in (HOLDS, FAILS)
 
     @property
+    def label(self) -> str:
+        """The kind, and how much an equivalence allows."""
+        return f"{SAME} (±{EQUIVALENT:g} %)" if self.kind == SAME else self.kind
+
+    @property
     def text(self) -> str:
         """Kind and reason."""
-        kind = f"{SAME} (±{EQUIVALENT:g} %)" if self.kind == SAME else self.kind
         between = " " if self.reason == CORRECTED else ", " if self.kind == SAME else ": "
-        return kind + between + self.reason if self.reason else kind
+        return self.label + between + self.reason if self.reason else self.label
 
     def __str__(self) -> str:
         if self.kind == NEVER:  # which rests on nothing
