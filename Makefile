@@ -26,7 +26,7 @@ check: $(READY)  ## check style, types and workflows
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)/*.yml
+	$(BIN)/python -m check_jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)/*.yml
 	$(BIN)/zizmor --offline --quiet $(WORKFLOWS)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
