@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import papermill
@@ -52,9 +53,10 @@ def test_the_page_tells_of_runs_that_passed_wait_and_failed(reexecute, monkeypat
         assert all(outcome in row for row in rows if row.startswith(f"| {chapter}_"))
     assert f"{sum('failed' not in row for row in rows)} of {len(rows)} runs passed" in status
     assert "<b>" not in page
-    for link in re.findall(r'<a href="(.*?)">', page):
+    links = [unquote(link) for link in re.findall(r'<a href="(.*?)">', page)]
+    assert len(links) == len(rows)
+    for link in links:
         assert (tmp_path / link).exists() == ("16_" not in link)
-    assert 'href="17_together.ipynb"' in page
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
