@@ -15,7 +15,6 @@ help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 book: $(READY)  ## execute every notebook, then build the HTML book at _build/html/index.html (some minutes)
-	@echo 'make book: executes the notebooks, two at a time, then builds _build/html/index.html: some minutes on two cores'
 	$(BIN)/python book/build.py
 
 # One notebook after the other: two kernels that start at the same moment may pick the same port, and one dies.
@@ -27,7 +26,7 @@ check: $(READY)  ## check style, types and workflows
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)/*.yml
+	$(BIN)/python -m check_jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)/*.yml
 	$(BIN)/zizmor --offline --quiet $(WORKFLOWS)
 
 lab: $(READY)  ## open the notebooks in JupyterLab

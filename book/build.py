@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
         except RuntimeError as error:  # two kernels that start at the same moment may pick the same port
             if "Kernel died before replying" not in str(error) or not attempts_left:
                 raise
-    print(f"executed {notebook.name}", flush=True)
 
 
 def execute_all(folder: Path, parameters: dict[str, Any]) -> None:
@@ -63,11 +63,22 @@ def execute_all(folder: Path, parameters: dict[str, Any]) -> None:
     known = {name for notebook in notebooks for name in papermill.inspect_notebook(notebook)}
     if unknown := sorted(parameters.keys() - known):
         raise ValueError(f"no notebook has a parameter {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    joblib.Parallel(n_jobs=2)(joblib.delayed(execute)(n, folder / n.name, parameters) for n in notebooks)
+    print(f"executing {len(notebooks)} notebooks, two at a time: some minutes", flush=True)
+    parallel = joblib.Parallel(n_jobs=2, return_as="generator_unordered", batch_size=1)
+    done = parallel(joblib.delayed(_timed)(n, folder / n.name, parameters) for n in notebooks)
+    for number, (name, seconds) in enumerate(done, start=1):
+        print(f"{number} of {len(notebooks)}: {name}, {seconds:.0f} s", flush=True)
+
+
+def _timed(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[str, float]:
+    began = time.monotonic()
+    execute(notebook, output, parameters)
+    return notebook.name, time.monotonic() - began
 
 
 def build() -> int:
     """Build the HTML book from ``_build/source`` and return the builder's exit code; warnings are failures."""
+    print("building the HTML book: about a minute", flush=True)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, SOURCE / name)
     shutil.copy(ROOT / "README.md", SOURCE / "README.md")  # the first page includes a part of it

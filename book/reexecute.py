@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nbformat
 import pandas as pd
@@ -79,8 +81,8 @@ def write(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     table = pd.DataFrame(rows)
     markdown = table.drop(columns="notebook").to_markdown(index=False, tablefmt="github")
     (folder / "status.md").write_text(f"# Execution status\n\n{head}\n\n{markdown}\n", encoding="utf-8")
-    html = table.to_html(index=False, formatters={"notebook": '<a href="{0}">{0}</a>'.format}, escape=True)
-    html = re.sub(r"&lt;a href=&quot;(.*?)&quot;&gt;(.*?)&lt;/a&gt;", r'<a href="\1">\2</a>', html)
+    links = [f'<a href="{quote(name)}">{escape(name)}</a>' for name in table["notebook"]]
+    html = table.map(lambda x: escape(str(x))).assign(notebook=links).to_html(index=False, escape=False)
     page = f"<!doctype html><meta charset='utf-8'><title>Execution status</title><h1>Execution status</h1><p>{head}</p>"
     (folder / "index.html").write_text(page + html + "\n", encoding="utf-8")
 

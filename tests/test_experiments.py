@@ -38,7 +38,7 @@ from metaadamw_lite.experiments.records import (
     write_record,
 )
 from metaadamw_lite.experiments.studies import missing, study_runs, sweep
-from metaadamw_lite.experiments.training import RunInProgressError, run
+from metaadamw_lite.experiments.training import RunInProgressError, run, run_settings
 from metaadamw_lite.experiments.variants import ARMS, VARIANTS
 
 EMPTY = {
@@ -515,7 +515,8 @@ def test_as_many_runs_share_a_gpu_as_its_memory_holds(free, runs, monkeypatch):
 
 
 def test_status_tells_what_is_missing(tmp_path, capsys):
-    write_record(EMPTY, RunKey("etth1", "adamw", "paper", "paper", 1), tmp_path)
+    key = RunKey("etth1", "adamw", "paper", "paper", 1)
+    write_record({**EMPTY, "settings": dataclasses.asdict(run_settings(key))}, key, tmp_path)
     assert main(["status", "--results", str(tmp_path)]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0] == list(TASKS)
@@ -725,7 +726,7 @@ def test_an_error_takes_its_lock_away(tmp_path, monkeypatch):
 def test_a_sweep_tells_how_its_runs_ended(tmp_path, monkeypatch, capsys):
     keys = [RunKey("etth1", "adamw", "paper", "smoke", seed) for seed in range(3)]
     for key, status in zip(keys, ("finished", "finished", "diverged"), strict=True):
-        write_record({**EMPTY, "status": status}, key, tmp_path)
+        write_record({**EMPTY, "settings": dataclasses.asdict(run_settings(key)), "status": status}, key, tmp_path)
     for module in (studies, sys.modules[main.__module__]):
         monkeypatch.setattr(module, "study_runs", lambda *_: keys)
     assert main(["sweep", "smoke", "--results", str(tmp_path)]) == 0

@@ -49,7 +49,8 @@ runpy.run_module("metaadamw_lite.experiments", run_name="__main__", alter_sys=Tr
     done = python(code, command)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: no package pandas")
+    assert done.stderr.startswith("error: ")
+    assert "pandas" in done.stderr
     assert "metaadamw-lite[experiments]" in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -63,7 +64,7 @@ def test_a_package_that_is_missed_later_is_told_with_its_extra_too(package, extr
 
     assert run_command(do, "") == 2
     error = capsys.readouterr().err
-    assert package.partition(".")[0] in error
+    assert f"No module named {package!r}" in error
     assert f"metaadamw-lite[{extra}]" in error
 
 

@@ -222,7 +222,8 @@ def test_a_choice_without_records_gives_the_whole_chapter_from_any_folder(name, 
     if note not in texts:
         pytest.skip("there are records now")
     assert texts.count(note) > 3
-    assert any(text and text != note for text in texts), "what needs no records is there"
+    if name != "17_together":  # all of which rests on records
+        assert any(text and text != note for text in texts), "what needs no records is there"
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 def hint(error: ModuleNotFoundError) -> str:
     """Say which extra brings the package that is missing."""
-    missing = str(error.name).partition(".")[0]
-    extra = "peers" if missing in ("dadaptation", "prodigyopt", "schedulefree") else "experiments"
-    return f"no package {missing}; it comes with an extra: pip install 'metaadamw-lite[{extra}]', or '.[{extra}]' here"
+    peers = ("dadaptation", "prodigyopt", "schedulefree")
+    extra = "peers" if str(error.name).partition(".")[0] in peers else "experiments"
+    return f"{error}; what is missing comes by pip install 'metaadamw-lite[{extra}]', or '.[{extra}]' in a checkout"
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def positive(most: float) -> Rule:
 
 TEXT = _must_be("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
 SEED = whole(0, 2**32 - 1)
-"""What the generators of torch, NumPy and Python all take."""
+"""A seed that the generators of torch, NumPy and Python all take."""
 
 
 def usable_device(name: str, value: Any) -> None:

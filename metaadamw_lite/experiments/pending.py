@@ -39,7 +39,7 @@ class PendingCells(ast.NodeTransformer):
         self._variables[_GUARD] = self
 
     def visit_Module(self, cell: ast.Module) -> ast.Module:
-        """Put a cell into the block; what its last line is worth is shown behind it."""
+        """Put a cell into the block, and show the value of its last line behind it."""
         self._assigned = set(_assigned(cell))
         guarded = ast.parse(f"with {_GUARD}:\n    {_GUARD}.shown = None\n{_GUARD}.shown")
         block, keep = guarded.body[0], guarded.body[0].body[0]  # type: ignore[attr-defined]

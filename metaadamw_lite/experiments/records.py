@@ -110,7 +110,7 @@ def expanded_folder(path: str | Path, name: str) -> Path:
 
 
 class NotRecordedError(FileNotFoundError):
-    """What a page is to show has no record yet.
+    """A page is to show runs or measurements that have no record yet.
 
     Args:
         made_by: the command that makes the records.

@@ -647,11 +647,10 @@ def status(results: Path | Records, studies: Sequence[str] = STUDIES_OF_PAPER) -
 
 
 def costs(results: Path) -> pd.DataFrame:
-    """What is missing of every study and what that would cost: a row for each study and profile.
+    """Count the missing runs of every study, and the hours they would take: a row for each study and profile.
 
-    Columns are how many runs are recorded ("3/10"), how many are missing, and the hours that these would take one
-    after the other, going by the recorded runs; "2.5 + ?" where a task has no recorded run of the profile. A run that
-    two studies share counts in both.
+    The hours are of one run after the other, each as long as the mean recorded run of its task and profile; "2.5 + ?"
+    where a task has no such run. A run that two studies share counts in both.
     """
     seconds = recorded_seconds(results, tasks_of("smoke"))  # which has all tasks
     rows = {}
