@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
-from metaadamw_lite.batches import handed_out
+from metaadamw_lite.batches import copy_containers
 from metaadamw_lite.buckets import State, moments_of
 from metaadamw_lite.checks import NotFiniteError
 from metaadamw_lite.modulator import Modulation
@@ -340,7 +340,7 @@ class Evaluator:
         torch.clear_autocast_cache()  # autocast keeps copies of the weights, which do not follow them to θ′
         self.put_back()
         with same_random_numbers(self.devices):
-            loss = self.loss_fn(self.model, handed_out(batch))
+            loss = self.loss_fn(self.model, copy_containers(batch))
         self.check()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

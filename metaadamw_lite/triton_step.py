@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from metaadamw_lite.buckets import Bucket
 from metaadamw_lite.fast import has_no_gaps, in_one_order, memory_order
-from metaadamw_lite.features import FeatureConfig, constant, structure
+from metaadamw_lite.features import FeatureConfig, constant, structural_features
 from metaadamw_lite.folded import in_one_buffer
 from metaadamw_lite.groups import ModulationGroup
 from metaadamw_lite.modulator import LARGEST_FEATURE, Modulator
@@ -235,7 +235,7 @@ class DeviceStep:
             dtype: of the result; it is computed in float64.
         """
         columns = constant(tuple(map(_column_code, config.columns)), table.layout.chunks)
-        constants = constant(structure(groups), sums) if config.version == "enhanced" else sums
+        constants = constant(structural_features(groups), sums) if config.version == "enhanced" else sums
         result = sums.new_empty(len(groups), len(config.columns), dtype=dtype)
         fit = _power_of_two(len(groups))
         launch(
