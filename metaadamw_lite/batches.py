@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from metaadamw_lite.surroundings import Saved, attributes_of, differ, is_record, put_back, writes_to
+from metaadamw_lite.surroundings import SavedTensor, count_writes, differ, get_attributes, is_record, put_back
 
 
 class Batches:
@@ -28,7 +28,7 @@ class Batches:
     """
 
     def __init__(self, **named: Any) -> None:
-        self._saved: dict[str, Saved] = {}
+        self._saved: dict[str, SavedTensor] = {}
         self._writes: dict[str, int | None] = {}
         self._arrays: list[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         seen: set[int] = set()
@@ -47,7 +47,7 @@ class Batches:
         if isinstance(x, nn.Parameter):
             return  # may be θ, which a meta-update overwrites
         if isinstance(x, Tensor):
-            self._saved[name], self._writes[name] = Saved(x), writes_to(x)
+            self._saved[name], self._writes[name] = SavedTensor(x), count_writes(x)
         elif isinstance(x, np.ndarray):
             self._arrays.append((name, x, x.copy()))
         else:
@@ -69,7 +69,7 @@ class Batches:
     def refuse_counted_writes(self) -> None:
         """Raise a RuntimeError if torch has counted a write to a tensor, without waiting for a device."""
         for name, x in self._saved.items():
-            if writes_to(x.x) != self._writes[name]:
+            if count_writes(x.x) != self._writes[name]:
                 self._refuse(name)
 
     def refuse_writes(self) -> None:
@@ -117,7 +117,7 @@ def _copy(x: Any, copies: dict[int, Any]) -> Any:
         for i, item in enumerate(x):
             twin[i] = _copy(item, copies)
     if not isinstance(x, set):
-        for name, item in attributes_of(x):
+        for name, item in get_attributes(x):
             if (other := _copy(item, copies)) is not item:
                 object.__setattr__(twin, name, other)
     return twin
@@ -139,4 +139,4 @@ def _items(x: Any) -> list[tuple[str, Any]]:
         return [(f"[{i}]", item) for i, item in enumerate(x)]
     if isinstance(x, set):
         return [("", item) for item in x]
-    return [(f".{name}", item) for name, item in attributes_of(x)] if _is_container(x) else []
+    return [(f".{name}", item) for name, item in get_attributes(x)] if _is_container(x) else []

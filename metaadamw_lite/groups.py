@@ -71,7 +71,7 @@ def is_bias(name: str) -> bool:
     return leaf.startswith("bias") or leaf.endswith("bias")
 
 
-def shape_of(p: Tensor) -> tuple[int, ...]:
+def get_shape(p: Tensor) -> tuple[int, ...]:
     """Return a parameter's shape; empty for a lazy parameter, whose shape is not known yet."""
     return () if is_lazy(p) else tuple(p.shape)
 
@@ -86,7 +86,7 @@ class Place(NamedTuple):
 def places_by_class(model: nn.Module) -> dict[Tensor, Place]:
     """Find the place of every parameter of a model; its module class decides the layer type, else its name."""
     named = list(model.named_parameters())
-    shapes = {name: shape_of(p) for name, p in named}
+    shapes = {name: get_shape(p) for name, p in named}
     modules = dict(model.named_modules(remove_duplicate=False))
     types = [_type_by_class(name, modules) or _type_by_name(name, shapes, by_shape=False) for name in shapes]
     positions = depths(list(shapes))
@@ -111,7 +111,7 @@ def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list
                 # parameters come before and after the blocks.
                 within = zip(names, positions, depths(names), strict=True)
                 positions = [mine if block_index(name) is None else depth for name, depth, mine in within]
-            shapes = {name: shape_of(p) for name, p in part}
+            shapes = {name: get_shape(p) for name, p in part}
             types = [_type_by_name(name, shapes, by_shape=True) for name in names]
             places += [Place(t, depth) for t, depth in zip(types, positions, strict=True)]
         result.append(places)
@@ -247,7 +247,7 @@ def native_groups(
     """
     if names is None:
         positions = [[0.5] * len(params) for params in param_groups]
-        biases = [[len(shape_of(p)) <= 1 for p in params] for params in param_groups]
+        biases = [[len(get_shape(p)) <= 1 for p in params] for params in param_groups]
     else:
         flat = iter(depths([name for group in names for name in group]))
         positions = [[next(flat) for _ in group] for group in names]

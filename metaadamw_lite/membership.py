@@ -20,11 +20,11 @@ from metaadamw_lite.groups import (
     ModulationGroup,
     Place,
     form_groups,
+    get_shape,
     is_bias,
     native_groups,
     places_by_class,
     places_by_name,
-    shape_of,
 )
 from metaadamw_lite.sharding import is_sharded, refuse_flat_parameters
 
@@ -196,7 +196,7 @@ def check_parameters(names: Mapping[Tensor, str]) -> None:
     """
     for p, name in names.items():
         if p.is_complex():
-            raise ValueError(f"parameter {name or shape_of(p)} is {p.dtype}; only real parameters are supported")
+            raise ValueError(f"parameter {name or get_shape(p)} is {p.dtype}; only real parameters are supported")
 
 
 def model_behind(params: Any) -> nn.Module | None:

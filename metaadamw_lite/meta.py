@@ -36,9 +36,9 @@ from metaadamw_lite.checks import NotFiniteError
 from metaadamw_lite.modulator import Modulation
 from metaadamw_lite.sharding import (
     is_sharded,
+    list_process_groups,
     local,
     local_gradient,
-    processes_of,
     refuse_flat_parameters,
     refuse_mixtures,
     reshard,
@@ -331,7 +331,7 @@ class Evaluator:
                 "process trains its own Φ. Pass the wrapped model",
                 stacklevel=4,  # the third is torch's wrapper around ``update_attention``
             )
-        return cls(model, loss_fn, devices, processes_of(params), sharded)
+        return cls(model, loss_fn, devices, list_process_groups(params), sharded)
 
     def mean(self, x: Tensor) -> Tensor:
         """Average a tensor over the processes."""

@@ -33,7 +33,7 @@ def create_meta_optimizer(
     return optimizer
 
 
-def name_of(optimizer: torch.optim.Optimizer) -> str:
+def get_name(optimizer: torch.optim.Optimizer) -> str:
     """Return the optimizer's key in ``META_OPTIMIZERS``."""
     return next(name for name, kind in META_OPTIMIZERS.items() if type(optimizer) is kind)
 

@@ -61,7 +61,7 @@ def sum_over_shards(rows: Tensor, params: Sequence[Any]) -> Tensor:
     return total + (rows - rows.detach()) if rows.requires_grad else total
 
 
-def processes_of(params: Iterable[Any]) -> list[dist.ProcessGroup]:
+def list_process_groups(params: Iterable[Any]) -> list[dist.ProcessGroup]:
     """List the process groups over which parameters are sharded or replicated."""
     meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))
     return [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from metaadamw_lite.checks import check_count, check_settings, without_numpy
-from metaadamw_lite.meta_optimizer import follow, name_of
+from metaadamw_lite.meta_optimizer import follow, get_name
 from metaadamw_lite.modulator import Modulator
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def describe(optimizer: "MetaAdamW") -> dict[str, Any]:
         "beta": optimizer.beta,
         "modulator": dict(optimizer.modulator.state_dict()),
         "huw": None if optimizer.huw is None else dict(optimizer.huw.state_dict()),
-        "meta_optimizer": name_of(optimizer._meta_optimizer),
+        "meta_optimizer": get_name(optimizer._meta_optimizer),
         "meta_optimizer_state": optimizer._meta_optimizer.state_dict(),
     }
 
