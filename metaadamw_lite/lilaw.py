@@ -214,7 +214,7 @@ def _split(batch: Mapping[str, Any] | Iterable[Any]) -> tuple[list[Any], dict[st
     """Split a batch into positional arguments of the model, keyword arguments and labels."""
     if isinstance(batch, Mapping):
         if "labels" not in batch:
-            raise ValueError(f'val_batch has {", ".join(map(str, batch))}; the labels must stand under "labels"')
+            raise ValueError(f'val_batch has {", ".join(map(str, batch))}; the labels must be under "labels"')
         return [], {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
     parts = list(batch) if isinstance(batch, Iterable) and not isinstance(batch, Tensor | str) else []
     if len(parts) < 2:

@@ -185,7 +185,7 @@ def _find_obstacle_to_adapting(base: nn.Module) -> str | None:
         return "its weight is complex; real numbers are needed"
     raw = base._parameters.get("weight")
     if type(raw) is nn.Parameter and weight is None and _has_linear_forward(base) and not base._forward_pre_hooks:
-        return f"its weight is {raw.dtype}, by which an nn.Linear without a forward of its own cannot multiply"
+        return f"its weight is {raw.dtype}, which the forward of nn.Linear cannot multiply by"
     return None
 
 
@@ -387,7 +387,7 @@ class LoPE:
             if layer not in names.values():
                 return "it is no longer in the model"
             if layer.base in bare:
-                return f"its base is also {bare[layer.base]}, where no adapter is"
+                return f"its base is also {bare[layer.base]}, without an adapter"
             return _find_obstacle_to_merging(layer)
 
         obstacles = {name: find_obstacle(layer) for name, layer in self.layers.items()}
@@ -458,14 +458,14 @@ def _find_obstacle_to_replacing(
     above = {".".join(parts[:i]): named[".".join(parts[:i])] for i in range(len(parts))}
     parent = above[name.rpartition(".")[0]]
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        return f"it is part of a {type(parent).__name__}, which reads the weight and would pass an adapter by"
+        return f"it is part of a {type(parent).__name__}, which reads the weight and would ignore an adapter"
     for outer, module in above.items():
         if outer in found:
             return f"it is inside of {outer}, which is a target, too"
         if isinstance(module, LoPELinear):
             return f"it is inside of {outer}, which is adapted already"
         if isinstance(module, torch.jit.ScriptModule | nn.parallel.DistributedDataParallel):
-            return f"it is inside of a {type(module).__name__}, which would not know of it; adapt the model first"
+            return f"it is inside of a {type(module).__name__}, which would not register it; adapt the model first"
     return None
 
 

@@ -1,7 +1,7 @@
 """The assignment of parameters to modulation groups (section 3.2), kept in step with ``param_groups``.
 
 As in torch, ``param_groups`` may change at any time: wrappers that shard a model replace parameters there, fine-tuning
-callbacks add and assign groups. ``Membership`` compares identities and, after a change, forms the groups anew.
+callbacks add and assign groups. ``Membership`` compares identities and, after a change, forms the groups again.
 """
 
 import warnings
@@ -114,7 +114,7 @@ class Membership:
         )
 
     def renew(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Form the modulation groups anew from ``param_groups``, and update its ``param_names``.
+        """Form the modulation groups again from ``param_groups``, and update its ``param_names``.
 
         Raises:
             ValueError: for complex parameters, and for those that FSDP1 has flattened. Then nothing has changed.

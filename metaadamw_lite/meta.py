@@ -308,7 +308,7 @@ class Evaluator:
 
     @classmethod
     def of(cls, model: nn.Module, loss_fn: LossFn, params: Sequence[Tensor]) -> "Evaluator":
-        """Create an evaluator of a plain model, a ``DistributedDataParallel`` or one sharded by ``fully_shard``.
+        """Create an evaluator of an ordinary model, a ``DistributedDataParallel`` or one sharded by ``fully_shard``.
 
         Lightning Fabric's wrapper around any of them casts inputs and outputs as in training.
 

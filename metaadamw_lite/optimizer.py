@@ -120,7 +120,7 @@ class MetaAdamW(torch.optim.AdamW):
         capturable, differentiable, decoupled_weight_decay: options of torch's AdamW; only the defaults are supported.
 
     Attributes:
-        groups: the G modulation groups, in order, each with ``name`` and ``params``; formed anew after a change of the
+        groups: the G modulation groups, in order, each with ``name`` and ``params``; formed again after a change of the
             parameters in ``param_groups``.
         alpha, beta: the factors of the last step, shape (G,); ones before the first step and after a change of groups.
         modulator: Φ, an ``nn.Module``.
@@ -413,7 +413,7 @@ class MetaAdamW(torch.optim.AdamW):
         return self._members.groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as torch does, and form the modulation groups anew.
+        """Add a parameter group, as torch does, and form the modulation groups again.
 
         Φ is kept. Its group embeddings, if any, stay with the names of the groups; those of new groups are zero.
         Parameters without a name are accepted beside named ones.
@@ -444,7 +444,7 @@ class MetaAdamW(torch.optim.AdamW):
             self._follow_param_groups()
 
     def _follow_param_groups(self) -> None:
-        """Form the modulation groups anew if the parameters in ``param_groups`` have changed; Φ is kept.
+        """Form the modulation groups again if the parameters in ``param_groups`` have changed; Φ is kept.
 
         Group embeddings stay with the names of the groups; those of new groups are zero.
         """
@@ -504,8 +504,8 @@ class MetaAdamW(torch.optim.AdamW):
                 that the constructor would refuse (module ``state`` has the checks). Then nothing has changed.
         """
         self._follow_param_groups()
-        plain, meta = unpack(self, state_dict)
-        super().load_state_dict(plain)
+        adamw_state, meta = unpack(self, state_dict)
+        super().load_state_dict(adamw_state)
         self._t = meta["t"]
         self.alpha = meta["alpha"].to(self._phi_like.device)
         self.beta = meta["beta"].to(self._phi_like.device)

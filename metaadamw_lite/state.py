@@ -87,19 +87,19 @@ def unpack(optimizer: "MetaAdamW", state_dict: Mapping[str, Any]) -> tuple[dict[
     """
     groups = state_dict.get("param_groups", ())
     meta = next((part["meta"] for part in (state_dict, *groups) if "meta" in part), None)
-    plain = {key: value for key, value in state_dict.items() if key != "meta"}
+    adamw_state = {key: value for key, value in state_dict.items() if key != "meta"}
     if groups:
-        plain["param_groups"] = [{k: x for k, x in group.items() if k != "meta"} for group in groups]
+        adamw_state["param_groups"] = [{k: x for k, x in group.items() if k != "meta"} for group in groups]
     mine = describe(optimizer)
     meta = fit_meta(restore_containers(meta, mine) if isinstance(meta, Mapping) else meta, mine)
-    check_moments(plain, optimizer.param_groups)
+    check_moments(adamw_state, optimizer.param_groups)
     if "meta" not in state_dict:
-        check_steps(plain, meta["t"])
-    for group in plain.get("param_groups", ()):
+        check_steps(adamw_state, meta["t"])
+    for group in adamw_state.get("param_groups", ()):
         check_settings({**optimizer.defaults, **group})
-    for group in plain.get("param_groups", ()):
+    for group in adamw_state.get("param_groups", ()):
         group["betas"] = tuple(group["betas"])
-    return copy.deepcopy(plain), copy.deepcopy(meta)
+    return copy.deepcopy(adamw_state), copy.deepcopy(meta)
 
 
 def restore_containers(saved: Any, like: Any) -> Any:
