@@ -110,4 +110,4 @@ def refuse_mixtures(params: Iterable[Tensor], model: nn.Module) -> None:
                 "DistributedDataParallel holds sharded parameters; use fully_shard over a mesh of two dimensions"
             )
     elif fsdp is not None and kinds == {True, False} and any(isinstance(m, fsdp.FSDPModule) for m in model.modules()):
-        raise ValueError("fully_shard holds only some of the parameters; apply it to the whole model")
+        raise ValueError("fully_shard holds only some of the parameters; apply fully_shard to the whole model")
