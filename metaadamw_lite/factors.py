@@ -39,7 +39,7 @@ def feature_matrix(buckets: Sequence[Bucket], members: Membership, config: Featu
         sums = sum_over_shards(sums, params)
     measured = tensor_statistics(sums[:, :5])
     if enhanced:
-        sizes = constant(tuple(max(p.numel(), 1) for p in params), sums)  # of an empty tensor 1: its share is 0
+        sizes = constant(tuple(max(p.numel(), 1) for p in params), sums)  # 1 for an empty tensor: no division by 0
         measured = torch.cat([measured, sums[:, 5:] / sizes.unsqueeze(1)], dim=1)
     return group_features(config, members.groups, numbers, measured, time)
 

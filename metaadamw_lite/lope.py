@@ -377,7 +377,7 @@ class LoPE:
             for name, module in named.items()
             if isinstance(module, LoPELinear) and module in self.layers.values()
         }
-        bare = {}  # names of modules, except as the base of an adapter
+        bare = {}  # a name of every module that is not only the base of an adapter
         for name, module in named.items():
             parent, _, leaf = name.rpartition(".")
             if leaf != "base" or parent not in names:

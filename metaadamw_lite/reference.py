@@ -87,7 +87,7 @@ def features(groups: Sequence[Group], time: float | None, version: str = "basic"
     some = torch.tensor([any(p.g is not None for p in group.params) for group in groups], device=f.device)
     if version.startswith("norm_") and some.any():
         centred, std = f - f[some].mean(dim=0), f[some].std(dim=0, correction=0)
-        rounding = std <= 1e-6 * f[some].abs().amax(dim=0)  # a column in which the groups agree
+        rounding = std <= 1e-6 * f[some].abs().amax(dim=0)  # the groups agree up to rounding
         f = torch.where(rounding | ~some.unsqueeze(1), 0.0, centred / std)
     return f if time is None else torch.cat([f, torch.full_like(f[:, :1], time)], dim=1)
 

@@ -478,7 +478,7 @@ def _refill(container: Any, content: Any) -> None:
 
 def _overwrite(x: Tensor, value: Tensor) -> None:
     """Overwrite a dense or sparse tensor with a value."""
-    if x.layout == torch.sparse_coo:  # has no ``.data``
+    if x.layout == torch.sparse_coo:  # its ``.data`` cannot be written to
         x.copy_(value)
         return
     with torch.inference_mode(x.is_inference()):

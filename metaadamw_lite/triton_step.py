@@ -192,7 +192,7 @@ class DeviceStep:
         host = torch.empty(end + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
         words = host.numpy()
         words[: rows * n] = layout.words.reshape(-1)
-        for row, column in enumerate(sources):  # the first rows
+        for row, column in enumerate(sources):  # rows THETA to STEP
             words[row * n : row * n + len(column)] = list(map(Tensor.data_ptr, column))
         for s, settings in enumerate(tables):
             _write_record(words[rows * n + s * record :][:record], settings, device)
