@@ -62,17 +62,17 @@ def _products(state: TensorState) -> Products:
     t, x = theta.detach().numpy().ravel("K"), g.detach().numpy().ravel("K")
     y, w = m.numpy().ravel("K"), v.numpy().ravel("K")
     if len(t) <= BLOCK:
-        products = _dots(t, x, y, w)
+        products = _multiply(t, x, y, w)
     else:
         parts = [slice(start, start + BLOCK) for start in range(0, len(t), BLOCK)]
-        rows = [_dots(t[part], x[part], y[part], w[part]) for part in parts]
+        rows = [_multiply(t[part], x[part], y[part], w[part]) for part in parts]
         gg, gm, mm, tt, vv = (sum(column, 0.0) for column in zip(*rows, strict=True))
         products = gg, gm, mm, tt, vv
     gg, _, mm, _, vv = products
     return products if max(products) <= LARGE and min(gg, mm, vv) >= SMALL else inner_products(state)
 
 
-def _dots(t: Array, x: Array, y: Array, w: Array) -> Products:
+def _multiply(t: Array, x: Array, y: Array, w: Array) -> Products:
     return float(x.dot(x)), float(x.dot(y)), float(y.dot(y)), float(t.dot(t)), float(w.dot(w))
 
 

@@ -83,20 +83,20 @@ class FoldedModulator:
     def _fold(self) -> None:
         phi = self.modulator
         width = phi.output.in_features
-        out, b_out = _array(phi.output.weight), _array(phi.output.bias)
+        out, b_out = _to_numpy(phi.output.weight), _to_numpy(phi.output.bias)
         keep = np.concatenate([np.eye(width) - 1 / width, out])  # [C; W_out]
         self._enter = keep
         self._b_out = b_out[:, None]
         self._mean = np.full((1, width), 1 / width)
-        self._gates = None if phi.gates is None else 1 / (1 + np.exp(-_array(phi.gates)))
-        self._embeddings = None if phi.embeddings is None else _array(phi.embeddings)
+        self._gates = None if phi.gates is None else 1 / (1 + np.exp(-_to_numpy(phi.gates)))
+        self._embeddings = None if phi.embeddings is None else _to_numpy(phi.embeddings)
         self._layers = []
         for layer in phi.encoder.layers:
             assert isinstance(layer, nn.TransformerEncoderLayer)
             attention = layer.self_attn
             heads, d = attention.num_heads, width // attention.num_heads
             assert attention.in_proj_weight is not None
-            read = _with_norm(attention.in_proj_weight, attention.in_proj_bias, layer.norm1)
+            read = _fold_norm(attention.in_proj_weight, attention.in_proj_bias, layer.norm1)
             read[:width] /= math.sqrt(d)  # the scores are qᵀk/√d
             # A row of ones below each head's values computes the softmax's denominator in the same product.
             values = np.zeros((heads, d + 1, width + 1))
@@ -104,11 +104,11 @@ class FoldedModulator:
             values[:, d, width] = 1
             read = np.concatenate([read[: 2 * width], values.reshape(-1, width + 1)])
             write = np.zeros((len(keep), heads, d + 1))
-            write[:, :, :d] = (keep @ _array(attention.out_proj.weight)).reshape(len(keep), heads, d)
-            write[:, 0, d] = keep @ _array(attention.out_proj.bias)  # after the division, these rows are ones
-            up = _with_norm(layer.linear1.weight, layer.linear1.bias, layer.norm2)
+            write[:, :, :d] = (keep @ _to_numpy(attention.out_proj.weight)).reshape(len(keep), heads, d)
+            write[:, 0, d] = keep @ _to_numpy(attention.out_proj.bias)  # after the division, these rows are ones
+            up = _fold_norm(layer.linear1.weight, layer.linear1.bias, layer.norm2)
             up = np.concatenate([up, np.eye(1, width + 1, width)])  # one more unit, which is always 1
-            down = np.concatenate([_array(layer.linear2.weight), _array(layer.linear2.bias)[:, None]], axis=1)
+            down = np.concatenate([_to_numpy(layer.linear2.weight), _to_numpy(layer.linear2.bias)[:, None]], axis=1)
             eps = (layer.norm1.eps, layer.norm2.eps)
             self._layers.append((read, write.reshape(len(keep), -1), up, keep @ down, eps))
         self._heads, self._width = heads, width
@@ -144,11 +144,11 @@ class FoldedModulator:
             return alpha, 1 + phi.beta_range * (1 / (1 + np.exp(-beta_raw)) - 0.5)  # Eq. 8
 
 
-def _array(x: Tensor) -> Array:
+def _to_numpy(x: Tensor) -> Array:
     return x.detach().double().numpy()
 
 
-def _with_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> Array:
+def _fold_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> Array:
     """Fold a layer norm into the linear map behind it: [W·diag(gain), W·shift + b] acts on [normed z; 1]."""
-    w = _array(weight)
-    return np.concatenate([w * _array(norm.weight), (w @ _array(norm.bias) + _array(bias))[:, None]], axis=1)
+    w = _to_numpy(weight)
+    return np.concatenate([w * _to_numpy(norm.weight), (w @ _to_numpy(norm.bias) + _to_numpy(bias))[:, None]], axis=1)

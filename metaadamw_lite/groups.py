@@ -88,7 +88,7 @@ def places_by_class(model: nn.Module) -> dict[Tensor, Place]:
     named = list(model.named_parameters())
     shapes = {name: get_shape(p) for name, p in named}
     modules = dict(model.named_modules(remove_duplicate=False))
-    types = [_type_by_class(name, modules) or _type_by_name(name, shapes, by_shape=False) for name in shapes]
+    types = [_find_type_by_class(name, modules) or _find_type_by_name(name, shapes, by_shape=False) for name in shapes]
     positions = depths(list(shapes))
     return {p: Place(t, depth) for (_, p), t, depth in zip(named, types, positions, strict=True)}
 
@@ -112,7 +112,7 @@ def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list
                 within = zip(names, positions, depths(names), strict=True)
                 positions = [mine if block_index(name) is None else depth for name, depth, mine in within]
             shapes = {name: get_shape(p) for name, p in part}
-            types = [_type_by_name(name, shapes, by_shape=True) for name in names]
+            types = [_find_type_by_name(name, shapes, by_shape=True) for name in names]
             places += [Place(t, depth) for t, depth in zip(types, positions, strict=True)]
         result.append(places)
     return result
@@ -128,7 +128,7 @@ def _split_models(named: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, T
     return [list(part.items()) for part in parts]
 
 
-def _type_by_class(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+def _find_type_by_class(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Walk outwards from the module that owns the parameter; the first class that reveals a layer type decides.
 
     The class name of the model itself is ignored: an ``AttentionClassifier`` may contain anything.
@@ -152,7 +152,7 @@ def _type_by_class(name: str, modules: Mapping[str, nn.Module]) -> str | None:
         path = path[:-1]
 
 
-def _type_by_name(name: str, shapes: Mapping[str, Sequence[int]], by_shape: bool) -> str:
+def _find_type_by_name(name: str, shapes: Mapping[str, Sequence[int]], by_shape: bool) -> str:
     module, _, leaf = name.rpartition(".")
     weight = shapes.get(f"{module}.weight" if module else "weight", (0, 0))
     if by_shape and leaf in ("weight", "bias") and len(weight) == 1:

@@ -515,7 +515,7 @@ def discrete_noise(words: Sequence[str], share: float = 0.05, seed: int = 0) -> 
     check_seed(seed)
     rng = random.Random(int(seed))
     chosen = rng.sample(range(len(words)), round(share * len(words)))
-    moving, lengthened = _thirds(len(chosen), rng)
+    moving, lengthened = _draw_counts(len(chosen), rng)
     # Words that lose a letter come last; only words of two or more letters can.
     chosen.sort(key=lambda i: len(words[i]) > 1)
     deleted = [i for i in chosen[moving + lengthened :] if len(words[i]) > 1]
@@ -535,7 +535,7 @@ def discrete_noise(words: Sequence[str], share: float = 0.05, seed: int = 0) -> 
     return NoisyWords(noisy, sorted(shuffled), sorted(inserted), sorted(deleted))
 
 
-def _thirds(count: int, rng: random.Random) -> tuple[int, int]:
+def _draw_counts(count: int, rng: random.Random) -> tuple[int, int]:
     """Draw how many of ``count`` words are shuffled and how many lengthened; the others are shortened."""
     if count > 3:
         return math.ceil(count / 3), math.ceil((count - 1) / 3)

@@ -96,7 +96,7 @@ def gradient_alignment(
     like = modulation.lambda1
     rows = [torch.stack([(x * x).sum(), (x * y).sum(), (y * y).sum()]) for x, y in zip(g, g_prime, strict=True)]
     sums = sum_over_shards(torch.stack([row.to(like) for row in rows]), params)
-    return _alignment_of_sums(modulation, groups, sums, _precision(g))
+    return _align_sums(modulation, groups, sums, _precision(g))
 
 
 def _precision(g: Sequence[Tensor]) -> float:
@@ -104,7 +104,7 @@ def _precision(g: Sequence[Tensor]) -> float:
     return max(min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps) for x in g)
 
 
-def _alignment_of_sums(modulation: Modulation, groups: Sequence[int], sums: Tensor, precision: float) -> Tensor:
+def _align_sums(modulation: Modulation, groups: Sequence[int], sums: Tensor, precision: float) -> Tensor:
     """Compute ``gradient_alignment`` from ⟨g, g⟩, ⟨g, g′⟩ and ⟨g′, g′⟩ of each of n tensors, (n, 3)."""
     like = modulation.lambda1
     index = torch.tensor(groups, device=like.device)
@@ -118,7 +118,7 @@ def _alignment_of_sums(modulation: Modulation, groups: Sequence[int], sums: Tens
     return (modulation.lambda1 * square - modulation.lambda2 * cosine).mean()
 
 
-def inner_products(vector: Iterable[Tensor], *others: Sequence[Tensor], like: Tensor) -> Tensor:
+def compute_inner_products(vector: Iterable[Tensor], *others: Sequence[Tensor], like: Tensor) -> Tensor:
     """Compute ⟨x, y⟩ of each of n tensors x in ``vector`` with its counterpart y in each list: (n, len(others)).
 
     A CPU takes one tensor at a time, so ``vector`` may be a generator that saves memory. A GPU takes all tensors at
@@ -243,7 +243,7 @@ class HypotheticalStep:
         largest = [x if group["amsgrad"] else None for x, group in zip(max_v, settings, strict=True)]
         beta1, beta2 = ([float(group["betas"][i]) for group in settings] for i in (0, 1))
         lr, weight_decay, eps = ([float(group[x]) for group in settings] for x in ("lr", "weight_decay", "eps"))
-        t = _counts_after([state.get(p, {}).get("step") for p in params])
+        t = _get_step_numbers([state.get(p, {}).get("step") for p in params])
         u = [
             x
             for i in _split_for_cache(gradients)
@@ -266,7 +266,7 @@ class HypotheticalStep:
 
     def pull_back(self, vector: Iterable[Tensor], alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """Compute (dL/dα, dL/dβ), each (G,), from ``vector`` = ∂L/∂θ′: its products with ∂θ′/∂α_g and ∂θ′/∂β_g."""
-        rows = sum_over_shards(inner_products(vector, self.u, self.theta, like=alpha), self.params)
+        rows = sum_over_shards(compute_inner_products(vector, self.u, self.theta, like=alpha), self.params)
         along_u, along_theta = rows.unbind(dim=1)
         lr, wd = alpha.new_tensor([self.lr, self.weight_decay]).unbind()
         index = torch.tensor(self.groups, device=alpha.device)
@@ -275,7 +275,7 @@ class HypotheticalStep:
         return zeros.index_add(0, index, by_alpha), zeros.index_add(0, index, by_beta)
 
 
-def _counts_after(step: Sequence[Tensor | None]) -> list[float]:
+def _get_step_numbers(step: Sequence[Tensor | None]) -> list[float]:
     """Return step counts plus one, where None is 0. Waits for a GPU once, not for each count."""
     present = [x for x in step if x is not None]
     counts = iter(_stack(present, present[0].device).tolist() if present else ())
@@ -446,12 +446,12 @@ def first_order_losses(
         _, g_prime = evaluate.gradient("batch2", batch2, step.params)
         with torch.no_grad():
             pairs = [
-                inner_products(step.g, step.g, g_prime, like=alpha),
-                inner_products(g_prime, g_prime, like=alpha),
+                compute_inner_products(step.g, step.g, g_prime, like=alpha),
+                compute_inner_products(g_prime, g_prime, like=alpha),
             ]
             sums = sum_over_shards(torch.cat(pairs, dim=1), step.params)
         # g′ is detached here, because H₂r stands for its dependence on Φ; λ₁ and λ₂ keep their graph.
-        value = _alignment_of_sums(modulation, step.groups, sums.requires_grad_(), _precision(step.g))
+        value = _align_sums(modulation, step.groups, sums.requires_grad_(), _precision(step.g))
         (by_sums,) = torch.autograd.grad(value, sums, retain_graph=True)
         with torch.no_grad():
             _, by_dot, by_square = by_sums.t().tolist()
@@ -460,11 +460,11 @@ def first_order_losses(
                 part = torch._foreach_mul(list(g_prime[i]), [2 * x for x in by_square[i]])
                 torch._foreach_add_(part, torch._foreach_mul(step.g[i], by_dot[i]))
                 r += part
-            delta = _difference_step(step.params, r)
+            delta = _choose_delta(step.params, r)
             torch._foreach_add_([local(p) for p in step.params], r, alpha=delta)
         del r  # as large as the model
         _, moved = evaluate.gradient("batch2", batch2, step.params)
-        l_grad = connect_to_phi(value, _difference_quotients(moved, g_prime, delta))
+        l_grad = connect_to_phi(value, _divide_differences(moved, g_prime, delta))
     return l_grad, l_val
 
 
@@ -530,7 +530,7 @@ def copy_without_backward_hooks(model: nn.Module, inside: nn.Module) -> nn.Modul
     return twin
 
 
-def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
+def _choose_delta(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
     """Compute δ = √(machine ε)·(1 + ‖θ‖)/‖r‖ of a forward difference, which balances rounding against curvature."""
     precision = max(torch.finfo(p.dtype).eps for p in at)
     columns = (torch._foreach_norm([local(p) for p in at]), torch._foreach_norm(list(direction)))
@@ -539,7 +539,7 @@ def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float
     return float(precision**0.5 * (1 + norm_at) / max(norm_r, 1e-30))
 
 
-def _difference_quotients(a: Sequence[Tensor], b: Sequence[Tensor], delta: float) -> Iterable[Tensor]:
+def _divide_differences(a: Sequence[Tensor], b: Sequence[Tensor], delta: float) -> Iterable[Tensor]:
     """Compute (a − b)/δ; on a CPU one tensor at a time, to save memory."""
     if a[0].device.type == "cpu":
         return ((x - y) / delta for x, y in zip(a, b, strict=True))

@@ -118,10 +118,10 @@ class Surroundings:
         for prefix, module in modules:
             self._tables.append((module, dict(module._buffers), set(_get_non_persistent(module) or ())))
             for buffer in module._buffers.values():
-                if buffer is not None and not self._is_known(buffer) and not self._is_theta(buffer):
+                if buffer is not None and not self._is_known(buffer) and not self._shares_theta(buffer):
                     self._values.append(SavedTensor(buffer))
             for name, p in module._parameters.items():
-                if p is not None and not self._is_known(p) and not self._is_theta(p):
+                if p is not None and not self._is_known(p) and not self._shares_theta(p):
                     others.append((f"{prefix}.{name}" if prefix else name, p))
         for name, p in sorted(others, key=lambda other: other[1].numel()):
             if p.numel() <= self._room:
@@ -161,14 +161,14 @@ class Surroundings:
         if x is None or type(x) in (bool, int, float, str):
             return False
         if isinstance(x, Tensor):
-            if not self._is_known(x) and not self._is_theta(x):
+            if not self._is_known(x) and not self._shares_theta(x):
                 self._values.append(SavedTensor(x))
         elif isinstance(x, nn.Module):
             self._keep_modules([x])
         elif isinstance(x, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
             self._generators.append((x, _get_state(x)))
         elif isinstance(x, np.ndarray):
-            if x.flags.writeable and not self._is_theta(x):  # no copy of a read-only data set in a file
+            if x.flags.writeable and not self._shares_theta(x):  # no copy of a read-only data set in a file
                 self._arrays.append((x, x.copy()))
         elif isinstance(x, list | deque | dict | set):
             if not self._is_known(x):
@@ -194,11 +194,12 @@ class Surroundings:
         return True
 
     def _is_known(self, x: Any) -> bool:
+        """Return whether an object was met before, and remember it."""
         known = id(x) in self._seen
         self._seen.add(id(x))
         return known
 
-    def _is_theta(self, x: Tensor | np.ndarray[Any, Any]) -> bool:
+    def _shares_theta(self, x: Tensor | np.ndarray[Any, Any]) -> bool:
         """Return whether a tensor or an array shares memory with θ; it must then follow it to θ′."""
         if isinstance(x, Tensor):
             memory = _get_addresses(x)

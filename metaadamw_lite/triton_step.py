@@ -233,7 +233,7 @@ class DeviceStep:
             groups: the G modulation groups.
             dtype: dtype of the result, which is computed in float64.
         """
-        columns = constant(tuple(map(_column_code, config.columns)), table.layout.chunks)
+        columns = constant(tuple(map(_get_column_code, config.columns)), table.layout.chunks)
         constants = constant(structural_features(groups), sums) if config.version == "enhanced" else sums
         result = sums.new_empty(len(groups), len(config.columns), dtype=dtype)
         fit = _power_of_two(len(groups))
@@ -488,7 +488,7 @@ def _write_record(words: np.ndarray[Any, np.dtype[np.int64]], settings: dict[str
         numbers[at.value] = math.log(beta) if beta else -math.inf
 
 
-def _column_code(name: str) -> int:
+def _get_column_code(name: str) -> int:
     """Return the code of a feature column, from its name in ``FeatureConfig.columns``."""
     kernels = _kernels()
     first, _, rest = name.partition(" ")
