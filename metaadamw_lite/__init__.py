@@ -1,26 +1,29 @@
-"""MetaAdamW, rebuilt small: AdamW whose step sizes and decays are set per parameter group by a Transformer.
+"""MetaAdamW: AdamW with a learning-rate and a weight-decay factor for each parameter group, set by a Transformer Φ.
 
-Read the files in this order (equations, sections and algorithms are those of the paper, arXiv 2605.04055):
+Read the modules in this order (equations, sections and algorithms are those of the paper, arXiv 2605.04055):
 
-1. ``reference``  the whole method in the paper's letters, Eq. 1 to 13 and both algorithms; the others equal it
+1. ``reference``  the whole method in the paper's notation, Eq. 1 to 13 and both algorithms; the tests compare with it
 2. ``optimizer``  the class: a step (Algorithm 1) and a meta-update (Algorithm 2, Eq. 11 and 12), line by line
-3. ``groups``     which parameters share a factor (section 3.2)
-4. ``features``   what the attention module sees (section 3.3)
+3. ``groups``     modulation groups: the parameters that share α and β (section 3.2)
+4. ``features``   the input of Φ: statistics of each group (section 3.3)
 5. ``modulator``  the attention module Φ (section 3.4, Eq. 5 to 9)
 6. ``huw``        priority-injected uncertainty weighting (Eq. 13)
 7. ``meta``       L_grad (Eq. 10), the hypothetical step and their derivatives by Φ (section 3.5)
 8. ``fast``       the update of the tensors (Eq. 1 to 4) by torch's kernels
 
-``membership`` follows ``param_groups``, and ``buckets`` collects its tensors. ``factors`` calls Φ for a step, by
-``folded`` or by ``triton_step`` (with ``triton_kernels``), which give the same numbers with less work, on a CPU and on
-a GPU; ``meta_optimizer`` takes Φ's own steps; ``sharding`` adds up over several processes.
-``checks`` and ``state`` refuse arguments and saved states that do not fit. ``batches`` and
-``surroundings`` keep a meta-update from disturbing anything. Two relatives stand beside it and know nothing of it:
-``lilaw`` (weights for samples, arXiv 2509.20786) and ``lope`` (an adapter with an expert for noise, arXiv 2505.23868);
-``precision`` keeps their numbers in float32.
+The other modules of MetaAdamW:
 
-PyTorch and NumPy are the only dependencies of these files. ``metaadamw_lite.experiments`` has more; ``bench`` there
-measures the cost.
+* ``membership`` follows changes of ``param_groups``; ``buckets`` collects the tensors for the kernels.
+* ``factors`` computes α and β: by ``folded`` on a CPU, by ``triton_step`` (with ``triton_kernels``) on a GPU.
+* ``meta_optimizer`` takes Φ's own steps.
+* ``sharding`` adds up over processes.
+* ``checks`` and ``state`` refuse arguments and saved states that do not fit.
+* ``batches`` and ``surroundings`` restore everything that a meta-update touches, except Φ.
+
+Two methods are independent of MetaAdamW: ``lilaw`` weights samples (arXiv 2509.20786); ``lope`` is an adapter with an
+expert for noise (arXiv 2505.23868). ``precision`` keeps their parameters in float32.
+
+These modules depend on PyTorch and NumPy only. ``metaadamw_lite.experiments`` needs more packages.
 """
 
 from metaadamw_lite.features import FeatureConfig

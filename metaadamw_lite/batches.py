@@ -1,7 +1,7 @@
-"""The batches of a meta-update, each of which is evaluated several times and has to be the same each time.
+"""The batches of a meta-update, which evaluates each of them several times.
 
-``Batches`` hands them out as copies of their containers, which ``loss_fn`` may empty, and notices writes to the tensors
-in them, which are not copied.
+``loss_fn`` gets copies of their containers, which it may empty. Tensors and arrays are not copied; ``Batches`` refuses
+a ``loss_fn`` that writes to them.
 """
 
 import copy
@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from metaadamw_lite.surroundings import Saved, attributes_of, differ, is_record, put_back, writes_to
+from metaadamw_lite.surroundings import SavedTensor, count_writes, differ, get_attributes, is_record, put_back
 
 
 class Batches:
-    """Batches by name, as ``loss_fn`` may see them.
+    """Batches whose tensors and arrays must keep their values.
 
     Args:
-        named: the batches.
+        named: the batches by name.
 
     Raises:
-        TypeError: for an iterator, which can be read only once, also inside of a batch.
+        TypeError: for an iterator, also inside a batch: it can be read only once.
     """
 
     def __init__(self, **named: Any) -> None:
-        self._saved: dict[str, Saved] = {}
+        self._saved: dict[str, SavedTensor] = {}
         self._writes: dict[str, int | None] = {}
         self._arrays: list[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         seen: set[int] = set()
@@ -38,16 +38,16 @@ class Batches:
     def _keep(self, name: str, x: Any, seen: set[int]) -> None:
         if isinstance(x, Iterator):
             raise TypeError(
-                f"{name} is a {type(x).__name__}, which can be read only once, and a meta-update evaluates each batch "
-                "several times; pass what it yields (next(...) of it, or a list)"
+                f"{name} is a {type(x).__name__}, which can be read only once; a meta-update evaluates each batch "
+                "several times. Pass a batch: next(...) of the iterator, or a list"
             )
         if id(x) in seen:
             return
         seen.add(id(x))
         if isinstance(x, nn.Parameter):
-            return  # not a batch's own: θ is written to
+            return  # may be θ, which a meta-update overwrites
         if isinstance(x, Tensor):
-            self._saved[name], self._writes[name] = Saved(x), writes_to(x)
+            self._saved[name], self._writes[name] = SavedTensor(x), count_writes(x)
         elif isinstance(x, np.ndarray):
             self._arrays.append((name, x, x.copy()))
         else:
@@ -56,7 +56,7 @@ class Batches:
 
     @contextmanager
     def as_found(self) -> Iterator[None]:
-        """Leave ``requires_grad`` and ``grad`` of the tensors as they are, which a gradient penalty changes."""
+        """Restore ``requires_grad`` and ``grad`` of the tensors after the block; a gradient penalty changes them."""
         leaves = [(x.x, x.x.requires_grad, x.x.grad) for x in self._saved.values() if x.x.is_leaf]
         try:
             yield
@@ -67,13 +67,13 @@ class Batches:
                     x.requires_grad_(requires_grad)
 
     def refuse_counted_writes(self) -> None:
-        """A RuntimeError if torch has counted a write to a tensor. No device is waited for."""
+        """Raise a RuntimeError if torch has counted a write to a tensor, without waiting for a device."""
         for name, x in self._saved.items():
-            if writes_to(x.x) != self._writes[name]:
+            if count_writes(x.x) != self._writes[name]:
                 self._refuse(name)
 
     def refuse_writes(self) -> None:
-        """A RuntimeError if a tensor or array holds other numbers than at the start (``.data`` is not counted)."""
+        """Raise a RuntimeError if a tensor or array has changed; torch does not count writes through ``.data``."""
         for name, is_other in zip(self._saved, differ(list(self._saved.values())), strict=True):
             if is_other:
                 self._refuse(name)
@@ -87,38 +87,38 @@ class Batches:
             if x.shape == before.shape and x.flags.writeable:
                 x[...] = before
         raise RuntimeError(
-            f"loss_fn writes to {name}, so that the next loss would be that of another batch; let it write to a copy"
+            f"loss_fn writes to {name}, so the next loss would be of another batch; let loss_fn write to a copy"
         )
 
 
-def handed_out(x: Any) -> Any:
-    """A batch whose containers are copies, also inside of each other; what they hold is not copied."""
-    return _copied(x, {})
+def copy_containers(x: Any) -> Any:
+    """Copy a batch's containers, nested ones included; tensors, arrays and other items are shared."""
+    return _copy(x, {})
 
 
-def _copied(x: Any, made: dict[int, Any]) -> Any:
-    if id(x) in made:
-        return made[id(x)]
+def _copy(x: Any, copies: dict[int, Any]) -> Any:
+    if id(x) in copies:
+        return copies[id(x)]
     if isinstance(x, tuple):
-        items = [_copied(item, made) for item in x]
+        items = [_copy(item, copies) for item in x]
         if all(a is b for a, b in zip(items, x, strict=True)):
-            return x  # and so are classes that take other arguments, such as a PackedSequence
+            return x  # a PackedSequence, for example, whose constructor takes other arguments
         return type(x)._make(items) if hasattr(x, "_make") else type(x)(items)
-    if isinstance(x, MappingProxyType):  # which cannot be copied, and only read
-        return MappingProxyType(_copied(dict(x), made))
+    if isinstance(x, MappingProxyType):  # copy.copy refuses it
+        return MappingProxyType(_copy(dict(x), copies))
     if not _is_container(x):
         return x
-    twin = made[id(x)] = copy.copy(x)
+    twin = copies[id(x)] = copy.copy(x)
     if isinstance(x, dict):
         for key, item in x.items():
-            if (other := _copied(item, made)) is not item:
+            if (other := _copy(item, copies)) is not item:
                 twin[key] = other
     elif isinstance(x, list | deque):
         for i, item in enumerate(x):
-            twin[i] = _copied(item, made)
+            twin[i] = _copy(item, copies)
     if not isinstance(x, set):
-        for name, item in attributes_of(x):
-            if (other := _copied(item, made)) is not item:
+        for name, item in get_attributes(x):
+            if (other := _copy(item, copies)) is not item:
                 object.__setattr__(twin, name, other)
     return twin
 
@@ -130,7 +130,7 @@ def _is_container(x: Any) -> bool:
 
 
 def _items(x: Any) -> list[tuple[str, Any]]:
-    """The items of a container, each with the end of its name: ``["labels"]``, ``[0]`` or ``.mask``."""
+    """List the items of a container, each with its suffix in error messages: ``["labels"]``, ``[0]`` or ``.mask``."""
     if isinstance(x, Mapping):
         return [(f"[{key!r}]", item) for key, item in x.items()]
     if isinstance(x, tuple) and hasattr(x, "_fields"):
@@ -139,4 +139,4 @@ def _items(x: Any) -> list[tuple[str, Any]]:
         return [(f"[{i}]", item) for i, item in enumerate(x)]
     if isinstance(x, set):
         return [("", item) for item in x]
-    return [(f".{name}", item) for name, item in attributes_of(x)] if _is_container(x) else []
+    return [(f".{name}", item) for name, item in get_attributes(x)] if _is_container(x) else []

@@ -1,6 +1,6 @@
-"""The tensors that a step moves or a meta-update looks at, collected from ``param_groups`` in buckets.
+"""Buckets: the tensors of a step or a meta-update, sorted for the kernels.
 
-A bucket holds tensors that share a parameter group, a modulation group, a device and a type: one call of a kernel.
+Tensors in a bucket share a parameter group, a modulation group, a device and a dtype, so one kernel call moves them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,21 @@ from metaadamw_lite.sharding import is_sharded, local, local_gradient
 FUSED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 State = dict[Tensor, dict[str, Any]]
-"""``optimizer.state``: moments and step counts by parameter."""
+"""``optimizer.state``: moments and step count of each parameter."""
 
 
 @dataclass
 class Bucket:
-    """Tensors of one device and type that share a parameter group and a modulation group.
+    """Tensors of one device and dtype that share a parameter group and a modulation group.
 
     Attributes:
         settings: the parameter group.
-        k: number of the modulation group.
+        k: index of the modulation group.
+        sign: −1 if ``g`` is the gradient of a loss that is maximised (the moments then collect −g), else 1.
         params: the parameters.
-        theta, g, m, v: this process's parts of parameters, gradients and moments: all of them, unless the parameters
-            are sharded.
-        max_v: the largest v so far, with ``amsgrad`` only.
-        step: step counts; none where nothing is to move.
-        sign: −1 where ``g`` is the gradient of a loss that is maximised, so that the moments collect −g; else 1.
+        theta, g, m, v: this process's parts of θ, gradients and moments; whole tensors unless θ is sharded.
+        max_v: the largest v so far; empty without ``amsgrad``.
+        step: step counts; empty if no step is taken.
     """
 
     settings: dict[str, Any]
@@ -47,7 +46,7 @@ class Bucket:
     step: list[Tensor] = field(default_factory=list)
 
     def select(self, indices: Sequence[int]) -> "Bucket":
-        """Some of the bucket's tensors, as a bucket."""
+        """Return a bucket of the tensors at ``indices``."""
         columns = (self.params, self.theta, self.g, self.m, self.v, self.max_v, self.step)
         return Bucket(self.settings, self.k, self.sign, *([column[i] for i in indices if column] for column in columns))
 
@@ -59,14 +58,14 @@ def gather(
     gradients: Mapping[Tensor, Tensor] | None = None,
     to_move: bool = False,
 ) -> list[Bucket]:
-    """The tensors that have a gradient, with their moments.
+    """Collect the parameters that have a gradient, with their moments.
 
     Args:
         param_groups: the parameter groups.
-        members: their modulation groups, which are up to date.
+        members: their modulation groups, up to date.
         state: moments and step counts.
-        gradients: to be used instead of those in ``.grad``.
-        to_move: create the state of parameters that have none, and collect the step counts.
+        gradients: gradients that replace those in ``.grad``.
+        to_move: also create missing state and collect the step counts.
 
     Raises:
         RuntimeError: for a sparse gradient, before any state is created.
@@ -106,8 +105,8 @@ def gather(
 
 
 def create_state(state: dict[str, Any], p: Tensor, fused: bool, amsgrad: bool) -> None:
-    """Create the moments and the step count that a parameter lacks, in the form that torch's kernels take."""
-    if "step" not in state or "exp_avg" not in state:  # others (a wrapper) may keep entries of theirs here
+    """Create a parameter's missing moments and step count, on the device and in the dtype that torch's kernels take."""
+    if "step" not in state or "exp_avg" not in state:  # a wrapper may have put entries of its own here
         wide = not fused and torch.get_default_dtype() == torch.float64
         dtype, device = torch.float64 if wide else torch.float32, p.device if fused else torch.device("cpu")
         state["step"] = torch.zeros((), dtype=dtype, device=device)
@@ -115,12 +114,12 @@ def create_state(state: dict[str, Any], p: Tensor, fused: bool, amsgrad: bool) -
         state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
     if amsgrad and "max_exp_avg_sq" not in state:
         state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    if fused and p.device.type != "cpu" and state["step"].device != p.device:  # of a run without the fused kernel
+    if fused and p.device.type != "cpu" and state["step"].device != p.device:  # made without the fused kernel
         state["step"] = state["step"].to(p.device, torch.float32)
 
 
 def moments_of(p: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's part of m, v and the largest v of a parameter; zeros that take no memory before its first step."""
+    """Return this process's parts of m, v and the largest v; before the first step, expanded zeros without memory."""
     mine = state.get(p, {})
     if "exp_avg" not in mine:
         zero = local(p).new_zeros(()).expand_as(local(p))
@@ -130,12 +129,11 @@ def moments_of(p: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def runs_fused(settings: dict[str, Any], params: Sequence[Tensor]) -> bool:
-    """Whether torch's fused kernel moves parameters of one device and type.
+    """Return whether torch's fused kernel moves these parameters of one device and dtype.
 
-    It does where ``fused`` asks for it, and where neither ``fused`` nor ``foreach`` is set and torch has it for them.
-    Only float64 and subclasses of ``Tensor`` are then left to torch's own choice: in float64 it is precision that
-    counts, and AdamW called with the same arguments takes the same kernel, so that the trajectories agree to the last
-    digit.
+    ``fused`` or ``foreach`` decides if set. Otherwise the fused kernel runs wherever torch supports it, except for
+    float64 and subclasses of ``Tensor``. There torch chooses as it does for AdamW, so both trajectories agree to the
+    last digit.
     """
     if settings["fused"] is not None or settings["foreach"] is not None:
         return bool(settings["fused"])

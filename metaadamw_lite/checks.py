@@ -1,4 +1,4 @@
-"""Checks of arguments. Each raises a ValueError that quotes the bad value and says what is allowed."""
+"""Checks of arguments: each raises a ValueError that quotes the bad value and the allowed ones."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class NotFiniteError(ValueError):
-    """Logits, losses or gradients that are not finite: training diverges, and nobody called anything wrongly."""
+    """Non-finite logits, losses or gradients: training diverges, the arguments are valid."""
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether the value is a finite number (NumPy's, and tensors and arrays without a dimension, included)."""
+    """Return whether a value is a finite number of Python or NumPy, or a finite zero-dimensional tensor or array."""
     number = isinstance(value, Real) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
     return number and math.isfinite(value)
 
 
 def without_numpy(value: Any) -> Any:
-    """NumPy's numbers, also in containers, as Python's, since checkpoints are read without NumPy's types."""
+    """Convert NumPy numbers, also in containers, to Python's: ``torch.load(weights_only=True)`` refuses NumPy types."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         return value.item()
     if type(value) is dict:
@@ -32,14 +32,14 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_choice(what: str, value: object, allowed: Collection[object]) -> None:
-    """The value is one of those allowed."""
-    if value not in list(allowed):  # a list also takes values that have no hash
-        raise ValueError(f"{what} is {value!r}; allowed are {', '.join(map(str, allowed))}")
+def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
+    """Check that the value of ``name`` is in ``allowed``."""
+    if value not in list(allowed):  # a list, for values without a hash
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(str, allowed))}")
 
 
 def check_not_negative(**values: Any) -> None:
-    """Every value is finite and at least 0."""
+    """Check that every value is finite and at least 0."""
     for name, value in values.items():
         if not (_is_finite(value) and value >= 0):
             scalar = " (a number, or a tensor without dimensions)" if getattr(value, "ndim", 0) else ""
@@ -47,41 +47,41 @@ def check_not_negative(**values: Any) -> None:
 
 
 def check_range(**values: Any) -> None:
-    """Every value is in [0, 2], so that a factor 1 ± value/2 is not negative."""
+    """Check that every value is in [0, 2], so that a factor 1 ± value/2 is not negative."""
     for name, value in values.items():
         if not (_is_finite(value) and 0 <= value <= 2):
             raise ValueError(f"{name} is {value!r}; it must be in [0, 2], so that no factor is negative")
 
 
 def check_share(**values: Any) -> None:
-    """Every value is in [0, 1]."""
+    """Check that every value is in [0, 1]."""
     for name, value in values.items():
         if not (_is_finite(value) and 0 <= value <= 1):
             raise ValueError(f"{name} is {value!r}; it must be in [0, 1]")
 
 
 def check_count(least: int = 1, /, **values: Any) -> None:
-    """Every value is an integer (NumPy's included) that is not less than ``least``."""
+    """Check that every value is an integer of Python or NumPy, at least ``least``."""
     for name, value in values.items():
         if not (_is_integer(value) and value >= least):
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
 
 def check_seed(seed: Any) -> None:
-    """The value is a seed that torch's generators take."""
+    """Check that the value is an integer in [0, 2⁶³), as torch's generators need."""
     if not (_is_integer(seed) and 0 <= int(seed) < 2**63):
         raise ValueError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
 
 
 def check_betas(betas: Any) -> None:
-    """The value is a pair (β₁, β₂) of numbers in [0, 1)."""
+    """Check that the value is a pair (β₁, β₂) of numbers in [0, 1)."""
     pair = isinstance(betas, Sequence) and len(betas) == 2
     if not (pair and all(_is_finite(beta) and 0 <= beta < 1 for beta in betas)):
         raise ValueError(f"betas is {betas!r}; it must be two numbers in [0, 1)")
 
 
 def check_priorities(priorities: Any, count: int) -> None:
-    """The value is a sequence of ``count`` positive, finite numbers."""
+    """Check that the value is a sequence of ``count`` positive, finite numbers."""
     if not isinstance(priorities, Sequence) or isinstance(priorities, str):
         raise ValueError(f"priorities is {priorities!r}; a sequence of {count} numbers is needed")
     if len(priorities) != count:
@@ -95,16 +95,16 @@ UNSUPPORTED = ("capturable", "differentiable")
 
 
 def check_supported(group: Mapping[str, Any]) -> None:
-    """No option of torch's AdamW is switched on that this optimizer would have to ignore."""
+    """Check that no unsupported option of torch's AdamW is switched on."""
     for name in UNSUPPORTED:
         if group.get(name):
             raise ValueError(f"{name} is {group[name]}; only False is supported")
-    if not group.get("decoupled_weight_decay", True):  # torch's way to make Adam of AdamW
+    if not group.get("decoupled_weight_decay", True):  # turns torch's AdamW into Adam
         raise ValueError("decoupled_weight_decay is False; only True is supported")
 
 
 def check_settings(group: Mapping[str, Any]) -> None:
-    """The settings of a parameter group are in their ranges and supported."""
+    """Check that the settings of a parameter group are in range and supported."""
     check_not_negative(**{name: group[name] for name in ("lr", "eps", "weight_decay")})
     check_betas(group["betas"])
     for name in ("foreach", "fused"):

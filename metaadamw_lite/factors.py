@@ -1,7 +1,7 @@
-"""From the tensors of a step to the factors α and β of every group: features (section 3.3), then Φ (Eq. 5 to 8).
+"""Features of the groups (section 3.3) and the factors α and β that Φ computes from them (Eq. 5 to 8).
 
-``feature_matrix`` is what Φ sees in a step and in a meta-update. ``Factors`` calls Φ in the fastest way that there is
-for it: folded on the CPU, else as the module that it is; or leaves the whole step to Triton's kernels on a GPU.
+``feature_matrix`` computes Φ's input, for steps and meta-updates. ``Factors`` runs Φ in the fastest available way:
+folded on the CPU, with Triton's kernels on a GPU (they take the whole step), else as a module.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from metaadamw_lite.triton_step import DeviceStep, is_available
 
 
 def feature_matrix(buckets: Sequence[Bucket], members: Membership, config: FeatureConfig, time: float) -> Tensor:
-    """F (section 3.3), shape (G, D), in float64 on the CPU.
+    """Compute F (section 3.3), shape (G, D), in float64 on the CPU.
 
     Args:
         buckets: the tensors that have a gradient.
         members: the modulation groups.
-        config: the columns.
+        config: the choice of columns.
         time: the value of the time column.
     """
     params = [p for bucket in buckets for p in bucket.params]
@@ -39,17 +39,17 @@ def feature_matrix(buckets: Sequence[Bucket], members: Membership, config: Featu
         sums = sum_over_shards(sums, params)
     measured = tensor_statistics(sums[:, :5])
     if enhanced:
-        sizes = constant(tuple(max(p.numel(), 1) for p in params), sums)  # an empty tensor has no zeros
+        sizes = constant(tuple(max(p.numel(), 1) for p in params), sums)  # 1 for an empty tensor: no division by 0
         measured = torch.cat([measured, sums[:, 5:] / sizes.unsqueeze(1)], dim=1)
     return group_features(config, members.groups, numbers, measured, time)
 
 
 class Factors:
-    """α and β of a step from Φ as it is now.
+    """The fastest available evaluation of Φ for a step.
 
     Args:
-        modulator: Φ. It is moved into one buffer here and not in the first step, since where numbers lie in memory
-            decides how a matrix product rounds, and a resumed run has to round as the first one did.
+        modulator: Φ. Its parameters are moved into one buffer here, before the first step: memory layout decides how a
+            matrix product rounds, and a resumed run must round as the first one did.
     """
 
     def __init__(self, modulator: nn.Module) -> None:
@@ -61,10 +61,10 @@ class Factors:
     def step_on_device(
         self, phi: nn.Module, buckets: Sequence[Bucket], members: Membership, config: FeatureConfig, time: float
     ) -> tuple[Tensor, Tensor] | None:
-        """Take the whole step by the kernels of ``triton_step``, without waiting for the GPU.
+        """Take the whole step with the kernels of ``triton_step``, without waiting for the GPU.
 
         Returns:
-            α and β, each (G,), on the GPU; None where the kernels cannot take this step, and nothing is changed.
+            α and β, each (G,), on the GPU. None if the kernels cannot take this step; then nothing has changed.
         """
         if not (is_available(buckets[0].theta[0].device) and all(runs_fused(b.settings, b.params) for b in buckets)):
             return None
@@ -73,7 +73,7 @@ class Factors:
         return self._device_step.take(buckets, phi, config, members.groups, time, members.sharded)
 
     def of(self, phi: nn.Module, f: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """α and β, each (G,), of type and device of ``like``, for a ``feature_matrix``."""
+        """Compute α and β, each (G,), from a feature matrix ``f``, (G, D); dtype and device are those of ``like``."""
         if type(phi) is Modulator and like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64):
             if self._folded is None or not self._folded.is_current(phi):
                 self._folded = FoldedModulator(phi)

@@ -1,11 +1,10 @@
 """The step of ``MetaAdamW`` without Triton: statistics of all tensors, and their update by torch (Eq. 1 to 4).
 
-Nothing is kept from one step to the next, so whoever writes to a parameter, a moment or a setting is followed.
-
-* ``measure`` measures every tensor: on a CPU by a BLAS library, in blocks that fit the cache.
+* ``measure`` computes the inner products of every tensor: on a CPU with BLAS, in blocks that fit the cache.
 * ``move`` updates the tensors of a bucket: torch's AdamW with learning rate ηα and weight decay βλ.
 
-On the CPU both give the numbers of ``reference`` up to rounding; the tests compare them.
+Neither caches anything, so writes to parameters, moments and settings between two steps take effect. On the CPU both
+agree with ``reference`` up to rounding; the tests compare them.
 """
 
 from collections.abc import Sequence
@@ -20,22 +19,22 @@ from metaadamw_lite.buckets import Bucket, runs_fused
 from metaadamw_lite.features import Products, TensorState, inner_products
 
 BLOCK = 2**18
-"""Numbers in a block: 1 MiB of float32. Smaller ones cost more calls, larger ones digits: a norm from a float32 sum of
-that many squares is good to about 1e-6, one from a sum of 10⁸ to 1e-2."""
+"""Elements in a block: 1 MiB of float32. Smaller blocks need more calls, larger ones lose digits: the float32 norm of a
+block is exact to about 1e-6, that of 10⁸ elements to 1e-2."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LARGE, SMALL = 1e36, 1e-30
-"""Squares taken in float32 beyond these may have overflowed, or lost the digits that a cosine needs."""
+"""Bounds on squared norms in float32: larger ones may have overflowed, smaller ones lack the digits for a cosine."""
 ONE = torch.tensor(1.0, device="cpu")
-"""Wrapped once, as torch does for the same reason: adding a Python number to many tensors wraps it anew for each."""
+"""The increment of step counts. torch would convert a Python number once for each tensor."""
 
 
 # ---------------------------------------------------------------- statistics
 
 
 def measure(buckets: Sequence[Bucket]) -> Tensor:
-    """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of the buckets' n tensors, in order: (n, 5), float64, on the CPU."""
+    """Compute ⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of the buckets' n tensors: (n, 5), float64, on the CPU."""
     states = [TensorState(*state) for b in buckets for state in zip(b.theta, b.g, b.m, b.v, strict=True)]
     if any(state.theta.device.type != "cpu" for state in states):
         sums = measure_on_device(states).to("cpu", torch.float64)
@@ -50,9 +49,9 @@ def measure(buckets: Sequence[Bucket]) -> Tensor:
 
 
 def _products(state: TensorState) -> Products:
-    """``features.inner_products`` in the tensor's own precision, in blocks; in float64 where that is not enough.
+    """Compute ``features.inner_products`` in blocks in the tensor's own precision, or in float64 if that is too coarse.
 
-    Its lines are as they are for speed: a model has many small tensors, which take longer to wrap than to multiply.
+    Written for speed: converting a small tensor to NumPy takes longer than multiplying it.
     """
     theta, g, m, v = state
     dtype = theta.dtype
@@ -63,25 +62,25 @@ def _products(state: TensorState) -> Products:
     t, x = theta.detach().numpy().ravel("K"), g.detach().numpy().ravel("K")
     y, w = m.numpy().ravel("K"), v.numpy().ravel("K")
     if len(t) <= BLOCK:
-        products = _dots(t, x, y, w)
+        products = _multiply(t, x, y, w)
     else:
         parts = [slice(start, start + BLOCK) for start in range(0, len(t), BLOCK)]
-        rows = [_dots(t[part], x[part], y[part], w[part]) for part in parts]
+        rows = [_multiply(t[part], x[part], y[part], w[part]) for part in parts]
         gg, gm, mm, tt, vv = (sum(column, 0.0) for column in zip(*rows, strict=True))
         products = gg, gm, mm, tt, vv
     gg, _, mm, _, vv = products
     return products if max(products) <= LARGE and min(gg, mm, vv) >= SMALL else inner_products(state)
 
 
-def _dots(t: Array, x: Array, y: Array, w: Array) -> Products:
+def _multiply(t: Array, x: Array, y: Array, w: Array) -> Products:
     return float(x.dot(x)), float(x.dot(y)), float(y.dot(y)), float(t.dot(t)), float(w.dot(w))
 
 
 def measure_on_device(states: Sequence[TensorState]) -> Tensor:
-    """The inner products, (n, 5), by operations on all tensors at once; squares in float64 where the device has it.
+    """Compute the inner products, (n, 5), of all tensors at once; squares in float64 if the device has it.
 
-    ⟨g, m⟩ is taken in float32 or more, so the cosine is not to be relied on where ‖g‖ or ‖m‖ is below 1e-19 or above
-    1e19. It is Σ|gm| − 2Σ|min(gm, 0)|, since norms are the sums that torch takes of many tensors at once.
+    Products in ⟨g, m⟩ are float32 or wider, so the cosine is unreliable if ‖g‖ or ‖m‖ is below 1e-19 or above 1e19. The
+    sum is Σ|gm| − 2Σ|min(gm, 0)|, because norms are the only sums that torch takes of many tensors at once.
     """
     theta, g, m, v = ([x.detach() for x in column] for column in zip(*states, strict=True))
     device = next((x.device for x in theta if x.device.type != "cpu"), theta[0].device)
@@ -109,8 +108,8 @@ def move(bucket: Bucket, alpha: float, beta: float) -> None:
         return
     lr = float(lr)
     if bucket.theta[0].device.type == "cpu":
-        # torch's fused CPU kernel takes elements as they come in memory: where tensors differ in their order it gives
-        # wrong results, without a warning (seen in torch 2.15).
+        # torch's fused CPU kernel pairs elements by their position in memory. Tensors that differ in memory order get
+        # wrong results without a warning (seen in torch 2.15).
         states = zip(bucket.theta, bucket.g, bucket.m, bucket.v, strict=True)
         disordered = [i for i, state in enumerate(states) if not in_one_order(*state)]
         if disordered:
@@ -144,7 +143,7 @@ def call_adamw(
 
 
 def call_fused_adamw(bucket: Bucket, lr: float, weight_decay: float) -> None:
-    """Count a step and call torch's fused kernel, without the functional AdamW's sorting of tensors by device."""
+    """Count a step and call torch's fused kernel; the functional AdamW would first sort the tensors by device."""
     torch._foreach_add_(bucket.step, ONE if bucket.step[0].device.type == "cpu" else 1)
     (beta1, beta2), eps = bucket.settings["betas"], bucket.settings["eps"]
     torch._fused_adamw_(
@@ -166,11 +165,11 @@ def call_fused_adamw(bucket: Bucket, lr: float, weight_decay: float) -> None:
     )
 
 
-# ---------------------------------------------------------------- the order of elements in memory
+# ---------------------------------------------------------------- memory order
 
 
 def in_one_order(first: Tensor, *others: Tensor) -> bool:
-    """Whether tensors of one shape have no gaps and lie in the same order."""
+    """Return whether tensors of one shape have the same memory order, without gaps."""
     if all(map(Tensor.is_contiguous, (first, *others))):
         return True
     order = memory_order(first)
@@ -178,12 +177,12 @@ def in_one_order(first: Tensor, *others: Tensor) -> bool:
 
 
 def memory_order(x: Tensor) -> list[tuple[int, int]]:
-    """Stride and size of every dimension that has more than one element: tensors that agree in it have one order."""
+    """Return stride and size of every dimension with more than one element; equal lists mean equal memory order."""
     return [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
 def has_no_gaps(order: list[tuple[int, int]]) -> bool:
-    """Whether a tensor with this order fills its memory, each element in a place of its own (any permutation does)."""
+    """Return whether a tensor with this memory order is dense: no gaps and no overlaps, dimensions in any order."""
     place = 1
     for stride, size in sorted(order):
         if stride != place:

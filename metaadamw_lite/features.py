@@ -1,8 +1,7 @@
-"""What the attention module sees: one row of statistics for each group (paper, section 3.3).
+"""The feature matrix F, the input of Φ: one row of statistics for each group (paper, section 3.3).
 
-Every statistic is taken per tensor and then averaged over the tensors of the group, before the moments take in the
-new gradient: m and v are those of the step before. A tensor without a gradient takes no part in this step, so it takes
-no part in the statistics; a group without any gradient has a row of zeros in the columns made from gradients,
+A statistic is computed for each tensor and averaged over the group. The moments m and v are those before the step.
+Tensors without a gradient do not count. A group without any gradient has zeros in the columns made from gradients,
 moments and parameters.
 """
 
@@ -26,7 +25,7 @@ Products = tuple[float, float, float, float, float]
 
 
 class TensorState(NamedTuple):
-    """A parameter tensor θ at one moment of training: its gradient g and its moments m and v, all of one shape."""
+    """A parameter tensor θ with its gradient g and its moments m and v, all of one shape."""
 
     theta: Tensor
     g: Tensor
@@ -36,12 +35,12 @@ class TensorState(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """Which columns the feature matrix has.
+    """The choice of columns of the feature matrix (section 3.3).
 
     Args:
         version: one of ``FEATURE_VERSIONS``.
-        use_v_norms: add the norm of the second moment; for ``basic_plus`` its mean and its standard deviation, which
-            makes the 11 columns of the paper's Table 4. ``enhanced`` does not use it (section 3.3 lists 9 statistics).
+        use_v_norms: add the mean norm of the second moment, and for ``basic_plus`` also its standard deviation (the 11
+            columns of the paper's Table 4). ``enhanced`` ignores it: section 3.3 lists 9 statistics.
         include_time_step: add the training progress as the last column.
 
     Raises:
@@ -85,14 +84,16 @@ class FeatureConfig:
 
     @property
     def standardised(self) -> bool:
-        """Whether the statistical columns are standardised over the groups."""
+        """True if the statistical columns are standardised over the groups."""
         return self.version.startswith("norm_")
 
 
 def time_feature(step: int, total_steps: int | None) -> float:
-    """Training progress: t/T where the number of steps T is known, else 2σ(t/1000) − 1, which rises from 0 to 1.
+    """Compute the training progress: t/T if the number of steps T is known, else 2σ(t/1000) − 1, from 0 towards 1.
 
-    ``step`` is how many steps were taken before this one, so that a run begins with 0.
+    Args:
+        step: t, the number of steps before this one, from 0.
+        total_steps: T, or None.
     """
     if total_steps is not None:
         return step / total_steps
@@ -100,9 +101,9 @@ def time_feature(step: int, total_steps: int | None) -> float:
 
 
 def inner_products(state: TensorState) -> Products:
-    """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of one tensor, in float64.
+    """Compute ⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩ and ⟨v, v⟩ of one tensor in float64.
 
-    The readable version: ``fast`` takes them faster, and calls this one where that is not exact enough.
+    ``fast.measure`` is the fast version. It calls this one for tensors that need float64.
     """
     theta, g, m, v = (x.detach().double() for x in state)
     gg, gm, mm, tt, vv = (float((x * y).sum()) for x, y in ((g, g), (g, m), (m, m), (theta, theta), (v, v)))
@@ -110,7 +111,7 @@ def inner_products(state: TensorState) -> Products:
 
 
 def tensor_statistics(products: Tensor) -> Tensor:
-    """‖g‖, ‖m‖, ‖θ‖, cos(g, m), ‖v‖ of n tensors, (n, 5), from their ``inner_products``, (n, 5).
+    """Compute ‖g‖, ‖m‖, ‖θ‖, cos(g, m), ‖v‖ of n tensors, (n, 5), from their ``inner_products``, (n, 5).
 
     The cosine with a zero vector is 0.
     """
@@ -121,9 +122,9 @@ def tensor_statistics(products: Tensor) -> Tensor:
 
 
 def zero_counts(g: Sequence[Tensor], m: Sequence[Tensor], like: Tensor) -> Tensor:
-    """How many numbers of each gradient and of each first moment are zero, (n, 2); for two columns of "enhanced".
+    """Count the zeros in each of n gradients and first moments, (n, 2), for the sparsity columns of "enhanced".
 
-    Type and device are those of ``like``.
+    The result has the dtype and device of ``like``.
     """
     if not g:
         return like.new_zeros(0, 2)
@@ -133,16 +134,16 @@ def zero_counts(g: Sequence[Tensor], m: Sequence[Tensor], like: Tensor) -> Tenso
 def group_features(
     config: FeatureConfig, groups: Sequence[ModulationGroup], members: Sequence[int], statistics: Tensor, time: float
 ) -> Tensor:
-    """The feature matrix F (section 3.3), shape (G, D) with D = ``len(config.columns)``, without gradient.
+    """Compute the feature matrix F (section 3.3), shape (G, D) with D = ``len(config.columns)``, without gradient.
 
     Args:
-        config: which columns.
+        config: the choice of columns.
         groups: the G modulation groups.
-        members: the group number of each of the n tensors that have a gradient.
-        statistics: of these tensors, shape (n, 5); for "enhanced" (n, 7), with the shares of zeros in g and in m.
+        members: the group index of each of the n tensors that have a gradient.
+        statistics: their ``tensor_statistics``, (n, 5); for "enhanced" (n, 7), with the shares of zeros in g and in m.
         time: the value of the time column.
     """
-    index, count = _membership(tuple(members), len(groups), statistics.dtype, statistics.device)
+    index, count = _index_and_count(tuple(members), len(groups), statistics.dtype, statistics.device)
     zeros = statistics.new_zeros(len(groups), statistics.shape[1])
     mean = zeros.index_add(0, index, statistics) / count
     columns = [mean[:, :4]]
@@ -150,28 +151,28 @@ def group_features(
         variance = zeros.index_add(0, index, (statistics - mean[index]).square()) / count
     if config.version == "enhanced":
         norms = [mean[:, 0], variance[:, 0], mean[:, 1], variance[:, 1]]
-        columns = [torch.stack(norms, dim=1), mean[:, 5:], constant(structure(groups), statistics)]
+        columns = [torch.stack(norms, dim=1), mean[:, 5:], constant(structural_features(groups), statistics)]
     elif config.version.endswith("basic_plus"):
         std = variance.sqrt()
         columns += [std[:, :4], mean[:, 4:], std[:, 4:]] if config.use_v_norms else [std[:, :4]]
     elif config.use_v_norms:
         columns.append(mean[:, 4:])
     if config.standardised:
-        columns = [standardised(torch.cat(columns, dim=1), sorted(set(members)))]
+        columns = [standardise(torch.cat(columns, dim=1), sorted(set(members)))]
     if config.include_time_step:
         columns.append(statistics.new_full((len(groups), 1), time))
     return torch.cat(columns, dim=1)
 
 
-def structure(groups: Sequence[ModulationGroup]) -> tuple[tuple[float, float, float], ...]:
-    """Log count, bias ratio and depth of each group: the columns of "enhanced" that no gradient changes."""
+def structural_features(groups: Sequence[ModulationGroup]) -> tuple[tuple[float, float, float], ...]:
+    """Compute log count, bias ratio and depth of each group: the constant columns of "enhanced"."""
     return tuple((math.log1p(sum(p.numel() for p in g.params)), g.bias_ratio, g.depth) for g in groups)
 
 
 def constant(values: tuple[Any, ...], like: Tensor) -> Tensor:
-    """A tensor of numbers that stay the same from step to step, of the type and on the device of ``like``.
+    """Return a cached tensor of ``values`` with the dtype and device of ``like``.
 
-    It is kept: a copy to a GPU waits for it.
+    A new copy in every step would wait for the GPU.
     """
     return _constant(values, like.dtype, like.device)
 
@@ -182,29 +183,29 @@ def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device)
 
 
 @lru_cache(maxsize=16)
-def _membership(
+def _index_and_count(
     members: tuple[int, ...], groups: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The group number of each tensor, (n,), and how many each group has, at least 1, (G, 1)."""
+    """Return the group index of each tensor, (n,), and the number of tensors in each group, at least 1, (G, 1)."""
     index = torch.tensor(members, dtype=torch.long, device="cpu")
     count = torch.bincount(index, minlength=groups).clamp_min(1)
     return index.to(device), count.to(device, dtype).unsqueeze(1)
 
 
-def standardised(columns: Tensor, rows: Sequence[int]) -> Tensor:
-    """Every column with mean 0 and standard deviation 1 over some groups; zeros where they agree, and in other rows.
+def standardise(columns: Tensor, rows: Sequence[int]) -> Tensor:
+    """Scale each column to mean 0 and standard deviation 1 over ``rows``; other rows and constant columns become zero.
 
     Args:
         columns: (G, D).
-        rows: the numbers of the groups that have a gradient.
+        rows: the indices of the groups that have a gradient.
     """
     if not rows:
         return torch.zeros_like(columns)
     if len(rows) < len(columns):
         some = _constant(tuple(rows), torch.long, columns.device)
-        return torch.zeros_like(columns).index_copy(0, some, standardised(columns[some], range(len(rows))))
+        return torch.zeros_like(columns).index_copy(0, some, standardise(columns[some], range(len(rows))))
     centred = columns - columns.mean(dim=0)
     std = centred.square().mean(dim=0).sqrt()
-    # What varies by rounding alone, as a column of one group does, becomes zero instead of noise of size one.
+    # A column that varies only by rounding, as with a single group, becomes zero instead of noise of size one.
     same = std <= 1e-6 * columns.abs().amax(dim=0)
     return torch.where(same, 0.0, centred / std.masked_fill(same, 1.0))

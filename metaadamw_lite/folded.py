@@ -1,8 +1,7 @@
-"""Φ folded: the factors of ``modulator.Modulator`` in a fraction of its time, for the CPU.
+"""A fast version of ``modulator.Modulator`` for the CPU: one NumPy loop over premultiplied ("folded") weights.
 
-Φ has a handful of numbers for each group but up to 128 layers, so calling modules costs more than arithmetic. Here it
-is one NumPy loop with everything multiplied beforehand that can be: 1.5 to 2 times as fast as the modules (chapter
-"What it costs"). The tests compare the two.
+Φ has few numbers for each group but up to 128 layers, so calls of modules cost more than arithmetic. The loop is 1.5 to
+2 times as fast as the modules (chapter "What it costs"). The tests compare the two.
 """
 
 import math
@@ -20,7 +19,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def in_one_buffer(module: nn.Module) -> Tensor:
-    """Move the parameters of a module into one buffer, in place, and return it."""
+    """Move the parameters of a module into one buffer, in place; return the one-dimensional buffer."""
     parameters = list(module.parameters())
     with torch.inference_mode(False):
         buffer = torch.cat([p.detach().reshape(-1) for p in parameters])
@@ -34,15 +33,16 @@ def in_one_buffer(module: nn.Module) -> Tensor:
 class FoldedModulator:
     """Φ as one NumPy loop over its layers, on the CPU in float64, without gradients.
 
-    Everything that Φ does with its token vectors z is linear, apart from softmax, ReLU and the division by the
-    standard deviation: they are centred (before that division) and mapped to the output. So the loop carries Cz, with
-    C = I − 11ᵀ/D, and W_out·z, stacked in one matrix with a column for each group; C and W_out are multiplied into the
-    matrices that add to z, the gain and bias of the layer norms into those that read z, and a row of ones carries the
-    biases.
+    Layer norms and the output layer read the token vectors z only through Cz, with C = I − 11ᵀ/D, and W_out·z. The loop
+    carries these two, stacked in one matrix with a column for each group. Three things are folded beforehand:
+
+    * C and W_out, into the matrices that add to z;
+    * gain and bias of each layer norm, into the matrices that read z;
+    * biases, into an extra column, which a row of ones multiplies.
 
     Args:
-        modulator: Φ, on the CPU in float32 or float64. Its parameters are moved into one buffer, so that a change of
-            any of them, however it is made, is noticed by one comparison.
+        modulator: Φ, on the CPU in float32 or float64. Its parameters are moved into one buffer, so one comparison
+            finds any change of them.
     """
 
     def __init__(self, modulator: Modulator) -> None:
@@ -59,14 +59,14 @@ class FoldedModulator:
         self._fold()
 
     def is_hooked(self) -> bool:
-        """Whether somebody wants to see a module at work, or has put another ``forward`` in its place."""
+        """Return whether a module of Φ has forward hooks or a replaced ``forward``."""
         return any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
 
     def is_current(self, modulator: nn.Module) -> bool:
-        """Whether Φ is still this module with these parts and weights.
+        """Return whether ``modulator`` is the folded module, with the same submodules and parameter values.
 
-        Plain attributes of its layers (an activation, an ε, the number of heads) are not looked at: ``Modulator`` never
-        changes them, and whoever does has to use a subclass of it.
+        Plain attributes of its layers (activation, ε, number of heads) are not compared: ``Modulator`` never changes
+        them. Use a subclass to change them.
         """
         members = self._look_up_members()
         return (
@@ -83,38 +83,38 @@ class FoldedModulator:
     def _fold(self) -> None:
         phi = self.modulator
         width = phi.output.in_features
-        out, b_out = _array(phi.output.weight), _array(phi.output.bias)
+        out, b_out = _to_numpy(phi.output.weight), _to_numpy(phi.output.bias)
         keep = np.concatenate([np.eye(width) - 1 / width, out])  # [C; W_out]
         self._enter = keep
         self._b_out = b_out[:, None]
         self._mean = np.full((1, width), 1 / width)
-        self._gates = None if phi.gates is None else 1 / (1 + np.exp(-_array(phi.gates)))
-        self._embeddings = None if phi.embeddings is None else _array(phi.embeddings)
+        self._gates = None if phi.gates is None else 1 / (1 + np.exp(-_to_numpy(phi.gates)))
+        self._embeddings = None if phi.embeddings is None else _to_numpy(phi.embeddings)
         self._layers = []
         for layer in phi.encoder.layers:
             assert isinstance(layer, nn.TransformerEncoderLayer)
             attention = layer.self_attn
             heads, d = attention.num_heads, width // attention.num_heads
             assert attention.in_proj_weight is not None
-            read = _with_norm(attention.in_proj_weight, attention.in_proj_bias, layer.norm1)
+            read = _fold_norm(attention.in_proj_weight, attention.in_proj_bias, layer.norm1)
             read[:width] /= math.sqrt(d)  # the scores are qᵀk/√d
-            # A row of ones below the values of each head makes the softmax's denominator in the same product.
+            # A row of ones below each head's values computes the softmax's denominator in the same product.
             values = np.zeros((heads, d + 1, width + 1))
             values[:, :d] = read[2 * width :].reshape(heads, d, width + 1)
             values[:, d, width] = 1
             read = np.concatenate([read[: 2 * width], values.reshape(-1, width + 1)])
             write = np.zeros((len(keep), heads, d + 1))
-            write[:, :, :d] = (keep @ _array(attention.out_proj.weight)).reshape(len(keep), heads, d)
-            write[:, 0, d] = keep @ _array(attention.out_proj.bias)  # after the division, these rows are ones
-            up = _with_norm(layer.linear1.weight, layer.linear1.bias, layer.norm2)
+            write[:, :, :d] = (keep @ _to_numpy(attention.out_proj.weight)).reshape(len(keep), heads, d)
+            write[:, 0, d] = keep @ _to_numpy(attention.out_proj.bias)  # after the division, these rows are ones
+            up = _fold_norm(layer.linear1.weight, layer.linear1.bias, layer.norm2)
             up = np.concatenate([up, np.eye(1, width + 1, width)])  # one more unit, which is always 1
-            down = np.concatenate([_array(layer.linear2.weight), _array(layer.linear2.bias)[:, None]], axis=1)
+            down = np.concatenate([_to_numpy(layer.linear2.weight), _to_numpy(layer.linear2.bias)[:, None]], axis=1)
             eps = (layer.norm1.eps, layer.norm2.eps)
             self._layers.append((read, write.reshape(len(keep), -1), up, keep @ down, eps))
         self._heads, self._width = heads, width
 
     def __call__(self, features: Array) -> tuple[Array, Array] | None:
-        """α and β, each (G,), for features (G, D); None where the softmax overflows, which the module can handle."""
+        """Compute α and β, each (G,), from features (G, D); None if the softmax overflows: the module can handle it."""
         f = np.clip(np.nan_to_num(features, nan=0.0), -LARGEST_FEATURE, LARGEST_FEATURE)
         if self._embeddings is not None:
             f = np.concatenate([f, self._embeddings], axis=1)
@@ -144,11 +144,11 @@ class FoldedModulator:
             return alpha, 1 + phi.beta_range * (1 / (1 + np.exp(-beta_raw)) - 0.5)  # Eq. 8
 
 
-def _array(x: Tensor) -> Array:
+def _to_numpy(x: Tensor) -> Array:
     return x.detach().double().numpy()
 
 
-def _with_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> Array:
-    """[W·diag(gain), W·shift + b]: a linear map of layer norm's output as one of the normed vector with a 1 below."""
-    w = _array(weight)
-    return np.concatenate([w * _array(norm.weight), (w @ _array(norm.bias) + _array(bias))[:, None]], axis=1)
+def _fold_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> Array:
+    """Fold a layer norm into the linear map behind it: [W·diag(gain), W·shift + b] acts on [normed z; 1]."""
+    w = _to_numpy(weight)
+    return np.concatenate([w * _to_numpy(norm.weight), (w @ _to_numpy(norm.bias) + _to_numpy(bias))[:, None]], axis=1)

@@ -1,9 +1,8 @@
-"""Which parameters share one α and one β (paper, section 3.2).
+"""Modulation groups: the parameters that share one α and one β (paper, section 3.2).
 
-A modulation group collects the parameters of one layer type (embedding, attention, feed-forward, norm, other), one
-third of the network's depth and one kind (weight or bias). The paper names these three criteria and no more; what we
-chose where it is silent stands beside the function that makes the choice, and chapter 2 of the book shows the result
-on real models.
+A group collects the parameters of one layer type (embedding, attention, feed-forward, norm, other), one third of the
+network's depth and one kind (weight or bias). The paper names these three criteria without defining them; each function
+documents its own choice. Chapter 2 of the book shows the groups of real models.
 """
 
 import re
@@ -21,7 +20,7 @@ _NORMS = (
     nn.modules.batchnorm._NormBase,
 )
 
-# The end of a user's class name tells what it is: BertSelfAttention, GPT2MLP, LlamaRMSNorm, BertEmbeddings.
+# The end of a class name reveals the layer type: BertSelfAttention, GPT2MLP, LlamaRMSNorm, BertEmbeddings.
 _CLASS_NAMES = {
     "norm": re.compile(r"norm(\dd)?$", re.IGNORECASE),
     "embedding": re.compile(r"embeddings?$", re.IGNORECASE),
@@ -36,7 +35,7 @@ _PARAMETER_NAMES = {
     "feed-forward": re.compile(r"ffn|mlp|feed_?forward"),
 }
 
-# "layers.3." and "layer3." count blocks; "conv1", "bn2" or "linear1" number the parts of one block and do not.
+# "layers.3." and "layer3." number blocks; "conv1", "bn2" or "linear1" number the parts of one block.
 _BLOCK = re.compile(r"(?:^|\.)(?:(?:layer|block|stage)s?_?)?(\d+)(?=\.|$)")
 _RECURRENT_LAYER = re.compile(r"_l(\d+)(?:_reverse)?$")
 
@@ -48,7 +47,7 @@ class ModulationGroup:
     Attributes:
         name: ``layer type/depth/kind``, as in ``attention/shallow/weight``; ``param_group_0`` and so on under the
             "original" strategy.
-        params: the group's tensors, in the order the optimizer was given them.
+        params: the group's tensors, in the optimizer's order.
         depth: mean position of the group's tensors in the network, 0 (first block) to 1 (last block).
         bias_ratio: share of the group's tensors that are biases, 0 to 1.
     """
@@ -64,38 +63,38 @@ class ModulationGroup:
 
 
 def is_bias(name: str) -> bool:
-    """Whether a parameter is a bias: its own name starts or ends with "bias", as ``in_proj_bias`` or ``bias_ih_l0``.
+    """Return whether a parameter's own name starts or ends with "bias", as ``in_proj_bias`` or ``bias_ih_l0``.
 
-    The scale of a norm is one-dimensional too, but it multiplies and starts at one, so it counts as a weight.
+    The scale of a norm is one-dimensional, too, but multiplies and starts at one, so it counts as a weight.
     """
     leaf = name.rpartition(".")[2]
     return leaf.startswith("bias") or leaf.endswith("bias")
 
 
-def shape_of(p: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter; empty as long as a lazy module has not given it one."""
+def get_shape(p: Tensor) -> tuple[int, ...]:
+    """Return a parameter's shape; empty for a lazy parameter, whose shape is not known yet."""
     return () if is_lazy(p) else tuple(p.shape)
 
 
 class Place(NamedTuple):
-    """Where a parameter stands in the network: its layer type, and its depth from 0 (first block) to 1 (last block)."""
+    """The layer type of a parameter, and its depth in the network, 0 (first block) to 1 (last block)."""
 
     layer_type: str
     depth: float
 
 
 def places_by_class(model: nn.Module) -> dict[Tensor, Place]:
-    """The place of every parameter of a model; layer types by module class first and by name second."""
+    """Find the place of every parameter of a model; its module class decides the layer type, else its name."""
     named = list(model.named_parameters())
-    shapes = {name: shape_of(p) for name, p in named}
+    shapes = {name: get_shape(p) for name, p in named}
     modules = dict(model.named_modules(remove_duplicate=False))
-    types = [_type_by_class(name, modules) or _type_by_name(name, shapes, by_shape=False) for name in shapes]
+    types = [_find_type_by_class(name, modules) or _find_type_by_name(name, shapes, by_shape=False) for name in shapes]
     positions = depths(list(shapes))
     return {p: Place(t, depth) for (_, p), t, depth in zip(named, types, positions, strict=True)}
 
 
 def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list[list[Place]]:
-    """The place of every parameter where only names and shapes are known; one list for each parameter group.
+    """Find the place of every parameter from names and shapes alone; return one list for each parameter group.
 
     Two facts help: of the common layers only a norm has a one-dimensional ``weight``, and ``linear1`` beside
     ``self_attn`` is the feed-forward part of a Transformer layer.
@@ -104,23 +103,23 @@ def places_by_name(param_groups: Sequence[Sequence[tuple[str, Tensor]]]) -> list
     result = []
     for named in param_groups:
         places = []
-        for part in _models(named):
+        for part in _split_models(named):
             names = [name for name, _ in part]
             positions = [next(joined) for _ in part]
             if any(block_index(name) is not None for name in names):
-                # Weights and biases may come in groups of their own: what is before or after the blocks shows within
-                # each.
+                # Weights and biases may come in separate parameter groups, so each group shows by itself which
+                # parameters come before and after the blocks.
                 within = zip(names, positions, depths(names), strict=True)
                 positions = [mine if block_index(name) is None else depth for name, depth, mine in within]
-            shapes = {name: shape_of(p) for name, p in part}
-            types = [_type_by_name(name, shapes, by_shape=True) for name in names]
+            shapes = {name: get_shape(p) for name, p in part}
+            types = [_find_type_by_name(name, shapes, by_shape=True) for name in names]
             places += [Place(t, depth) for t, depth in zip(types, positions, strict=True)]
         result.append(places)
     return result
 
 
-def _models(named: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
-    """Named parameters, cut where a name comes again: they are of several models then, one after the other."""
+def _split_models(named: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
+    """Split named parameters where a name repeats: another model begins there."""
     parts: list[dict[str, Tensor]] = [{}]
     for name, p in named:
         if name in parts[-1]:
@@ -129,10 +128,10 @@ def _models(named: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]
     return [list(part.items()) for part in parts]
 
 
-def _type_by_class(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Walk from the module that owns the parameter outwards; the first class that says something decides.
+def _find_type_by_class(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Walk outwards from the module that owns the parameter; the first class that reveals a layer type decides.
 
-    The model itself is not asked by its class name: an ``AttentionClassifier`` may contain anything.
+    The class name of the model itself is ignored: an ``AttentionClassifier`` may contain anything.
     """
     path = name.split(".")[:-1]
     while True:
@@ -144,7 +143,7 @@ def _type_by_class(name: str, modules: Mapping[str, nn.Module]) -> str | None:
         if isinstance(module, nn.MultiheadAttention):
             return "attention"
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            return "feed-forward"  # its norms and attentions were recognised on the way out
+            return "feed-forward"  # the walk has already found its norms and attentions
         if not path:
             return None
         for type_, pattern in _CLASS_NAMES.items():
@@ -153,7 +152,7 @@ def _type_by_class(name: str, modules: Mapping[str, nn.Module]) -> str | None:
         path = path[:-1]
 
 
-def _type_by_name(name: str, shapes: Mapping[str, Sequence[int]], by_shape: bool) -> str:
+def _find_type_by_name(name: str, shapes: Mapping[str, Sequence[int]], by_shape: bool) -> str:
     module, _, leaf = name.rpartition(".")
     weight = shapes.get(f"{module}.weight" if module else "weight", (0, 0))
     if by_shape and leaf in ("weight", "bias") and len(weight) == 1:
@@ -168,7 +167,7 @@ def _type_by_name(name: str, shapes: Mapping[str, Sequence[int]], by_shape: bool
 
 
 def block_index(name: str) -> int | None:
-    """The number of the block a parameter belongs to: the first one in its name, or None.
+    """Return the block number of a parameter, the first one in its name, or None.
 
     ``encoder.layers.3.norm1.bias`` is in block 3, ``lstm.weight_hh_l1`` in block 1.
     """
@@ -177,11 +176,11 @@ def block_index(name: str) -> int | None:
 
 
 def depths(names: Sequence[str]) -> list[float]:
-    """Each parameter's position in the network, 0 (first block) to 1 (last block).
+    """Compute each parameter's depth in the network, 0 (first block) to 1 (last block).
 
-    The paper says "depth bucket" without saying how depth is measured. We take the first block number in the name,
-    scaled between the smallest and the largest one. What comes before all numbered blocks (an input projection) is at
-    0, what comes after them (a head) at 1, and the middle is taken where the names tell nothing.
+    The paper speaks of a "depth bucket" but does not define depth. We take the block number in the name, scaled between
+    the smallest and the largest one. Parameters before all blocks (an input projection) are at 0, those after them (a
+    head) at 1, all others without a block number at 0.5.
     """
     indices = [block_index(name) for name in names]
     known = [i for i in indices if i is not None]
@@ -200,7 +199,7 @@ def depths(names: Sequence[str]) -> list[float]:
 
 
 def depth_third(position: float) -> str:
-    """Shallow below one third of the depth, deep above two thirds, middle between (both borders included)."""
+    """Return "shallow" for depths below 1/3, "deep" for depths above 2/3, else "middle"."""
     return "shallow" if position < 1 / 3 else "deep" if position > 2 / 3 else "middle"
 
 
@@ -210,8 +209,8 @@ def fine_grained_groups(
     """Group parameters by layer type, depth third and kind (section 3.2), in order of first appearance.
 
     Args:
-        named_parameters: pairs of dotted name and tensor, as ``model.named_parameters()`` gives them.
-        model: the model, for deciding by module class. Without it names and shapes decide.
+        named_parameters: pairs of dotted name and tensor, as from ``model.named_parameters()``.
+        model: the model, whose module classes decide layer types. Without it names and shapes decide.
     """
     named = list(named_parameters)
     known = {} if model is None else places_by_class(model)
@@ -220,7 +219,7 @@ def fine_grained_groups(
 
 
 def form_groups(members: Iterable[tuple[Tensor, Place, bool]]) -> list[ModulationGroup]:
-    """One group for each layer type, depth third and kind that occurs among (tensor, place, whether it is a bias)."""
+    """Form a group for each layer type, depth third and kind among members (tensor, place, whether it is a bias)."""
     collected: dict[str, list[tuple[Tensor, float, bool]]] = {}
     for p, place, bias in members:
         key = f"{place.layer_type}/{depth_third(place.depth)}/{'bias' if bias else 'weight'}"
@@ -239,16 +238,16 @@ def form_groups(members: Iterable[tuple[Tensor, Place, bool]]) -> list[Modulatio
 def native_groups(
     param_groups: Sequence[Sequence[Tensor]], names: Sequence[Sequence[str]] | None
 ) -> list[ModulationGroup]:
-    """One modulation group for each of the optimizer's own parameter groups that is not empty ("original").
+    """Form a modulation group from each non-empty parameter group of the optimizer (strategy "original").
 
     Args:
         param_groups: the tensors of each parameter group.
-        names: their names in the same order, if known. Without names a one-dimensional tensor counts as a bias and
-            the depth is the middle everywhere.
+        names: their names in the same order, or None. Without names every tensor of at most one dimension counts as a
+            bias, and every depth is 0.5.
     """
     if names is None:
         positions = [[0.5] * len(params) for params in param_groups]
-        biases = [[len(shape_of(p)) <= 1 for p in params] for params in param_groups]
+        biases = [[len(get_shape(p)) <= 1 for p in params] for params in param_groups]
     else:
         flat = iter(depths([name for group in names for name in group]))
         positions = [[next(flat) for _ in group] for group in names]

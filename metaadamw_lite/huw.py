@@ -12,22 +12,23 @@ KINDS = ("regression", "classification")
 
 
 class PriorityHUW(nn.Module):
-    """Balance several losses by learned variances σ² = exp(s), with a priority p on each regulariser.
+    """Weighted sum of losses with learned variances σ² = exp(s) and a priority p on each regulariser.
 
-    A "regression" loss L enters as ½·e^{−s}·L + ½·p·s (Eq. 13), a "classification" loss as e^{−s}·L + p·s. For a
-    fixed L > 0 both are smallest at σ² = L/p: the priority multiplies the weight that the loss ends up with. For
-    L ≤ 0 there is no smallest value; s falls without bound (chapter 4).
+    A "regression" loss L contributes ½·e^{−s}·L + ½·p·s (Eq. 13), a "classification" loss e^{−s}·L + p·s. For fixed
+    L > 0 both have their minimum at σ² = L/p, so the loss ends with a weight proportional to p. For L ≤ 0 there is no
+    minimum; s falls without bound (chapter 4).
 
     Args:
         kinds: "regression" or "classification" for each loss.
         priorities: p for each loss, positive.
-        init_log_var: where every s starts.
+        init_log_var: the start of every s.
+
+    Attributes:
+        log_var: the learned s, shape (number of losses,).
 
     Raises:
-        ValueError: for an unknown kind or none, a priority that is not positive and finite, unequal lengths, or a start
-            that is not finite.
-
-    The learned s are the parameter ``log_var``, shape (number of losses,).
+        ValueError: for an unknown kind, no kinds, a priority that is not positive and finite, unequal lengths, or a
+            start that is not finite.
     """
 
     def __init__(self, kinds: Sequence[str], priorities: Sequence[float], init_log_var: float = 0.0) -> None:
@@ -45,13 +46,13 @@ class PriorityHUW(nn.Module):
         self.log_var = nn.Parameter(torch.full((len(kinds),), float(init_log_var)))
 
     def forward(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
-        """The weighted sum of scalar losses, a scalar.
+        """Return the weighted sum of scalar losses, a scalar.
 
         Raises:
-            ValueError: if there are more or fewer losses than kinds.
+            ValueError: if the number of losses differs from that of kinds.
         """
         if len(losses) != len(self.kinds):
-            raise ValueError(f"got {len(losses)} losses, but PriorityHUW was made for {len(self.kinds)}")
+            raise ValueError(f"got {len(losses)} losses; this PriorityHUW is for {len(self.kinds)}")
         terms = [
             (0.5 if kind == "regression" else 1.0) * (torch.exp(-s) * loss + p * s)
             for kind, p, s, loss in zip(self.kinds, self.priorities, self.log_var, losses, strict=True)
@@ -59,5 +60,5 @@ class PriorityHUW(nn.Module):
         return torch.stack(terms).sum()
 
     def extra_repr(self) -> str:
-        """Kinds and priorities, for printing."""
+        """Return kinds and priorities, for printing."""
         return f"kinds={self.kinds}, priorities={self.priorities}"

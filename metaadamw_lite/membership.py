@@ -1,7 +1,7 @@
-"""Which parameter belongs to which modulation group, read from the optimizer's ``param_groups``.
+"""The assignment of parameters to modulation groups (section 3.2), kept in step with ``param_groups``.
 
-``param_groups`` is the truth, as in torch: wrappers that shard a model replace parameters there, fine-tuning callbacks
-add and assign groups. ``Membership`` notices that by comparing identities and then forms the groups anew (section 3.2).
+As in torch, ``param_groups`` may change at any time: wrappers that shard a model replace parameters there, fine-tuning
+callbacks add and assign groups. ``Membership`` compares identities and, after a change, forms the groups again.
 """
 
 import warnings
@@ -20,11 +20,11 @@ from metaadamw_lite.groups import (
     ModulationGroup,
     Place,
     form_groups,
+    get_shape,
     is_bias,
     native_groups,
     places_by_class,
     places_by_name,
-    shape_of,
 )
 from metaadamw_lite.sharding import is_sharded, refuse_flat_parameters
 
@@ -34,21 +34,21 @@ ParamGroups = Sequence[Mapping[str, Any]]
 
 
 class Membership:
-    """Names, places and modulation groups of the parameters that ``param_groups`` holds.
+    """Names, places and modulation groups of the parameters in ``param_groups``.
 
-    A parameter keeps its name and its place in the network as long as it is there. A new one has the name that the
-    model gives it, else that of the parameter whose position it takes, else none. Nameless parameters form one
-    modulation group for each parameter group ("original"), beside the fine-grained groups of the others.
+    A parameter keeps its name and place while it is in ``param_groups``. A new parameter gets its name from the model,
+    else from the parameter whose position it takes. Parameters without a name form one modulation group for each
+    parameter group ("original"), beside the fine-grained groups of the others.
 
     Args:
         strategy: one of ``STRATEGIES``.
-        model: what names parameters and tells their layer types; None if unknown. It is not kept alive.
-        complete: whether the model has to have every parameter that comes without a name.
+        model: source of names and layer types, or None; held by a weak reference.
+        complete: True if the model must contain every parameter that comes without a name.
 
     Attributes:
         groups: the modulation groups, in order.
-        number: the place in ``groups`` of the modulation group of each parameter.
-        sharded: whether any parameter is a ``DTensor``.
+        number: the index in ``groups`` of each parameter's modulation group.
+        sharded: True if any parameter is a ``DTensor``.
     """
 
     def __init__(self, strategy: str, model: nn.Module | None, complete: bool) -> None:
@@ -65,19 +65,23 @@ class Membership:
         self._has_warned = False
 
     def name_parameters(self, group: dict[str, Any], beside: ParamGroups) -> dict[str, Any]:
-        """A parameter group in the form that torch adds beside others: names for all of its parameters, or for none.
+        """Complete a parameter group's names for torch, which wants them for all parameters or for none.
 
-        Parameters without a name get the one that the model has; where it has none, an empty one beside named ones.
+        Missing names come from the model. Parameters that it does not have get an empty name beside named ones.
+
+        Args:
+            group: the new parameter group.
+            beside: the existing parameter groups.
 
         Raises:
-            ValueError: if the model should have all parameters and does not.
+            ValueError: if the model must contain all parameters and does not (``complete``).
         """
         params = group.get("params", ())
-        if isinstance(params, set):  # torch refuses sets, which have no order
+        if isinstance(params, set):  # has no order; torch refuses it
             return group
         params = [params] if isinstance(params, Tensor) else list(params)
         nameless = [p for p in params if isinstance(p, Tensor)]
-        named = self._named_by_model() if self._strategy == "fine_grained" else {}
+        named = self._read_names() if self._strategy == "fine_grained" else {}
         if self._complete and (unknown := [p for p in nameless if p not in named]):
             raise ValueError(
                 f"{len(unknown)} of {len(nameless)} parameters, the first of shape {tuple(unknown[0].shape)}, have no "
@@ -85,21 +89,21 @@ class Membership:
             )
         names = group.get("param_names") or [named.get(p, "") for p in nameless]
         wanted = self._complete or any("param_names" in other for other in beside) or any(names)
-        if not wanted or len(nameless) < len(params):  # named already, or in part, which torch refuses
+        if not wanted or len(nameless) < len(params):  # already named; torch refuses a mixture
             return {**group, "params": params}
         return {**group, "params": params, "param_names": names}
 
     def add(self, params: Sequence[Tensor], names: Sequence[str], model: nn.Module | None) -> None:
-        """Learn the names of parameters, and their places in the model that ``named_parameters()`` came from."""
+        """Register the names of parameters, and their places in ``model``, the source of ``named_parameters()``."""
         self._names |= {p: name for p, name in zip(params, names, strict=True) if name}
-        if model is not None:  # only a part of the constructor's, if there is one
+        if model is not None:  # may be a part of the constructor's model, whose places stay
             self._places = places_by_class(model) | self._places
             self._model = self._model or weakref.ref(model)
 
     def is_current(self, param_groups: ParamGroups) -> bool:
-        """Whether the parameter groups hold the same parameters as when the modulation groups were formed.
+        """Return whether ``param_groups`` holds the parameters that the modulation groups were formed from.
 
-        Parameters of lazy modules are others once they have a shape, which may tell their layer type.
+        A lazy parameter counts as changed once it has a shape, which may reveal its layer type.
         """
         members = self._members
         if self._lazy and not all(map(is_lazy, self._lazy)):
@@ -110,13 +114,13 @@ class Membership:
         )
 
     def renew(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Form the modulation groups of the parameters that are there now, and bring ``param_names`` up to date.
+        """Form the modulation groups again from ``param_groups``, and update its ``param_names``.
 
         Raises:
-            ValueError: for complex parameters, and for those that FSDP1 has flattened. Nothing is changed then.
+            ValueError: for complex parameters, and for those that FSDP1 has flattened. Then nothing has changed.
         """
         names: dict[Tensor, str] = {}
-        named = self._named_by_model()
+        named = self._read_names()
         present = {name for group in param_groups for p in group["params"] if (name := self._names.get(p))}
         for group in param_groups:
             before = list(group.get("param_names", ()))
@@ -131,7 +135,7 @@ class Membership:
             every = [[names[p] for p in group["params"]] for group in param_groups]
             groups = native_groups([group["params"] for group in param_groups], every if all(names.values()) else None)
         else:
-            groups = self._fine_grained(param_groups, names)
+            groups = self._form_fine_grained(param_groups, names)
             nameless = [[p for p in group["params"] if not names[p]] for group in param_groups]
             groups += native_groups(nameless, None)
             self._warn(sum(map(len, nameless)), len(names))
@@ -146,8 +150,8 @@ class Membership:
             if self._names or self._complete:
                 group["param_names"] = [names[p] for p in group["params"]]
 
-    def _fine_grained(self, param_groups: ParamGroups, names: Mapping[Tensor, str]) -> list[ModulationGroup]:
-        """The groups of section 3.2 over the parameters that have a name."""
+    def _form_fine_grained(self, param_groups: ParamGroups, names: Mapping[Tensor, str]) -> list[ModulationGroup]:
+        """Form the groups of section 3.2 from the parameters with a name."""
         model = None if self._model is None else self._model()
         if model is not None and not self._places.keys() >= names.keys():
             self._places = places_by_class(model) | self._places
@@ -161,7 +165,8 @@ class Membership:
             members.append((p, self._places.get(p, guess), is_bias(name)))
         return form_groups(members)
 
-    def _named_by_model(self) -> dict[Tensor, str]:
+    def _read_names(self) -> dict[Tensor, str]:
+        """Return the names of the model's parameters; empty without a model."""
         model = None if self._model is None else self._model()
         return {} if model is None else {p: name for name, p in model.named_parameters()}
 
@@ -170,32 +175,34 @@ class Membership:
             self._has_warned = True
             warnings.warn(
                 f"{nameless} of {all_} parameters have no name, so they form one modulation group for each parameter "
-                "group instead of fine-grained ones (section 3.2 of the paper). Pass model.named_parameters(), or "
-                "named_from=model beside parameters without names; group_strategy='original' asks for these groups",
+                "group instead of fine-grained ones (section 3.2 of the paper). Pass model.named_parameters(), or add "
+                "named_from=model; if you want these groups, pass group_strategy='original'",
                 stacklevel=4,  # the caller of the constructor, or of ``add_param_group``
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the model, which is not the optimizer's to save or copy."""
+        """Return all attributes except the model, which pickle and ``deepcopy`` leave out."""
         return {**self.__dict__, "_model": None}
 
 
 def check_parameters(names: Mapping[Tensor, str]) -> None:
-    """Refuse complex parameters, by their names.
+    """Refuse complex parameters.
+
+    Args:
+        names: parameters with their names, which may be empty.
 
     Raises:
-        ValueError: for the first one.
+        ValueError: names the first complex one, or gives its shape.
     """
     for p, name in names.items():
         if p.is_complex():
-            raise ValueError(f"parameter {name or shape_of(p)} is {p.dtype}; only real parameters are supported")
+            raise ValueError(f"parameter {name or get_shape(p)} is {p.dtype}; only real parameters are supported")
 
 
 def model_behind(params: Any) -> nn.Module | None:
-    """The model whose ``named_parameters()`` this generator is, or None.
+    """Return the model whose ``named_parameters()`` this generator is, or None.
 
-    Only the module classes tell an embedding from a linear layer for certain, and this spares the caller to pass the
-    model beside its parameters.
+    Only module classes reliably tell an embedding from a linear layer; so callers need not pass the model as well.
     """
     is_named = isgenerator(params) and params.__name__ == "named_parameters"
     owner = getgeneratorlocals(params).get("self") if is_named else None

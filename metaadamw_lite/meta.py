@@ -1,19 +1,19 @@
-"""How Φ is trained: L_grad (Eq. 10) and L_val(θ′), with their derivatives by Φ (paper, section 3.5).
+"""The losses that train Φ: L_grad (Eq. 10) and L_val(θ′), with their derivatives by Φ (paper, section 3.5).
 
-Eq. 11 to 13 and the order of Algorithm 2 are in ``optimizer.update_attention``, the step of Φ in ``meta_optimizer``.
+``optimizer.update_attention`` has Eq. 11 to 13 and the order of Algorithm 2; ``meta_optimizer`` has the step of Φ.
 
 The hypothetical step θ′ = θ − ηα_g(u + β_gλθ), with u = m̂′/(√v̂′ + ε), depends on Φ only through the 2G numbers α
 and β. So
 
-    dL/dα_g = ⟨∂L/∂θ′, −η(u + β_gλθ)⟩_g     and     dL/dβ_g = ⟨∂L/∂θ′, −ηα_gλθ⟩_g ,
+    dL/dα_g = ⟨∂L/∂θ′, −η(u + β_gλθ)⟩_g     and     dL/dβ_g = ⟨∂L/∂θ′, −ηα_gλθ⟩_g .
 
-and what is left is ∂L/∂θ′. For L_loss it is an ordinary gradient. L_grad is a function of g′ = ∇L₂(θ′), so there
-∂L_grad/∂θ′ = H₂(θ′)·r with r = ∂L_grad/∂g′, and a Hessian-vector product is a difference of two gradients:
+∂L/∂θ′ remains to be computed. For L_loss it is an ordinary gradient. L_grad is a function of g′ = ∇L₂(θ′), so
+∂L_grad/∂θ′ = H₂(θ′)·r with r = ∂L_grad/∂g′. This Hessian-vector product is a difference of two gradients:
 
     H₂(θ′)·r ≈ (∇L₂(θ′ + δr) − ∇L₂(θ′)) / δ.
 
-Only first-order gradients are asked of the model (``first_order_losses``). ``double_backward_losses`` lets autograd
-differentiate twice instead; it exists to check the other one. Chapter 5 of the book derives and compares both.
+``first_order_losses`` thus needs only first-order gradients of the model. ``double_backward_losses`` checks it: there
+autograd differentiates twice. Chapter 5 of the book derives and compares both.
 """
 
 import copy
@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
-from metaadamw_lite.batches import handed_out
+from metaadamw_lite.batches import copy_containers
 from metaadamw_lite.buckets import State, moments_of
 from metaadamw_lite.checks import NotFiniteError
 from metaadamw_lite.modulator import Modulation
 from metaadamw_lite.sharding import (
     is_sharded,
+    list_process_groups,
     local,
     local_gradient,
-    processes_of,
     refuse_flat_parameters,
     refuse_mixtures,
     reshard,
@@ -48,19 +48,19 @@ from metaadamw_lite.surroundings import same_random_numbers, write
 
 OBJECTIVES = ("combined", "gradient", "loss_decrease", "gen_gap")
 ROUNDING = 100
-"""Times the machine's ε: where a group's part in the norm of the whole gradient is smaller, it is rounding."""
+"""A group's gradient counts as zero if its norm is at most ROUNDING machine epsilons of the whole gradient's norm."""
 
 CACHED = 2**16
-"""Numbers of each kind that a CPU works on at a time, so that what lies between two operations stays in its cache."""
+"""Elements that a CPU processes at a time, so that intermediate results stay in its cache."""
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class MetaLosses(NamedTuple):
-    """The values of one meta-update; a term that the objective leaves out is NaN.
+    """The loss values of one meta-update; a term that the objective leaves out is NaN.
 
     Attributes:
-        total: what Φ descends: Eq. 13 (or the plain sum, or the single term) plus the gate penalty, if there are gates.
+        total: the meta-loss: Eq. 13, the unweighted sum or the single term, plus the penalty of the gates, if any.
         gradient: L_grad, Eq. 10.
         loss_decrease: L_loss, Eq. 11.
         gen_gap: L_gap, Eq. 12.
@@ -79,76 +79,78 @@ def gradient_alignment(
     g_prime: Sequence[Tensor],
     params: Sequence[Tensor] = (),
 ) -> Tensor:
-    """L_grad of Eq. 10, a scalar: (1/G) Σ_g (λ₁‖g′_g‖² − λ₂ cos(g_g, g′_g)).
+    """Compute L_grad of Eq. 10, a scalar: (1/G) Σ_g (λ₁‖g′_g‖² − λ₂ cos(g_g, g′_g)).
 
     Args:
-        modulation: the factors λ₁ and λ₂, each (G,).
-        groups: the group number of each tensor.
-        g: gradients on B₁ at θ, one tensor each.
+        modulation: λ₁ and λ₂, each (G,).
+        groups: the group index of each tensor.
+        g: gradients on B₁ at θ, one for each parameter.
         g_prime: gradients on B₂ at θ′, of the same shapes.
-        params: the parameters; needed where they are sharded, and g and g_prime are this process's parts.
+        params: the parameters, if they are sharded; g and g_prime are then this process's parts.
 
-    A group's gradient is that of all its tensors laid end to end. The cosine with a zero gradient is 0, and so is its
-    derivative. As zero counts what is only rounding: a bias in front of a batch norm has no gradient, and the 1e-8 that
-    come out instead point anywhere; but the cosine does not look at size, and its derivative grows as 1/‖g′‖.
+    The gradient of a group concatenates those of its tensors. The cosine with a zero gradient is 0, and so is its
+    derivative. Gradients that are only rounding count as zero (``ROUNDING``). A bias in front of a batch norm, for
+    example, has numerical gradients of about 1e-8 instead of 0; their direction is random, but the cosine ignores size,
+    and its derivative grows as 1/‖g′‖.
     """
     like = modulation.lambda1
     rows = [torch.stack([(x * x).sum(), (x * y).sum(), (y * y).sum()]) for x, y in zip(g, g_prime, strict=True)]
     sums = sum_over_shards(torch.stack([row.to(like) for row in rows]), params)
-    return _alignment_of_sums(modulation, groups, sums, _precision(g))
+    return _align_sums(modulation, groups, sums, _precision(g))
 
 
 def _precision(g: Sequence[Tensor]) -> float:
-    """The machine's ε of the least precise gradient, at most that of float32: sums are not taken in less."""
+    """Return the machine ε of the least precise gradient, at most that of float32, the least precision of the sums."""
     return max(min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps) for x in g)
 
 
-def _alignment_of_sums(modulation: Modulation, groups: Sequence[int], sums: Tensor, precision: float) -> Tensor:
-    """``gradient_alignment`` from ⟨g, g⟩, ⟨g, g′⟩ and ⟨g′, g′⟩ of each of n tensors, (n, 3)."""
+def _align_sums(modulation: Modulation, groups: Sequence[int], sums: Tensor, precision: float) -> Tensor:
+    """Compute ``gradient_alignment`` from ⟨g, g⟩, ⟨g, g′⟩ and ⟨g′, g′⟩ of each of n tensors, (n, 3)."""
     like = modulation.lambda1
     index = torch.tensor(groups, device=like.device)
     square_g, dot, square = like.new_zeros(len(like), 3).index_add(0, index, sums).unbind(dim=1)
-    # The clamp stands inside the root, whose slope at zero is infinite.
+    # The clamp is inside the root, whose derivative at zero is infinite.
     tiny = torch.finfo(like.dtype).tiny
     norms = square_g.sqrt() * square.clamp_min(tiny).sqrt()
     least = (ROUNDING * precision) ** 2
-    points_anywhere = (square_g <= least * square_g.sum()) | (square <= least * square.sum())
-    cosine = (dot / norms.clamp_min(tiny)).masked_fill(points_anywhere, 0)
+    is_rounding = (square_g <= least * square_g.sum()) | (square <= least * square.sum())
+    cosine = (dot / norms.clamp_min(tiny)).masked_fill(is_rounding, 0)
     return (modulation.lambda1 * square - modulation.lambda2 * cosine).mean()
 
 
-def inner_products(vector: Iterable[Tensor], *others: Sequence[Tensor], like: Tensor) -> Tensor:
-    """⟨x, y⟩ of each of n tensors x in ``vector`` with its counterpart y in each of the lists ``others``: (n, lists).
+def compute_inner_products(vector: Iterable[Tensor], *others: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Compute ⟨x, y⟩ of each of n tensors x in ``vector`` with its counterpart y in each list: (n, len(others)).
 
-    On a CPU tensor by tensor, so that no more than one x need exist at a time. On a GPU for all tensors together: a
-    signed sum there is Σ|xy| − 2Σ|min(xy, 0)|, since norms are the sums that torch takes of many tensors at once.
+    A CPU takes one tensor at a time, so ``vector`` may be a generator that saves memory. A GPU takes all tensors at
+    once. There a signed sum is Σ|xy| − 2Σ|min(xy, 0)|, because norms are the only sums that torch takes of many tensors
+    at once.
 
     Args:
-        vector, others: tensors of one shape at each place.
-        like: whose type and device the result has.
+        vector, others: n tensors each; counterparts have one shape.
+        like: a tensor with the dtype and device of the result.
     """
     if others[0][0].device.type == "cpu":
         rows = [torch.stack([(x * y).sum() for y in ys]) for x, *ys in zip(vector, *others, strict=True)]
         return torch.stack([row.to(like) for row in rows])
     xs = list(vector)
-    return torch.stack([_sums(torch._foreach_mul(xs, list(ys)), like) for ys in others], dim=1)
+    return torch.stack([_sum_each(torch._foreach_mul(xs, list(ys)), like) for ys in others], dim=1)
 
 
-def _sums(tensors: tuple[Tensor, ...], like: Tensor) -> Tensor:
-    """The sum of each of n tensors, (n,), added up in float64 where the device has that; they are overwritten."""
+def _sum_each(tensors: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """Sum each of n tensors, (n,), in float64 if the device has it. Overwrites the tensors."""
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
-    total = _stacked(torch._foreach_norm(tensors, 1, dtype=dtype), like.device)
+    total = _stack(torch._foreach_norm(tensors, 1, dtype=dtype), like.device)
     torch._foreach_clamp_max_(tensors, 0)
-    return (total - 2 * _stacked(torch._foreach_norm(tensors, 1, dtype=dtype), like.device)).to(like)
+    return (total - 2 * _stack(torch._foreach_norm(tensors, 1, dtype=dtype), like.device)).to(like)
 
 
-def _stacked(scalars: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Scalars, which may be on several devices, as one vector."""
+def _stack(scalars: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Stack scalars, which may be on several devices, to a vector on one."""
     return torch.stack([x.to(device) for x in scalars])
 
 
-def _together(tensors: Sequence[Tensor]) -> list[slice]:
-    """Parts of a list that ``torch._foreach_*`` takes at a time: on a CPU what fits its cache, elsewhere everything."""
+def _split_for_cache(tensors: Sequence[Tensor]) -> list[slice]:
+    """Split a list for ``torch._foreach_*``: on a CPU into parts that fit its cache, elsewhere not at all."""
     if tensors[0].device.type != "cpu":
         return [slice(None)]
     bounds, size = [0], 0
@@ -170,9 +172,15 @@ def directions(
     beta2: Sequence[float],
     eps: Sequence[float],
 ) -> Sequence[Tensor]:
-    """u = m̂′/(√v̂′ + ε) of each tensor, where m′ and v′ are its moments after step t with gradient g (Eq. 1 to 3).
+    """Compute u = m̂′/(√v̂′ + ε) of each tensor, with its moments m′ and v′ after step t with gradient g (Eq. 1 to 3).
 
-    Where ``max_v`` is not None, the larger of it and v′ takes the place of v′ (``amsgrad``).
+    With ``amsgrad``, ``max_v`` is not None, and max(max_v, v′) replaces v′.
+
+    Args:
+        g, m, v: gradients, and moments before the step.
+        max_v: the largest v so far of each tensor, or None.
+        t: the number of each tensor's step, from 1.
+        beta1, beta2, eps: β₁, β₂ and ε of each tensor.
     """
     m_hat, v_hat = torch._foreach_mul(m, beta1), torch._foreach_mul(v, beta2)
     torch._foreach_add_(m_hat, torch._foreach_mul(g, [1 - x for x in beta1]))  # Eq. 1
@@ -190,16 +198,16 @@ def directions(
 
 @dataclass
 class HypotheticalStep:
-    """One MetaAdamW step from θ that is looked at and not kept: θ′ = θ − ηα_g(u + β_gλθ) (Algorithm 2, lines 12 to 17).
+    """The hypothetical step θ′ = θ − ηα_g(u + β_gλθ) as a function of α and β (Algorithm 2, lines 12 to 17).
 
     Attributes:
-        params: the live parameters that have a gradient on B₁. Where they are sharded, the lists below hold this
-            process's parts.
+        params: the parameters that have a gradient on B₁. If they are sharded, the lists below hold this process's
+            parts.
         theta: copies of their values θ.
         g: their gradients on B₁.
-        u: AdamW's direction m̂′/(√v̂′ + ε), in which m′ and v′ include g (line 14).
+        u: AdamW's direction m̂′/(√v̂′ + ε), with moments m′ and v′ that include g (line 14).
         lr, weight_decay: η and λ of each tensor.
-        groups: the modulation group number of each tensor.
+        groups: the modulation group index of each tensor.
     """
 
     params: list[Tensor]
@@ -219,14 +227,14 @@ class HypotheticalStep:
         state: State,
         number: Mapping[Tensor, int],
     ) -> "HypotheticalStep":
-        """The step that would be taken now with gradients ``g``, as a function of α and β.
+        """Prepare the next step with gradients ``g``.
 
         Args:
             theta: copies of the values of the parameters.
-            g: gradients of those that B₁ uses.
+            g: gradients on B₁, of the parameters that its loss contains.
             param_groups: parameter groups, with lr, betas, eps and weight_decay.
             state: moments and step counts before the step.
-            number: the modulation group of each parameter.
+            number: the modulation group index of each parameter.
         """
         used = [(p, group) for group in param_groups for p in group["params"] if p in g]
         params, settings = [p for p, _ in used], [group for _, group in used]
@@ -235,21 +243,21 @@ class HypotheticalStep:
         largest = [x if group["amsgrad"] else None for x, group in zip(max_v, settings, strict=True)]
         beta1, beta2 = ([float(group["betas"][i]) for group in settings] for i in (0, 1))
         lr, weight_decay, eps = ([float(group[x]) for group in settings] for x in ("lr", "weight_decay", "eps"))
-        t = _counts_after([state.get(p, {}).get("step") for p in params])
+        t = _get_step_numbers([state.get(p, {}).get("step") for p in params])
         u = [
             x
-            for i in _together(gradients)
+            for i in _split_for_cache(gradients)
             for x in directions(gradients[i], m[i], v[i], largest[i], t[i], beta1[i], beta2[i], eps[i])
         ]
         numbers = [number[p] for p in params]
         return cls(params, [theta[p] for p in params], gradients, u, lr, weight_decay, numbers)
 
     def theta_prime(self, alpha: Tensor, beta: Tensor) -> Iterator[Tensor]:
-        """θ′ for factors α and β of shape (G,), without gradients."""
+        """Yield θ′ of each parameter for factors α and β, each (G,), without gradients."""
         a, b = alpha.tolist(), beta.tolist()
         rates = [-lr * a[k] for k, lr in zip(self.groups, self.lr, strict=True)]
         decays = [b[k] * wd for k, wd in zip(self.groups, self.weight_decay, strict=True)]
-        for i in _together(self.theta):
+        for i in _split_for_cache(self.theta):
             moved = torch._foreach_mul(self.theta[i], decays[i])
             torch._foreach_add_(moved, self.u[i])
             torch._foreach_mul_(moved, rates[i])
@@ -257,8 +265,8 @@ class HypotheticalStep:
             yield from moved
 
     def pull_back(self, vector: Iterable[Tensor], alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """From ∂L/∂θ′ to (dL/dα, dL/dβ), each (G,): the inner products with ∂θ′/∂α_g and ∂θ′/∂β_g."""
-        rows = sum_over_shards(inner_products(vector, self.u, self.theta, like=alpha), self.params)
+        """Compute (dL/dα, dL/dβ), each (G,), from ``vector`` = ∂L/∂θ′: its products with ∂θ′/∂α_g and ∂θ′/∂β_g."""
+        rows = sum_over_shards(compute_inner_products(vector, self.u, self.theta, like=alpha), self.params)
         along_u, along_theta = rows.unbind(dim=1)
         lr, wd = alpha.new_tensor([self.lr, self.weight_decay]).unbind()
         index = torch.tensor(self.groups, device=alpha.device)
@@ -267,26 +275,27 @@ class HypotheticalStep:
         return zeros.index_add(0, index, by_alpha), zeros.index_add(0, index, by_beta)
 
 
-def _counts_after(step: Sequence[Tensor | None]) -> list[float]:
-    """Step counts, None for 0, plus one: waits for a GPU once, not once for each."""
+def _get_step_numbers(step: Sequence[Tensor | None]) -> list[float]:
+    """Return step counts plus one, where None is 0. Waits for a GPU once, not for each count."""
     present = [x for x in step if x is not None]
-    counts = iter(_stacked(present, present[0].device).tolist() if present else ())
+    counts = iter(_stack(present, present[0].device).tolist() if present else ())
     return [1.0 if x is None else next(counts) + 1 for x in step]
 
 
 @dataclass
 class Evaluator:
-    """Losses of a model on batches, all from the same random numbers and buffers, so that only θ makes a difference.
+    """Losses and gradients of a model, all from the same random numbers and buffers, so that they differ only by θ.
 
     Attributes:
-        model, loss_fn: what is evaluated. Of ``DistributedDataParallel`` it is the model inside, since its reducer
-            takes gradients from ``.grad`` only. Containers of a batch are handed to ``loss_fn`` as copies.
-        devices: whose random number generators to put back.
-        processes: groups of processes that train together, each with batches of its own: losses and gradients are means
-            over them, as if the batches had been joined. Empty for a single process.
-        sharded: whether each process holds only parts of the parameters.
-        put_back: called before every loss, to undo what the one before has changed beside θ.
-        check: called after every loss, to raise an error where it has changed what cannot be undone.
+        model: the model; if it is wrapped in ``DistributedDataParallel``, the inner one, since the wrapper's reducer
+            reads ``.grad`` only.
+        loss_fn: maps the model and a batch to a scalar; it gets copies of the batch's containers.
+        devices: devices whose random number generators are restored.
+        processes: process groups that train together on different batches. Losses and gradients are means over them, as
+            on the joined batch. Empty for a single process.
+        sharded: True if each process holds only parts of the parameters.
+        put_back: called before every loss, to restore everything but θ.
+        check: called after every loss; raises an error for a change that cannot be undone.
     """
 
     model: nn.Module
@@ -299,33 +308,33 @@ class Evaluator:
 
     @classmethod
     def of(cls, model: nn.Module, loss_fn: LossFn, params: Sequence[Tensor]) -> "Evaluator":
-        """For a model, for its copies under ``DistributedDataParallel``, or for a model sharded by ``fully_shard``.
+        """Create an evaluator of an ordinary model, a ``DistributedDataParallel`` or one sharded by ``fully_shard``.
 
-        Lightning Fabric's wrapper around each of them casts the inputs and the outputs as it does in training.
+        Lightning Fabric's wrapper around any of them casts inputs and outputs as in training.
 
         Raises:
-            ValueError: for parameters that FSDP1 has flattened, and where only some of them are sharded.
+            ValueError: for parameters that FSDP1 has flattened, and if only some of them are sharded.
         """
         refuse_flat_parameters(params, model)
         refuse_mixtures(params, model)
-        devices = [p.device for p in (*model.parameters(), *params)]  # frozen layers may draw masks, too
+        devices = [p.device for p in (*model.parameters(), *params)]  # frozen layers may draw random masks, too
         inside: Any = model._forward_module if is_fabrics(model) else model
         if isinstance(inside, DistributedDataParallel):
-            bare = without_backward_hooks(model, inside.module) if inside is not model else inside.module
+            bare = copy_without_backward_hooks(model, inside.module) if inside is not model else inside.module
             return cls(bare, loss_fn, devices, [inside.process_group])
         if inside is not model:
-            model = without_backward_hooks(model, inside)
+            model = copy_without_backward_hooks(model, inside)
         sharded = any(is_sharded(p) for p in params)
         if not sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
-                "several processes train, but this model is neither a DistributedDataParallel nor sharded: each of "
-                "them trains a Φ of its own. Pass the wrapped model",
+                "several processes train, but this model is neither a DistributedDataParallel nor sharded, so each "
+                "process trains its own Φ. Pass the wrapped model",
                 stacklevel=4,  # the third is torch's wrapper around ``update_attention``
             )
-        return cls(model, loss_fn, devices, processes_of(params), sharded)
+        return cls(model, loss_fn, devices, list_process_groups(params), sharded)
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of a tensor over the processes."""
+        """Average a tensor over the processes."""
         for group in self.processes:
             x = x.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(x, group=group)
@@ -333,18 +342,24 @@ class Evaluator:
         return x
 
     def loss(self, name: str, batch: Any) -> Tensor:
-        """The scalar loss on a batch; an error that names the batch if it is not one finite number.
+        """Compute the scalar loss on a batch: the mean over the processes, with the graph of this process.
 
-        Its value is the mean over the processes, its graph that of this process.
+        Args:
+            name: name of the batch, for errors.
+            batch: the batch.
+
+        Raises:
+            ValueError: if ``loss_fn`` does not return one number.
+            NotFiniteError: if the loss is not finite.
         """
-        torch.clear_autocast_cache()  # autocast keeps copies of the weights, which do not follow them to θ′
+        torch.clear_autocast_cache()  # its copies of the weights would stay at the previous θ
         self.put_back()
         with same_random_numbers(self.devices):
-            loss = self.loss_fn(self.model, handed_out(batch))
+            loss = self.loss_fn(self.model, copy_containers(batch))
         self.check()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn returned {what} on {name}; it must return a tensor with one element")
+            returned = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn returned {returned} on {name}; it must return a tensor with one element")
         loss = loss.reshape(())
         if self.processes:
             loss = loss + (self.mean(loss.detach()) - loss.detach())
@@ -353,20 +368,20 @@ class Evaluator:
         return loss
 
     def value(self, name: str, batch: Any) -> Tensor:
-        """The loss on a batch, detached."""
+        """Compute the loss on a batch, detached."""
         loss = self.loss(name, batch).detach()
         if self.sharded:
             reshard(self.model)
         return loss
 
     def gradient(self, name: str, batch: Any, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The loss on a batch, detached, and its gradient by ``params``; zeros for those that it does not contain."""
+        """Compute the detached loss on a batch and its gradient by ``params``; zeros for unused parameters."""
         loss = self.loss(name, batch)
         pairs = zip(params, self._backward(loss, params), strict=True)
-        return loss.detach(), [self._joined(torch.zeros_like(local(p)) if x is None else x) for p, x in pairs]
+        return loss.detach(), [self._mean_gradient(torch.zeros_like(local(p)) if x is None else x) for p, x in pairs]
 
     def gradient_of_used(self, loss: Tensor, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-        """The gradient of a loss by those of ``params`` that it contains, in any of the processes."""
+        """Compute the gradient of a loss by those of ``params`` that it contains in any process."""
         found = self._backward(loss, params)
         used = torch.tensor([x is not None for x in found], dtype=torch.float32, device=loss.device)
         pairs = [
@@ -374,10 +389,10 @@ class Evaluator:
             for p, x, share in zip(params, found, self.mean(used).tolist(), strict=True)
             if share
         ]
-        return {p: self._joined(x) for p, x in pairs}
+        return {p: self._mean_gradient(x) for p, x in pairs}
 
     def _backward(self, loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """The gradient of the loss in this process; the mean of all where the model is sharded, part by part."""
+        """Compute this process's gradient; for a sharded model its parts of the mean gradient of all processes."""
         if not (params and loss.requires_grad):
             return [None] * len(params)
         if not self.sharded:
@@ -385,72 +400,81 @@ class Evaluator:
             if any(x is None for x in found):
                 _refuse_reentrant_checkpoints(loss)
             return found
-        torch.autograd.backward(loss)  # FSDP joins the gradients in hooks that only this calls
+        torch.autograd.backward(loss)  # FSDP averages gradients in hooks that torch.autograd.grad does not call
         parts = [None if p.grad is None else local_gradient(p.grad, p) for p in params]
         for p in (*self.model.parameters(), *params):
             p.grad = None
-        reshard(self.model)  # which ``set_reshard_after_backward(False)`` leaves out
+        reshard(self.model)  # not done by backward after ``set_reshard_after_backward(False)``
         return parts
 
-    def _joined(self, x: Tensor) -> Tensor:
+    def _mean_gradient(self, x: Tensor) -> Tensor:
+        """Average a gradient from ``_backward`` over the processes; that of a sharded model is a mean already."""
         return x if self.sharded else self.mean(x)
 
 
 def first_order_losses(
     evaluate: Evaluator, step: HypotheticalStep, modulation: Modulation, objective: str, batch2: Any, val_batch: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """L_grad and L_val(θ′) as functions of Φ, with first-order gradients of the model only.
+    """Compute L_grad and L_val(θ′) as functions of Φ, from first-order gradients of the model only.
+
+    The parameters are left at or near θ′; the caller restores them.
+
+    Args:
+        evaluate: computes losses and gradients.
+        step: the hypothetical step.
+        modulation: the output of Φ, with its graph.
+        objective: one of ``OBJECTIVES``.
+        batch2, val_batch: B₂ and B_val.
 
     Returns:
-        (L_grad, L_val(θ′)): scalars with the right value and derivative by Φ (L_grad's up to the error of the
-        difference); None where ``objective`` does not need the term. The parameters are left at θ′ or near it: the
-        caller restores them.
+        (L_grad, L_val(θ′)): scalars with the right value and derivative by Φ (that of L_grad up to the error of the
+        difference); None for a term that ``objective`` does not need.
     """
     alpha, beta = modulation.alpha.detach(), modulation.beta.detach()
     with torch.no_grad():
         write([local(p) for p in step.params], list(step.theta_prime(alpha, beta)))
 
-    def through_the_step(value: Tensor, vector: Iterable[Tensor]) -> Tensor:
-        """``value``, with the derivatives by α and β that ∂L/∂θ′ = ``vector`` implies."""
+    def connect_to_phi(value: Tensor, vector: Iterable[Tensor]) -> Tensor:
+        """Attach to ``value`` the derivatives by α and β that follow from ∂L/∂θ′ = ``vector``."""
         d_alpha, d_beta = step.pull_back(vector, alpha, beta)
         return value + (d_alpha * (modulation.alpha - alpha)).sum() + (d_beta * (modulation.beta - beta)).sum()
 
     l_grad = l_val = None
     if objective in ("loss_decrease", "combined"):
-        l_val = through_the_step(*evaluate.gradient("val_batch", val_batch, step.params))
+        l_val = connect_to_phi(*evaluate.gradient("val_batch", val_batch, step.params))
     if objective in ("gradient", "combined"):
         _, g_prime = evaluate.gradient("batch2", batch2, step.params)
         with torch.no_grad():
             pairs = [
-                inner_products(step.g, step.g, g_prime, like=alpha),
-                inner_products(g_prime, g_prime, like=alpha),
+                compute_inner_products(step.g, step.g, g_prime, like=alpha),
+                compute_inner_products(g_prime, g_prime, like=alpha),
             ]
             sums = sum_over_shards(torch.cat(pairs, dim=1), step.params)
-        # g′ is cut off here, because its dependence on Φ is what H₂r stands for; λ₁ and λ₂ stay connected.
-        value = _alignment_of_sums(modulation, step.groups, sums.requires_grad_(), _precision(step.g))
+        # g′ is detached here, because H₂r stands for its dependence on Φ; λ₁ and λ₂ keep their graph.
+        value = _align_sums(modulation, step.groups, sums.requires_grad_(), _precision(step.g))
         (by_sums,) = torch.autograd.grad(value, sums, retain_graph=True)
         with torch.no_grad():
             _, by_dot, by_square = by_sums.t().tolist()
             r: list[Tensor] = []
-            for i in _together(step.g):  # ∂⟨g′, g′⟩/∂g′ = 2g′ and ∂⟨g, g′⟩/∂g′ = g
+            for i in _split_for_cache(step.g):  # ∂⟨g′, g′⟩/∂g′ = 2g′ and ∂⟨g, g′⟩/∂g′ = g
                 part = torch._foreach_mul(list(g_prime[i]), [2 * x for x in by_square[i]])
                 torch._foreach_add_(part, torch._foreach_mul(step.g[i], by_dot[i]))
                 r += part
-            delta = _difference_step(step.params, r)
+            delta = _choose_delta(step.params, r)
             torch._foreach_add_([local(p) for p in step.params], r, alpha=delta)
         del r  # as large as the model
         _, moved = evaluate.gradient("batch2", batch2, step.params)
-        l_grad = through_the_step(value, _difference_quotients(moved, g_prime, delta))
+        l_grad = connect_to_phi(value, _divide_differences(moved, g_prime, delta))
     return l_grad, l_val
 
 
 def double_backward_losses(
     evaluate: Evaluator, step: HypotheticalStep, modulation: Modulation, objective: str, batch2: Any, val_batch: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The same two losses as ``first_order_losses``, with autograd differentiating twice through the model.
+    """Compute the two losses of ``first_order_losses`` with autograd differentiating twice through the model.
 
-    Needs a second derivative of every operation in the model, which fused attention kernels and cuDNN's recurrent
-    layers do not have, and the memory for its graph.
+    Needs memory for the graph, and second derivatives of every operation in the model. Fused attention kernels and
+    cuDNN's recurrent layers do not have them.
     """
     theta_prime = [
         theta - lr * modulation.alpha[k].to(theta) * (u + modulation.beta[k].to(theta) * wd * theta)
@@ -459,7 +483,7 @@ def double_backward_losses(
     by_identity = {id(p): x for p, x in zip(step.params, theta_prime, strict=True)}
     swapped = {
         f"{prefix}.{name}" if prefix else name: by_identity[id(p)]
-        for prefix, module in evaluate.model.named_modules()  # each once, under whatever names it is held
+        for prefix, module in evaluate.model.named_modules()  # each module once, under any of its names
         for name, p in module._parameters.items()
         if id(p) in by_identity
     }
@@ -475,48 +499,48 @@ def double_backward_losses(
 
 
 def refuse_another_loss(first: Tensor, second: Tensor) -> None:
-    """A RuntimeError if the loss on B₁, taken twice, differs.
+    """Raise a RuntimeError if two evaluations of the loss on B₁ differ.
 
-    It has to be the same to the bit on a CPU, and on other devices where deterministic algorithms are asked for;
-    elsewhere sums may be taken in any order, and half of the digits have to agree.
+    They must be bitwise equal on a CPU, and on other devices under ``torch.use_deterministic_algorithms``. Without it
+    sums may run in any order; then half of the digits must agree.
     """
     exact = first.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     tolerance = 0.0 if exact else torch.finfo(first.dtype).eps ** 0.5
     one, two = first.item(), second.item()
     if abs(one - two) > tolerance * abs(one):
         raise RuntimeError(
-            f"the loss on batch1 is {one!r} and then {two!r}, with the same parameters, buffers and random numbers; a "
-            "meta-update compares losses, so loss_fn has to depend on model and batch alone. Pass what else it changes "
-            "as also=[...] (another model, a metric, a queue, a generator of random numbers), and do not let it draw "
-            "batches or change objects that are neither modules nor containers"
+            f"the loss on batch1 is {one!r} and then {two!r}, with the same parameters, buffers and random numbers. A "
+            "meta-update compares losses, so loss_fn must depend on model and batch alone. Pass other objects that it "
+            "changes as also=[...] (another model, a metric, a queue, a random number generator). It must not draw "
+            "batches, or change objects that are neither modules nor containers"
         )
 
 
 def is_fabrics(model: nn.Module) -> bool:
-    """Whether a model is wrapped by ``Fabric.setup`` of Lightning, under either of the names of that package."""
+    """Return whether Lightning's ``Fabric.setup`` wraps a model, under either name of the package."""
     wrappers = (sys.modules.get(f"{name}.wrappers") for name in ("lightning.fabric", "lightning_fabric"))
     return any(module is not None and isinstance(model, module._FabricModule) for module in wrappers)
 
 
-def without_backward_hooks(model: nn.Module, inside: nn.Module) -> nn.Module:
-    """Fabric's wrapper with the same precision around ``inside``, whose outputs do not ask for ``fabric.backward``."""
+def copy_without_backward_hooks(model: nn.Module, inside: nn.Module) -> nn.Module:
+    """Copy Fabric's wrapper around ``inside``: same precision, but its outputs do not require ``fabric.backward``."""
     twin = copy.copy(model)
     vars(twin)["_modules"] = {**model._modules, "_forward_module": inside}
     vars(twin)["_register_backward_hook"] = lambda output: output
     return twin
 
 
-def _difference_step(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
-    """δ of a forward difference: √(machine ε)·(1 + ‖θ‖)/‖r‖ balances rounding against curvature."""
+def _choose_delta(at: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
+    """Compute δ = √(machine ε)·(1 + ‖θ‖)/‖r‖ of a forward difference, which balances rounding against curvature."""
     precision = max(torch.finfo(p.dtype).eps for p in at)
     columns = (torch._foreach_norm([local(p) for p in at]), torch._foreach_norm(list(direction)))
-    norms = torch.stack([_stacked(column, at[0].device).double() for column in columns], dim=1).cpu()
+    norms = torch.stack([_stack(column, at[0].device).double() for column in columns], dim=1).cpu()
     norm_at, norm_r = sum_over_shards(norms.square(), at).sum(dim=0).sqrt().tolist()
     return float(precision**0.5 * (1 + norm_at) / max(norm_r, 1e-30))
 
 
-def _difference_quotients(a: Sequence[Tensor], b: Sequence[Tensor], delta: float) -> Iterable[Tensor]:
-    """(a − b)/δ: on a CPU one tensor after the other, which spares the memory for all."""
+def _divide_differences(a: Sequence[Tensor], b: Sequence[Tensor], delta: float) -> Iterable[Tensor]:
+    """Compute (a − b)/δ; on a CPU one tensor at a time, to save memory."""
     if a[0].device.type == "cpu":
         return ((x - y) / delta for x, y in zip(a, b, strict=True))
     difference: tuple[Tensor, ...] = torch._foreach_sub(list(a), list(b))
@@ -525,9 +549,9 @@ def _difference_quotients(a: Sequence[Tensor], b: Sequence[Tensor], delta: float
 
 
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
-    """A RuntimeError for a graph with ``checkpoint(..., use_reentrant=True)``.
+    """Raise a RuntimeError for a graph with ``checkpoint(..., use_reentrant=True)``.
 
-    Such a checkpoint hides its parameters from ``torch.autograd.grad``, which then takes them for unused.
+    Such a checkpoint hides its parameters from ``torch.autograd.grad``, which would treat them as unused.
     """
     seen, todo = set(), [loss.grad_fn]
     while todo:

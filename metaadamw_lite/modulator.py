@@ -1,4 +1,4 @@
-"""The attention module Φ: group statistics in, step-size and decay factors out (paper, section 3.4, Eq. 5 to 9)."""
+"""The attention module Φ, from group statistics to learning-rate and decay factors (paper, section 3.4, Eq. 5 to 9)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ from torch.overrides import TorchFunctionMode
 
 from metaadamw_lite.checks import check_count, check_range
 
-# Squares of larger numbers overflow in float32 inside the layer norms. Features that large say "exploded" and no more.
+# Larger features are cut: in the layer norms their squares overflow in float32. They mean that training has diverged.
 LARGEST_FEATURE = 1e15
 
 
 class Modulation(NamedTuple):
-    """What Φ says about G groups; every field has shape (G,).
+    """The output of Φ for G groups; every field has shape (G,).
 
     Attributes:
         alpha: learning-rate factor α_g in 1 ± alpha_range/2 (Eq. 7).
@@ -30,23 +30,23 @@ class Modulation(NamedTuple):
 
 
 class Modulator(nn.Module):
-    """A pre-norm Transformer encoder over the groups, then a linear map to four numbers for each group.
+    """Φ: a pre-norm Transformer encoder over the groups, then a linear map to four numbers for each group.
 
-    The matrices start Xavier-uniform and the output bias at zero, as in the released code; section 3.4 does not say.
-    So the factors are random around 1 from the first step on: chapter 3 shows how far they spread.
+    Matrices start Xavier-uniform and the output bias at zero, as in the released code; section 3.4 does not define the
+    start. So the factors are random around 1 from the first step on; chapter 3 shows their spread.
 
     Args:
         num_features: D, columns of the feature matrix.
-        num_groups: G, needed for the group embeddings only.
+        num_groups: G, used by the group embeddings only.
         layers, heads, hidden_dim: L, H and D_ff of section 3.4.
         alpha_range, beta_range: range_α and range_β of Eq. 7 and 8.
         group_embed_dim: width of a learned embedding for each group, appended to its features; 0 for none.
         gating: multiply every input column by a learned gate σ(·), which starts at σ(1) ≈ 0.73.
-        generator: source of the random start; None for torch's own.
+        generator: source of the random start; None for torch's global generator.
 
     Raises:
         ValueError: if the heads do not divide the input width D + group_embed_dim, for fewer than one layer, head or
-            hidden unit, and for a range outside of [0, 2].
+            hidden unit, and for a range outside [0, 2].
     """
 
     def __init__(
@@ -89,10 +89,9 @@ class Modulator(nn.Module):
     def forward(self, features: Tensor) -> Modulation:
         """Map features (G, D) to the factors of the G groups.
 
-        The factors stay inside their ranges whatever the features are: what is not a number counts as zero, and very
-        large numbers are cut.
+        The factors stay in their ranges for any features: NaN counts as zero, and magnitudes above 1e15 are cut.
         """
-        with torch.autocast(features.device.type, enabled=False):  # six numbers in half precision are too few digits
+        with torch.autocast(features.device.type, enabled=False):  # half precision is too coarse for features
             return self._modulate(features)
 
     def _modulate(self, features: Tensor) -> Modulation:
@@ -111,14 +110,17 @@ class Modulator(nn.Module):
         )
 
     def gate_penalty(self) -> Tensor | None:
-        """The L1 norm of the gates, Σ σ(gate), or None without gates."""
+        """Return the L1 norm of the gates, Σ σ(gate), or None without gates."""
         return None if self.gates is None else torch.sigmoid(self.gates).sum()
 
 
 class DrawFrom(TorchFunctionMode):
-    """Let uniform and normal numbers come from a generator of one's own inside the block, in this thread only.
+    """Draw uniform and normal numbers from a given generator inside the block, in this thread only.
 
-    The constructors of torch's layers take no generator, and seeding the process's would race with other threads.
+    The constructors of torch's layers take no generator, and seeding the global one would race with other threads.
+
+    Args:
+        generator: the generator; None for torch's global one.
     """
 
     _DRAW = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
@@ -130,6 +132,6 @@ class DrawFrom(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the function, with the generator if it draws."""
+        """Call the function, with the generator if it draws random numbers."""
         draws = {"generator": self._generator} if func in self._DRAW else {}
         return func(*args, **{**(kwargs or {}), **draws})

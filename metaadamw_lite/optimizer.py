@@ -1,12 +1,12 @@
-"""MetaAdamW: AdamW with a learning-rate factor α_g and a decay factor β_g for each parameter group g (Eq. 1 to 4).
+"""MetaAdamW: AdamW with a learning-rate factor α_g and a decay factor β_g for each modulation group g (Eq. 1 to 4).
 
-One step is AdamW with learning rate ηα_g and weight decay β_gλ, by torch's own kernels (``fast``) or, on an NVIDIA GPU,
-by Triton's (``triton_step``):
+A step is AdamW with learning rate ηα_g and weight decay β_gλ, with torch's kernels (``fast``) or, on an NVIDIA GPU, in
+Triton (``triton_step``):
 
     θ ← θ − ηα_g (m̂/(√v̂ + ε) + β_gλθ)
 
-The factors come from the attention module Φ (``modulator``), which sees statistics of every group (``features``).
-Every K_meta steps the training loop calls ``update_attention``, which trains Φ (``meta``).
+The attention module Φ (``modulator``) computes the factors from statistics of every group (``features``). Every K_meta
+steps the training loop calls ``update_attention``, which trains Φ (``meta``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,53 +90,52 @@ class MetaAdamW(torch.optim.AdamW):
     With ``alpha_range=beta_range=0`` it is ``torch.optim.AdamW``.
 
     Args:
-        params: ``model.named_parameters()``, ``model.parameters()`` or parameter-group dicts, as torch takes them; a
-            model is taken for its ``named_parameters()``.
-        lr, betas, eps, weight_decay: η, (β₁, β₂), ε and λ of AdamW, also per parameter group. ε stands outside the
-            root, as in torch; Eq. 4 of the paper writes it inside.
+        params: ``model.named_parameters()``, ``model.parameters()`` or parameter-group dicts, as for torch; or a model,
+            for its ``named_parameters()``.
+        lr, betas, eps, weight_decay: η, (β₁, β₂), ε and λ of AdamW, also per parameter group. ε is outside the root, as
+            in torch; Eq. 4 of the paper has it inside.
         alpha_range: α_g stays in 1 ± alpha_range/2 (Eq. 7); 0 to 2.
         beta_range: β_g stays in 1 ± beta_range/2 (Eq. 8); 0 to 2.
-        group_strategy: "fine_grained" (layer type × depth third × bias, section 3.2) or "original" (the optimizer's
-            own parameter groups). Parameters without a name are grouped as in "original", with a warning.
-        named_from: for "fine_grained": a model that decides layer types by module class, and names parameters that come
-            without names. It is found by itself where ``params`` is ``model.named_parameters()``; where it is not
-            known, names and shapes decide.
-        model: another name of ``named_from``. The Trainer of Hugging Face takes it out of the arguments for itself.
+        group_strategy: "fine_grained" (layer type × depth third × kind, section 3.2) or "original" (the optimizer's own
+            parameter groups). Parameters without a name are grouped as in "original", with a warning.
+        named_from: for "fine_grained", the model: its module classes decide layer types, and it names parameters
+            without a name. If ``params`` is ``model.named_parameters()``, that model is the default. Without a model
+            names and shapes decide layer types.
+        model: synonym of ``named_from``; Hugging Face's Trainer removes this one from the arguments.
         feature_version: "basic", "basic_plus", "enhanced", "norm_basic" or "norm_basic_plus" (section 3.3).
-        use_v_norms, include_time_step: the optional feature columns.
+        use_v_norms, include_time_step: the optional feature columns (``FeatureConfig``).
         use_feature_gating: learn a gate for every feature column.
         feature_gating_sparsity: weight of the gates' L1 norm in the meta-loss.
         group_embed_dim: width of the learned group embedding ("enhanced" only).
         attn_layers, attn_hidden_dim, attn_heads: L, D_ff and H of the encoder; H must divide the feature size.
         meta_objective: "combined" (Eq. 13), "gradient" (Eq. 10), "loss_decrease" (Eq. 11) or "gen_gap" (Eq. 12).
-        huw_priorities: p of Eq. 13, in the order gradient, loss decrease, generalisation gap; None for the plain sum.
-            Used by the combined objective.
-        meta_lr, meta_weight_decay: step size of Φ and of the uncertainty weights, and the L2 decay on Φ.
+        huw_priorities: p of Eq. 13 for gradient, loss decrease and generalization gap; None for the unweighted sum.
+            "combined" only.
+        meta_lr, meta_weight_decay: learning rate of Φ and of the uncertainty weights, and the L2 decay on Φ.
         meta_optimizer: "sgd" (Algorithm 2, line 33) or "adam".
-        total_steps: length of the run, for the time column; None if unknown.
+        total_steps: number of steps of the run, for the time column; None if unknown.
         seed: of Φ's random start. The global random number generators are not touched.
-        amsgrad, maximize: as in torch. With ``maximize`` a meta-update takes the loss for its negative, too.
-        foreach, fused: which of torch's AdamW kernels to use. Where neither is given, the fused one, which is the
-            fastest, moves float32, float16 and bfloat16 (``buckets.runs_fused``).
-        capturable, differentiable, decoupled_weight_decay: torch's AdamW has them; only its defaults are supported.
+        amsgrad, maximize: as in torch. With ``maximize`` meta-updates negate the loss, too.
+        foreach, fused: choice of torch's AdamW kernel. By default the fused one, the fastest, moves float32, float16
+            and bfloat16 (``buckets.runs_fused``).
+        capturable, differentiable, decoupled_weight_decay: options of torch's AdamW; only the defaults are supported.
 
     Attributes:
-        groups: the G modulation groups, in order, each with ``name`` and ``params``; formed anew where
-            ``param_groups`` holds other parameters than before.
-        alpha, beta: the factors that the last step used, shape (G,); ones before the first step, and
-            where groups have changed.
+        groups: the G modulation groups, in order, each with ``name`` and ``params``; formed again after a change of the
+            parameters in ``param_groups``.
+        alpha, beta: the factors of the last step, shape (G,); ones before the first step and after a change of groups.
         modulator: Φ, an ``nn.Module``.
         huw: the uncertainty weights, or None.
 
     Raises:
-        ValueError: for an argument out of range (a parameter group's included), an unknown name, heads that do not
-            divide the features, options of torch's AdamW that are not supported, complex parameters, parameters that
-            FSDP1 has flattened, an empty parameter list, or nameless parameters that ``named_from`` does not have.
+        ValueError: for an argument out of range (also in a parameter group), an unknown name, heads that do not divide
+            the features, unsupported options of torch's AdamW, complex parameters, parameters that FSDP1 has flattened,
+            an empty parameter list, or parameters without a name that ``named_from`` does not have.
         RuntimeError: for ``foreach`` and ``fused`` together, as in torch.
         TypeError: for ``params`` that are neither tensors nor groups of them, as in torch.
     """
 
-    _loss_is_repeatable = False  # not known before the first meta-update
+    _loss_is_repeatable = False  # until the first meta-update has checked it
 
     def __init__(
         self,
@@ -193,7 +192,7 @@ class MetaAdamW(torch.optim.AdamW):
             if not (value is None or isinstance(value, nn.Module)):
                 raise ValueError(f"{name} is {value!r}; it must be an nn.Module or None")
         if named_from is not None and model is not None:
-            raise ValueError("named_from and model are two names of one argument; pass one of them")
+            raise ValueError("named_from and model are synonyms; pass one of them")
         if huw_priorities is not None:
             check_priorities(huw_priorities, 3)
 
@@ -208,14 +207,14 @@ class MetaAdamW(torch.optim.AdamW):
         found = model_behind(params) if known is None else known
         self._members = Membership(group_strategy, found, complete=known is not None)
         super().__init__(params, **{name: without_numpy(value) for name, value in settings.items()})
-        # The statistics need true gradients, so a GradScaler must unscale them before the step, not inside the kernel.
+        # The statistics need unscaled gradients, so a GradScaler must unscale before the step, not in the kernel.
         self._step_supports_amp_scaling = False
         dtypes = {p.dtype for p in self._parameters()}
         if not dtypes:
             raise ValueError("the parameter groups are all empty; at least one parameter is needed")
         self._members.renew(self.param_groups)
 
-        # Φ stays in the CPU's memory, wherever the parameters are: its many layers are a handful of numbers each.
+        # Φ is always on the CPU: its many layers have few numbers each.
         with torch.device("cpu"):
             self.modulator = Modulator(
                 len(self._feature_config.columns),
@@ -248,13 +247,13 @@ class MetaAdamW(torch.optim.AdamW):
     @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step (Algorithm 1) and return the closure's loss, if there is a closure.
+        """Take one step (Algorithm 1) and return the loss of the closure, if any.
 
-        Parameters without a gradient are neither moved nor decayed; without any gradient nothing changes.
+        Parameters without a gradient are neither moved nor decayed. Without any gradient nothing changes.
 
         Raises:
-            RuntimeError: for sparse gradients, before anything is changed.
-            ValueError: for an option of torch's AdamW that is not supported and was switched on in ``param_groups``.
+            RuntimeError: for sparse gradients; then nothing has changed.
+            ValueError: for an unsupported option of torch's AdamW that is switched on in ``param_groups``.
         """
         for group in self.param_groups:
             check_supported(group)
@@ -280,9 +279,9 @@ class MetaAdamW(torch.optim.AdamW):
         return loss
 
     def features(self) -> Tensor:
-        """The feature matrix F that Φ would see now (section 3.3), shape (G, D), from the gradients in ``.grad``.
+        """Compute the feature matrix F of the next step (section 3.3), shape (G, D), from the gradients in ``.grad``.
 
-        The columns are named by ``FeatureConfig.columns``. Gates and group embeddings belong to Φ and are not in it.
+        ``FeatureConfig.columns`` names the columns. Gates and group embeddings belong to Φ, not to F.
 
         Raises:
             RuntimeError: for sparse gradients.
@@ -310,61 +309,64 @@ class MetaAdamW(torch.optim.AdamW):
         also: Any = (),
         double_backward: bool = False,
     ) -> MetaLosses:
-        """Train Φ by one step on the meta-objective (Algorithm 2) and return its terms.
+        """Train Φ by one step on the meta-objective (Algorithm 2) and return the losses.
 
-        Everything but Φ, its optimizer and the uncertainty weights is left as it was: parameters, ``.grad``, moments,
-        buffers, what modules hold in attributes (``surroundings.Surroundings`` says what is looked at), train/eval mode
-        and random number generators, also when ``loss_fn`` raises. The losses are taken in the mode (train or eval) the
-        model is in, from the same random numbers and this state, so that only θ makes a difference. The first
-        meta-update takes the loss on B₁ two times more to see whether that is so. (Parameters are written to and put
-        back: a graph that was made before cannot be used after.)
+        All state except Φ, its optimizer and the uncertainty weights is restored, also if ``loss_fn`` raises:
+        parameters, ``.grad``, moments, buffers, attributes of modules (see ``surroundings.Surroundings``), train/eval
+        modes and random number generators. A graph built before the call cannot be used after it, because parameters
+        are overwritten and restored.
 
-        Under ``DistributedDataParallel`` and ``fully_shard`` every process calls this with batches of its own; losses
-        and gradients are means over the processes, so Φ stays the same in all of them. Under ``fully_shard`` call it
-        where a step has just been made, not while gradients are being accumulated.
+        The losses use the model's current mode (train or eval) and the same state and random numbers, so they differ
+        only by θ. To check this, the first meta-update evaluates the loss on B₁ twice more.
+
+        Under ``DistributedDataParallel`` and ``fully_shard`` every process calls this with its own batches. Losses and
+        gradients are means over the processes, so Φ stays the same in all of them. Under ``fully_shard`` call it right
+        after a step, not during gradient accumulation.
 
         Args:
             model: the model whose parameters this optimizer holds, or its ``DistributedDataParallel``, or the wrapper
-                that Lightning Fabric, Accelerate or ``torch.compile`` makes of either.
+                of Lightning Fabric, Accelerate or ``torch.compile`` around either.
             batch1, batch2: training batches B₁ and B₂. ``loss_fn`` gets copies of their containers, and may empty them.
             loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor.
             val_batch: validation batch, required unless the objective is "gradient".
-            also: other things that ``loss_fn`` changes, one or a list, to be put back, too: modules (a GAN's other
-                network, whose batch norm moves; a metric), generators of random numbers, tensors, containers of these,
-                and objects with ``state_dict`` and ``load_state_dict`` or with attributes.
-            double_backward: differentiate twice through the model instead of taking a difference of two gradients.
-                Slower, and not possible with every kernel; for checking.
+            also: other objects that ``loss_fn`` changes, one or a list, to restore as well: modules (a GAN's other
+                network, a metric), random number generators, tensors, containers of these, and objects with
+                ``state_dict`` and ``load_state_dict`` or with attributes.
+            double_backward: differentiate twice through the model instead of taking a difference of two gradients; for
+                checks. Slower, and not every kernel supports it.
+
+        Returns:
+            The meta-loss and its terms.
 
         Raises:
-            ValueError: without a ``val_batch`` that the objective needs, for a loss that is not one finite number or
-                contains no parameter of this optimizer, for a gradient of Φ that is not finite, for ``double_backward``
-                with several processes, for parameter groups of which only some maximise, and for parameters that FSDP1
-                has flattened or of which only some are sharded.
-                What is not finite is a ``metaadamw_lite.checks.NotFiniteError``. Φ stays as it was.
-            RuntimeError: for checkpoints with ``use_reentrant=True`` (but under ``fully_shard``), and for a forward
-                pass that changes parameters which are not trained and too large to be copied: these stay as the forward
-                passes left them. Also for a ``loss_fn`` that writes to a tensor of a batch or returns another loss when
-                it is called again, and under ``torch.inference_mode``. Φ stays as it was.
-            TypeError: for a batch that is an iterator, and for an object in ``also`` that has no state to be read.
+            ValueError: for a missing ``val_batch``, a loss that is not one number or contains no parameter of this
+                optimizer, ``double_backward`` with several processes, ``maximize`` in some parameter groups only, and
+                for parameters that FSDP1 has flattened or of which only some are sharded.
+            NotFiniteError: a ``ValueError`` of ``metaadamw_lite.checks``, for a loss or a gradient of Φ that is not
+                finite.
+            RuntimeError: for checkpoints with ``use_reentrant=True`` (except under ``fully_shard``), a ``loss_fn`` that
+                writes to a tensor of a batch or is not repeatable, and under ``torch.inference_mode``. Also for a
+                forward pass that changes untrained parameters that are too large to copy; these keep the change.
+            TypeError: for a batch that is an iterator, and for an object in ``also`` whose state cannot be read.
+
+        After an error Φ has not changed.
         """
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("update_attention takes gradients; call it outside of torch.inference_mode()")
+            raise RuntimeError("update_attention needs gradients; call it outside of torch.inference_mode()")
         objective = self._meta_objective
         if val_batch is None and objective != "gradient":
             raise ValueError(f"val_batch is None, but meta_objective={objective!r} needs a validation batch")
         maximize = {bool(group["maximize"]) for group in self.param_groups if group["params"]}
         if len(maximize) > 1:
-            raise ValueError(
-                "maximize is True in some parameter groups only; a meta-update needs one direction for all"
-            )
+            raise ValueError("maximize is True in some parameter groups only; a meta-update needs one value for all")
         sign = -1 if True in maximize else 1
         self._follow_param_groups()
         params = [p for p in self._parameters() if p.requires_grad]
         evaluate = Evaluator.of(model, loss_fn if sign == 1 else lambda *args: -loss_fn(*args), params)
         if double_backward and evaluate.processes:
-            raise ValueError("double_backward is for checking, and does not work with several processes")
+            raise ValueError("double_backward is True; with several processes only False is supported")
         batches = Batches(batch1=batch1, batch2=batch2, val_batch=val_batch)
-        # Lines 1 to 4: keep θ and whatever else a loss may change.
+        # Lines 1 to 4: save θ and all other state that a loss may change.
         with torch.enable_grad(), batches.as_found(), as_found(model, params, also) as (theta, surroundings):
             evaluate.put_back, evaluate.check = surroundings.put_back, batches.refuse_counted_writes
             if not self._loss_is_repeatable:
@@ -381,10 +383,10 @@ class MetaAdamW(torch.optim.AdamW):
             before = dict(zip(params, theta, strict=True))
             step = HypotheticalStep.of(before, g, self.param_groups, self.state, self._members.number)  # lines 12 to 17
             if objective != "gradient":
-                # Not under no_grad: some modules take another path there, and the difference would show it.
+                # Not under no_grad: some modules compute differently there, and that would enter the loss decrease.
                 val_at_theta = evaluate.value("val_batch", val_batch)
-            route = double_backward_losses if double_backward else first_order_losses
-            l_grad, val_at_theta_prime = route(
+            compute_losses = double_backward_losses if double_backward else first_order_losses
+            l_grad, val_at_theta_prime = compute_losses(
                 evaluate, step, modulation, objective, batch2, val_batch
             )  # lines 19 to 22, and L_val(θ′) of line 24
             l_loss = l_gap = None
@@ -407,23 +409,23 @@ class MetaAdamW(torch.optim.AdamW):
 
     @property
     def groups(self) -> list[ModulationGroup]:
-        """The G modulation groups of the parameters that ``param_groups`` holds now, in order."""
+        """The G modulation groups of the parameters in ``param_groups``, in order."""
         self._follow_param_groups()
         return self._members.groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as torch does; the modulation groups are formed anew.
+        """Add a parameter group, as torch does, and form the modulation groups again.
 
-        Φ keeps what it has learned. Where it has group embeddings, groups that exist already keep theirs (they are
-        recognised by name) and new ones start at zero. Parameters without names are accepted beside named ones.
+        Φ is kept. Its group embeddings, if any, stay with the names of the groups; those of new groups are zero.
+        Parameters without a name are accepted beside named ones.
 
         Raises:
-            ValueError: for complex parameters, for lr, betas, eps or weight_decay out of range, for options of torch's
-                AdamW that this optimizer does not have, for nameless parameters that ``model`` does not have, and, as
-                in torch, for parameters that have a group already or come with names where others have none.
-            TypeError: for what is no group of tensors, as in torch.
+            ValueError: for complex parameters, lr, betas, eps or weight_decay out of range, unsupported options of
+                torch's AdamW, and parameters without a name that ``named_from`` does not have; as in torch, for
+                parameters that have a group already, or have names where others have none.
+            TypeError: for an argument that is not a group of tensors, as in torch.
 
-        No group is added then.
+        After an error no group has been added.
         """
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # raises torch's TypeError
@@ -439,13 +441,13 @@ class MetaAdamW(torch.optim.AdamW):
             raise
         group |= {name: without_numpy(value) for name, value in group.items()}
         self._members.add(group["params"], names, model)
-        if hasattr(self, "modulator"):  # else the constructor is adding its groups
+        if hasattr(self, "modulator"):  # not during construction
             self._follow_param_groups()
 
     def _follow_param_groups(self) -> None:
-        """Form the modulation groups anew where ``param_groups`` holds other parameters; Φ stays.
+        """Form the modulation groups again if the parameters in ``param_groups`` have changed; Φ is kept.
 
-        Group embeddings go with the names of the groups; new groups start at zero.
+        Group embeddings stay with the names of the groups; those of new groups are zero.
         """
         if self._members.is_current(self.param_groups):
             return
@@ -461,7 +463,7 @@ class MetaAdamW(torch.optim.AdamW):
                 if name in before:
                     new[row] = old.detach()[before.index(name)]
             old.data = new
-            self._meta_optimizer.state.pop(old, None)  # Adam's moments are of the old rows
+            self._meta_optimizer.state.pop(old, None)  # Adam's moments have the old rows
             create_moments(self._meta_optimizer)
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -469,7 +471,7 @@ class MetaAdamW(torch.optim.AdamW):
 
     @property
     def _phi_like(self) -> Tensor:
-        """A tensor of Φ's type, on its device."""
+        """A tensor with Φ's dtype, on its device."""
         return next(self.modulator.parameters())
 
     def _reset_factors(self) -> None:
@@ -480,31 +482,31 @@ class MetaAdamW(torch.optim.AdamW):
     # ---------------------------------------------------------------- saving
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state and, under "meta", Φ, its optimizer, the uncertainty weights and the step count.
+        """Return AdamW's state and, under "meta", Φ, its optimizer, the uncertainty weights and the step count.
 
-        Hooks that torch calls when it saves or loads a state see AdamW's part of it.
+        torch's hooks for saving and loading see AdamW's part only.
         """
         self._follow_param_groups()
         present = set(self._parameters())
         absent = {p: self.state.pop(p) for p in list(self.state) if isinstance(p, Tensor) and p not in present}
-        try:  # torch's cannot number the moments of parameters that were taken away
+        try:  # torch's state_dict cannot number the moments of parameters that were removed
             return pack(self, super().state_dict())
         finally:
             self.state.update(absent)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; training then goes on as if it had not stopped.
+        """Load a state from ``state_dict``; training then continues as if it had not stopped.
 
-        The objective, the priorities, the sparsity of the gates and ``total_steps`` are not in a state: they stay as
-        they were given to the constructor.
+        ``meta_objective``, ``huw_priorities``, ``feature_gating_sparsity`` and ``total_steps`` are not in a state; the
+        constructor's values stay.
 
         Raises:
-            ValueError: if the state was not saved by MetaAdamW, is of other parameters, groups or another Φ, or has
-                settings that the constructor would refuse (``state`` has the checks). Nothing is changed then.
+            ValueError: if the state was not saved by MetaAdamW, has other parameters, groups or another Φ, or settings
+                that the constructor would refuse (module ``state`` has the checks). Then nothing has changed.
         """
         self._follow_param_groups()
-        plain, meta = unpack(self, state_dict)
-        super().load_state_dict(plain)
+        adamw_state, meta = unpack(self, state_dict)
+        super().load_state_dict(adamw_state)
         self._t = meta["t"]
         self.alpha = meta["alpha"].to(self._phi_like.device)
         self.beta = meta["beta"].to(self._phi_like.device)
@@ -515,14 +517,14 @@ class MetaAdamW(torch.optim.AdamW):
         create_moments(self._meta_optimizer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a state: called by unpickling, ``deepcopy`` and ``load_state_dict``."""
+        """Restore the instance, for unpickling, ``deepcopy`` and ``load_state_dict``."""
         super().__setstate__(state)
-        self._factors = Factors(self.modulator)  # without the folded Φ, and the tables on a GPU
+        self._factors = Factors(self.modulator)  # drops cached copies of Φ and tables on a GPU
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything, for pickle and ``deepcopy``; torch's own keeps ``defaults``, ``state`` and ``param_groups`` only.
+        """Return all state, for pickle and ``deepcopy``; torch's has ``defaults``, ``state`` and ``param_groups`` only.
 
-        Attributes that others hang on the instance (a scheduler replaces ``step``) stay out, as in torch.
+        Attributes that other code sets on the instance (a scheduler replaces ``step``) are left out, as in torch.
         """
-        self._follow_param_groups()  # a copy does not know the model, which names new parameters
+        self._follow_param_groups()  # a copy has no reference to the model, which names new parameters
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN_ATTRIBUTES}}

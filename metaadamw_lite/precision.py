@@ -1,6 +1,6 @@
-"""Modules whose own parameters stay in float32 or float64, whatever their surroundings are cast to.
+"""A base class for modules whose own parameters no cast makes narrower than float32.
 
-The steps of such parameters are too small for 8 or 11 bits of precision: in bfloat16 a step of 0.02 from 10 is lost.
+Their steps are too small for the 8 or 11 bits of half precision: in bfloat16 a step of 0.02 from 10 is lost.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor itself, or in float32 where its floating-point numbers have less than 32 bits."""
+    """Widen a tensor of floating-point numbers of less than 32 bits to float32; return others unchanged."""
     return x.float() if x.is_floating_point() and torch.finfo(x.dtype).bits < 32 else x
 
 
 class KeepsFloat32(nn.Module):
     """A module whose own parameters no cast makes narrower than float32; its submodules are cast as usual.
 
-    ``half()``, ``bfloat16()`` and ``to(dtype)``, of it or of a module that contains it, keep the bits of float32
-    parameters; ``load_state_dict(assign=True)`` widens what it loads.
+    ``half()``, ``bfloat16()`` and ``to(dtype)``, of this module or a parent, leave float32 parameters bitwise
+    unchanged. ``load_state_dict(assign=True)`` widens narrower tensors.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Every cast of ``nn.Module`` comes through here, those of a parent included.
+        # nn.Module calls this for every cast, also one of a parent.
         for child in self.children() if recurse else ():
             child._apply(fn)  # type: ignore[no-untyped-call]
 

@@ -1,4 +1,4 @@
-"""The method in one file, in the letters of the paper (arXiv 2605.04055): slow, to be read.
+"""The method in one file, in the paper's notation (arXiv 2605.04055): written for reading, not for speed.
 
 ===============================================  ===================================================
 Eq. 1 to 4, AdamW's step with factors α, β       ``adamw_step``
@@ -13,9 +13,8 @@ Algorithm 1, a training step                     ``metaadamw_step`` (lines 4 to 
 Algorithm 2, a meta-update of Φ                  ``meta_update``
 ===============================================  ===================================================
 
-Functions of tensors that change none of their arguments. ``MetaAdamW`` gives the same numbers with less work, and the
-tests compare both. Section 3.2, which forms the groups, is in ``groups.py``. Left out: ``amsgrad``, ``maximize``,
-several processes, and Adam in the place of SGD for Φ.
+The functions change none of their arguments. ``MetaAdamW`` computes the same numbers with less work; the tests compare
+both. ``groups.py`` has section 3.2. Not included: ``amsgrad``, ``maximize``, several processes, and Adam for Φ.
 """
 
 import math
@@ -32,9 +31,9 @@ def adamw_step(
     theta: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, alpha: Tensor | float, beta: Tensor | float, *,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One step on one tensor: the new θ, m and v. With α = β = 1 it is ``torch.optim.AdamW``.
+    """Return θ, m and v of one tensor after a step. With α = β = 1 this is ``torch.optim.AdamW``.
 
-    ε stands outside of the root, as in torch and in the code behind the paper's numbers; Eq. 4 prints it inside.
+    ε is outside the root, as in torch and in the code behind the paper's numbers; Eq. 4 has it inside.
 
     Args:
         theta, g, m, v: θ_{t−1}, ∇L(θ_{t−1}), m_{t−1} and v_{t−1}, all of one shape.
@@ -51,13 +50,13 @@ def adamw_step(
 
 
 class Parameter(NamedTuple):
-    """A parameter p of the model, with AdamW's state.
+    """A parameter of the model, with AdamW's state.
 
     Attributes:
-        theta, m, v: its value and its moments.
-        g: its gradient; None if it takes no part in this step.
-        t: the number of steps that it has taken.
-        adamw: its lr, betas, eps and weight_decay.
+        theta, m, v: value and moments.
+        g: gradient; None if the parameter takes no part in this step.
+        t: number of steps so far.
+        adamw: lr, betas, eps and weight_decay.
     """
 
     theta: Tensor
@@ -69,7 +68,7 @@ class Parameter(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A group 𝒫_g. "Enhanced" features take its mean depth and its share of biases, each from 0 to 1."""
+    """A modulation group 𝒫_g. Its mean depth and share of biases, each in [0, 1], are features of "enhanced"."""
 
     params: Sequence[Parameter]
     depth: float = 0.5
@@ -80,22 +79,21 @@ class Group(NamedTuple):
 
 
 def features(groups: Sequence[Group], time: float | None, version: str = "basic", use_v_norms: bool = True) -> Tensor:
-    """F, shape (G, D), in float64: the statistics of every group, and the time as the last column if it is not None.
+    """Compute F, shape (G, D), in float64: the statistics of every group and, if not None, the time as last column.
 
-    "norm_basic" and "norm_basic_plus" standardise the statistics over the groups with a gradient; the
-    other groups get zeros.
+    "norm_basic" and "norm_basic_plus" standardise the statistics over the groups with a gradient; the others get zeros.
     """
     f = torch.stack([statistics(group, version, use_v_norms) for group in groups])
     some = torch.tensor([any(p.g is not None for p in group.params) for group in groups], device=f.device)
     if version.startswith("norm_") and some.any():
         centred, std = f - f[some].mean(dim=0), f[some].std(dim=0, correction=0)
-        rounding = std <= 1e-6 * f[some].abs().amax(dim=0)  # a column in which the groups agree
+        rounding = std <= 1e-6 * f[some].abs().amax(dim=0)  # the groups agree up to rounding
         f = torch.where(rounding | ~some.unsqueeze(1), 0.0, centred / std)
     return f if time is None else torch.cat([f, torch.full_like(f[:, :1], time)], dim=1)
 
 
 def statistics(group: Group, version: str, use_v_norms: bool) -> Tensor:
-    """A row of F without the time: means (and spreads) over the tensors of a group; zeros if none has a gradient."""
+    """Compute a row of F without the time: means and spreads over a group's tensors; zeros without any gradient."""
     rows = []
     for p in group.params:
         if p.g is not None:
@@ -113,7 +111,7 @@ def statistics(group: Group, version: str, use_v_norms: bool) -> Tensor:
 
 
 def progress(t: int, total_steps: int | None = None) -> float:
-    """The time column after t steps: t/T, or 2σ(t/1000) − 1 where the number of steps T is not known."""
+    """Compute the time column after t steps: t/T, or 2σ(t/1000) − 1 if the number of steps T is unknown."""
     return t / total_steps if total_steps else 2 / (1 + math.exp(-t / 1000)) - 1
 
 
@@ -124,9 +122,9 @@ class Phi(NamedTuple):
     """The attention module Φ.
 
     Attributes:
-        weights: its tensors φ by their names in ``modulator.Modulator``, gates and group embeddings included.
+        weights: its parameters φ by their names in ``modulator.Modulator``, with gates and group embeddings.
         heads: H.
-        range_alpha, range_beta: of Eq. 7 and 8.
+        range_alpha, range_beta: range_α and range_β of Eq. 7 and 8.
     """
 
     weights: Mapping[str, Tensor]
@@ -135,18 +133,18 @@ class Phi(NamedTuple):
     range_beta: float
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        """Wx + b for each row x."""
+        """Compute Wx + b for each row x."""
         return x @ self.weights[f"{name}weight"].mT + self.weights[f"{name}bias"]
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        """A layer norm of each row x."""
+        """Apply a layer norm to each row x."""
         return torch.nn.functional.layer_norm(
             x, x.shape[1:], self.weights[f"{name}weight"], self.weights[f"{name}bias"]
         )
 
 
 def encoder(f: Tensor, phi: Phi) -> Tensor:
-    """Z of Eq. 5, shape (G, D): a pre-norm Transformer encoder over F; the groups are the tokens."""
+    """Compute Z of Eq. 5, shape (G, D): a pre-norm Transformer encoder over F, with the groups as tokens."""
     z = f
     for k in range(sum(name.endswith("norm1.weight") for name in phi.weights)):
         layer = f"encoder.layers.{k}."
@@ -157,14 +155,14 @@ def encoder(f: Tensor, phi: Phi) -> Tensor:
 
 
 def attention(x: Tensor, phi: Phi, name: str) -> Tensor:
-    """Self-attention with H heads of width D/H over the rows of x, (G, D)."""
+    """Apply self-attention with H heads of width D/H over the rows of x, (G, D)."""
     q, k, v = phi.linear(x, f"{name}in_proj_").view(len(x), 3, phi.heads, -1).permute(1, 2, 0, 3)  # each (H, G, D/H)
     attended = torch.softmax(q @ k.mT / math.sqrt(q.shape[2]), dim=2) @ v
     return phi.linear(attended.transpose(0, 1).flatten(1), f"{name}out_proj.")
 
 
 def modulation(f: Tensor, phi: Phi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Φ: from F to α, β, λ₁ and λ₂, each (G,). NaN counts as 0, and large numbers are cut."""
+    """Apply Φ: compute α, β, λ₁ and λ₂, each (G,), from F. NaN counts as 0; magnitudes above 1e15 are cut."""
     f = torch.nan_to_num(f, nan=0.0).clamp(-1e15, 1e15).to(phi.weights["output.weight"].dtype)
     if "embeddings" in phi.weights:
         f = torch.cat([f, phi.weights["embeddings"]], dim=1)
@@ -182,9 +180,9 @@ def modulation(f: Tensor, phi: Phi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def metaadamw_step(groups: Sequence[Group], phi: Phi, **feature: Any) -> tuple[list[Group], Tensor, Tensor]:
-    """Algorithm 1 without the meta-update: the groups after the step, and the α and β that it used, each (G,).
+    """Take a step (Algorithm 1 without the meta-update); return the new groups, and α and β, each (G,).
 
-    ``feature`` are the keyword arguments of ``features``; ``time`` is that of the steps before this one.
+    ``feature`` holds the keyword arguments of ``features``; ``time`` is the ``progress`` before this step.
     """
     f = features(groups, **feature)  # line 2
     alpha, beta, _, _ = modulation(f, phi)  # line 3
@@ -192,7 +190,7 @@ def metaadamw_step(groups: Sequence[Group], phi: Phi, **feature: Any) -> tuple[l
 
 
 def move(groups: Sequence[Group], alpha: Tensor, beta: Tensor) -> list[Group]:
-    """The groups after a step with factors α and β; a parameter without a gradient is neither moved nor decayed."""
+    """Move the groups one step with factors α and β; a parameter without a gradient is neither moved nor decayed."""
 
     def moved(p: Parameter, k: int) -> Parameter:
         if p.g is None:
@@ -207,9 +205,9 @@ def move(groups: Sequence[Group], alpha: Tensor, beta: Tensor) -> list[Group]:
 
 
 def gradient_alignment(g: Sequence[Tensor], g_prime: Sequence[Tensor], lambda1: Tensor, lambda2: Tensor) -> Tensor:
-    """L_grad of Eq. 10; g and g′ have one vector for each group, the gradients of its tensors laid end to end.
+    """Compute L_grad of Eq. 10; g and g′ have one vector for each group, its tensors' gradients concatenated.
 
-    The cosine is 0 where a group's part of g or g′ is rounding: at most 100 machine epsilons of the norm of the whole.
+    The cosine is 0 if a group's part of g or g′ is only rounding: at most 100 machine epsilons of the whole norm.
     """
     rounding = 100 * torch.finfo(g[0].dtype).eps
     least, least_prime = rounding * torch.cat([*g]).norm(), rounding * torch.cat([*g_prime]).norm()
@@ -221,17 +219,17 @@ def gradient_alignment(g: Sequence[Tensor], g_prime: Sequence[Tensor], lambda1: 
 
 
 def loss_decrease(val_at_theta_prime: Tensor, val_at_theta: Tensor) -> Tensor:
-    """L_loss of Eq. 11: L_val(θ′) − L_val(θ)."""
+    """Compute L_loss of Eq. 11: L_val(θ′) − L_val(θ)."""
     return val_at_theta_prime - val_at_theta
 
 
 def generalization_gap(train_at_theta: Tensor, val_at_theta: Tensor) -> Tensor:
-    """L_gap of Eq. 12: |L_train(θ, B₁) − L_val(θ)|. It contains no θ′, so it cannot move Φ."""
+    """Compute L_gap of Eq. 12: |L_train(θ, B₁) − L_val(θ)|. It does not depend on θ′, so it cannot move Φ."""
     return (train_at_theta - val_at_theta).abs()
 
 
 def huw(losses: Tensor, s: Tensor, priorities: Sequence[float]) -> Tensor:
-    """L_meta of Eq. 13: Σ_i ½ e^{−s_i} L_i + ½ p_i s_i, with s_i = log σ_i²."""
+    """Compute L_meta of Eq. 13: Σ_i ½ e^{−s_i} L_i + ½ p_i s_i, with s_i = log σ_i²."""
     return ((torch.exp(-s) * losses + s.new_tensor(priorities) * s) / 2).sum()
 
 
@@ -244,18 +242,18 @@ def meta_update(
     objective: str = "combined", priorities: Sequence[float] | None = (1.0, 1.0, 1.0),
     meta_lr: float = 1e-4, meta_weight_decay: float = 1e-4, gate_sparsity: float = 1e-4, **feature: Any,
 ) -> tuple[Phi, Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Algorithm 2 by differentiating twice: the new Φ, the new s, and L_meta and its terms by name.
+    """Take a step of Φ (Algorithm 2), differentiating twice; return the new Φ, the new s, and the losses by name.
 
-    Lines 1 to 4 and 35 to 38 save θ and put it back; here it is not written to.
+    Lines 1 to 4 and 35 to 38 save and restore θ; here θ is not overwritten.
 
     Args:
-        groups, phi: θ, m, v and Φ. Each θ has to require gradients; what the groups have for g is not looked at.
+        groups, phi: θ, m, v and Φ. Each θ must require gradients; the groups' g is ignored.
         s: log σ² of Eq. 13, (3,), which weights the terms of "combined".
-        loss: L_task(θ, batch), a scalar that depends on its arguments alone; θ lists the tensors of all groups. Where
-            it draws dropout masks, each call has to draw the same ones. It has to have second derivatives.
+        loss: L_task(θ, batch), a scalar that depends on its arguments alone and has second derivatives. θ lists the
+            tensors of all groups. Dropout masks must be the same in each call.
         batch1, batch2, val_batch: B₁, B₂ and B_val.
         objective: "combined", or a single term: "gradient", "loss_decrease" or "gen_gap".
-        priorities: p of Eq. 13; None for the plain sum of the terms.
+        priorities: p of Eq. 13; None for the unweighted sum of the terms.
         meta_lr: η_meta.
         meta_weight_decay, gate_sparsity: ours: the L2 decay of Φ, and the weight of Σ σ(gate) in L_meta.
         feature: keyword arguments of ``features``.
@@ -291,7 +289,7 @@ def meta_update(
 
 
 def by_group(groups: Sequence[Group], x: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """One vector for each group: its tensors of x laid end to end; zeros for parameters without a gradient on B₁."""
+    """Concatenate each group's tensors in x to one vector; zeros for parameters without a gradient on B₁."""
     params = [p for group in groups for p in group.params]
     filled = [torch.zeros_like(p.theta) if p.g is None or y is None else y for p, y in zip(params, x, strict=True)]
     sizes = [sum(p.theta.numel() for p in group.params) for group in groups]

@@ -1,6 +1,6 @@
-"""Saving and loading ``MetaAdamW``: AdamW's state, and the entry "meta" with Φ and all that trains it.
+"""Saved states of ``MetaAdamW``: AdamW's state, and the entry "meta" with Φ, its optimizer and the factors.
 
-``pack`` makes the saved state; ``unpack`` checks that a saved state fits and takes it apart.
+``pack`` builds a state to save; ``unpack`` checks that a saved state fits and splits it.
 """
 
 import copy
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from metaadamw_lite.checks import check_count, check_settings, without_numpy
-from metaadamw_lite.meta_optimizer import follow, name_of
+from metaadamw_lite.meta_optimizer import follow, get_name
 from metaadamw_lite.modulator import Modulator
 
 if TYPE_CHECKING:
     from metaadamw_lite.optimizer import MetaAdamW
 
 VERSION = 1
-"""Of the entry "meta"."""
+"""Version of the entry "meta"."""
 
 
 def pack(optimizer: "MetaAdamW", state_dict: dict[str, Any]) -> dict[str, Any]:
-    """AdamW's saved state with the entry "meta", and with Python's numbers in the place of NumPy's."""
+    """Add the entry "meta" to AdamW's state and convert NumPy numbers in its parameter groups to Python's."""
     meta = describe(optimizer)
     groups = [{name: without_numpy(value) for name, value in group.items()} for group in state_dict["param_groups"]]
-    # Distributed checkpoints keep parameter groups, drop entries that they do not know at the top, and want all tensors
-    # on one device.
+    # Distributed checkpoints drop unknown entries at the top level, but keep those of parameter groups; all tensors
+    # must be on one device.
     if groups and is_for_distributed_checkpoint():
         device = next(optimizer._parameters()).device
         groups[0]["meta"] = tree_map_only(Tensor, lambda x: x.to(device) if x.ndim else x, meta)
@@ -36,9 +36,9 @@ def pack(optimizer: "MetaAdamW", state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_for_distributed_checkpoint() -> bool:
-    """Whether ``torch.distributed.checkpoint.state_dict`` asks for a state: it does not say so, but its frame shows.
+    """Return whether ``torch.distributed.checkpoint.state_dict`` is on the call stack.
 
-    In other states parameter groups are AdamW's.
+    Only its states have "meta" in a parameter group; in others the parameter groups are AdamW's.
     """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
@@ -49,7 +49,7 @@ def is_for_distributed_checkpoint() -> bool:
 
 
 def describe(optimizer: "MetaAdamW") -> dict[str, Any]:
-    """The entry "meta": Φ, its optimizer, the uncertainty weights, the factors and the step count."""
+    """Build the entry "meta": Φ, its optimizer, the uncertainty weights, the factors and the step count."""
     follow(optimizer._meta_optimizer, optimizer.modulator, optimizer.huw)
     return {
         "version": VERSION,
@@ -60,13 +60,13 @@ def describe(optimizer: "MetaAdamW") -> dict[str, Any]:
         "beta": optimizer.beta,
         "modulator": dict(optimizer.modulator.state_dict()),
         "huw": None if optimizer.huw is None else dict(optimizer.huw.state_dict()),
-        "meta_optimizer": name_of(optimizer._meta_optimizer),
+        "meta_optimizer": get_name(optimizer._meta_optimizer),
         "meta_optimizer_state": optimizer._meta_optimizer.state_dict(),
     }
 
 
 def _phi_settings(optimizer: "MetaAdamW") -> dict[str, Any]:
-    """Φ's settings that its parameter shapes do not reveal."""
+    """Return Φ's settings that its parameter shapes do not reveal."""
     phi, features = optimizer.modulator, optimizer._feature_config
     settings: dict[str, Any] = {"feature_version": str(features.version), "columns": list(features.columns)}
     if type(phi) is Modulator:  # another class, or a subclass, may compute something else
@@ -78,34 +78,38 @@ def _phi_settings(optimizer: "MetaAdamW") -> dict[str, Any]:
 
 
 def unpack(optimizer: "MetaAdamW", state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """AdamW's part of a saved state and its entry "meta", both copies that may be kept.
+    """Split a saved state into AdamW's part and the entry "meta", after checks; both are deep copies.
 
-    torch keeps the caller's tensors where it need not convert them, and would then train into them.
+    Without copies torch would keep the caller's tensors, if they need no conversion, and training would overwrite them.
 
     Raises:
-        ValueError: if the state does not fit the optimizer. Nothing is changed.
+        ValueError: if the state does not fit the optimizer. Nothing has changed.
     """
     groups = state_dict.get("param_groups", ())
     meta = next((part["meta"] for part in (state_dict, *groups) if "meta" in part), None)
-    plain = {key: value for key, value in state_dict.items() if key != "meta"}
+    adamw_state = {key: value for key, value in state_dict.items() if key != "meta"}
     if groups:
-        plain["param_groups"] = [{k: x for k, x in group.items() if k != "meta"} for group in groups]
+        adamw_state["param_groups"] = [{k: x for k, x in group.items() if k != "meta"} for group in groups]
     mine = describe(optimizer)
     meta = fit_meta(restore_containers(meta, mine) if isinstance(meta, Mapping) else meta, mine)
-    check_moments(plain, optimizer.param_groups)
+    check_moments(adamw_state, optimizer.param_groups)
     if "meta" not in state_dict:
-        check_steps(plain, meta["t"])
-    for group in plain.get("param_groups", ()):
+        check_steps(adamw_state, meta["t"])
+    for group in adamw_state.get("param_groups", ()):
         check_settings({**optimizer.defaults, **group})
-    for group in plain.get("param_groups", ()):
+    for group in adamw_state.get("param_groups", ()):
         group["betas"] = tuple(group["betas"])
-    return copy.deepcopy(plain), copy.deepcopy(meta)
+    return copy.deepcopy(adamw_state), copy.deepcopy(meta)
 
 
 def restore_containers(saved: Any, like: Any) -> Any:
-    """A saved entry with the containers that ``torch.distributed.checkpoint`` drops or changes.
+    """Restore the containers of a saved entry that ``torch.distributed.checkpoint`` drops or changes.
 
-    With ``full_state_dict`` it leaves empty ones out, makes numbers that are keys strings, and tuples lists.
+    With ``full_state_dict`` it drops empty containers and converts integer keys to strings and tuples to lists.
+
+    Args:
+        saved: the saved entry.
+        like: the same entry of a fresh state.
     """
     if isinstance(like, Mapping) and isinstance(saved, Mapping):
         keys = {str(key): key for key in like}
@@ -118,36 +122,36 @@ def restore_containers(saved: Any, like: Any) -> Any:
 
 
 def fit_meta(meta: Mapping[str, Any] | None, mine: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry "meta" of a saved state, completed where the first revisions saved less.
+    """Check the entry "meta" of a saved state, and add the parts that the first revisions did not save.
 
     Args:
-        meta: the entry, or None where the state has none.
-        mine: the entry that the optimizer would save now.
+        meta: the entry, or None if the state has none.
+        mine: the optimizer's own entry now.
 
     Raises:
-        ValueError: if it is missing, lacks a part, or is of another version, of other groups, another Φ, another
-            meta-optimizer or other uncertainty weights.
+        ValueError: if the entry is missing or incomplete, or differs in version, groups, Φ, meta-optimizer or
+            uncertainty weights.
     """
     if meta is None:
         raise ValueError(
             "the state has no entry 'meta', which holds Φ: it was not saved by MetaAdamW, or a tool has dropped "
-            "the entry (torch.distributed.checkpoint does so with flatten_optimizer_state_dict=True)"
+            "the entry (as torch.distributed.checkpoint does with flatten_optimizer_state_dict=True)"
         )
-    meta = {"phi": mine["phi"], **meta}  # the first revisions saved neither this nor the meta-optimizer's name
+    meta = {"phi": mine["phi"], **meta}  # the first revisions saved neither "phi" nor the meta-optimizer's name
     if isinstance(meta.get("meta_optimizer"), dict):
         meta |= {"meta_optimizer_state": meta["meta_optimizer"], "meta_optimizer": mine["meta_optimizer"]}
-    if meta.get("version") != VERSION:  # first, since another one has other parts
+    if meta.get("version") != VERSION:  # before the parts, which depend on the version
         raise ValueError(f"the state has version {meta.get('version')}; this code reads {VERSION}")
     if lacking := sorted(mine.keys() - meta.keys()):
         raise ValueError(f"the state's entry 'meta' lacks {', '.join(lacking)}")
     if meta["groups"] != mine["groups"]:
         raise ValueError(f"the state has modulation groups {meta['groups']}, this optimizer has {mine['groups']}")
     if (meta["huw"] is None) != (mine["huw"] is None):
-        raise ValueError("the state and this optimizer differ in whether they use uncertainty weighting")
-    for part, what in (("modulator", "attention module"), ("huw", "uncertainty weighting")):
+        raise ValueError("only one of the state and this optimizer uses uncertainty weighting")
+    for part, label in (("modulator", "attention module"), ("huw", "uncertainty weighting")):
         shapes, theirs = ({k: tuple(x.shape) for k, x in (state[part] or {}).items()} for state in (mine, meta))
         if differing := sorted(k for k in shapes.keys() | theirs.keys() if shapes.get(k) != theirs.get(k)):
-            raise ValueError(f"the state's {what} has another architecture; differing: {', '.join(differing)}")
+            raise ValueError(f"the state's {label} has another architecture; differing: {', '.join(differing)}")
     settings, other = ({**state["phi"], "meta_optimizer": state["meta_optimizer"]} for state in (mine, meta))
     for name, value in settings.items():
         if other.get(name) != value:
@@ -155,28 +159,32 @@ def fit_meta(meta: Mapping[str, Any] | None, mine: Mapping[str, Any]) -> dict[st
     for factor in ("alpha", "beta"):
         if meta[factor].shape != mine[factor].shape:
             raise ValueError(
-                f"the state's {factor} has shape {tuple(meta[factor].shape)}; one number a group is needed"
+                f"the state's {factor} has shape {tuple(meta[factor].shape)}; one number for each group is needed"
             )
     check_count(0, t=meta["t"])
     if "state" not in meta["meta_optimizer_state"]:
         raise ValueError("the state's meta_optimizer_state lacks 'state'")
-    sizes, theirs_are = (
+    sizes, their_sizes = (
         [len(group["params"]) for group in state["meta_optimizer_state"].get("param_groups", ())]
         for state in (mine, meta)
     )
-    if sizes != theirs_are:
-        raise ValueError(f"the state's meta-optimizer has groups of {theirs_are} parameters, this one's of {sizes}")
+    if sizes != their_sizes:
+        raise ValueError(f"the state's meta-optimizer has groups of {their_sizes} parameters, this one's of {sizes}")
     return meta
 
 
 def check_moments(saved: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """The moments of a saved state are those of these parameters, as far as shapes and the order of names can tell.
+    """Check that the shapes and the order of saved moments fit the parameters.
 
-    How many parameters there are torch checks itself. Names need not agree (a wrapper puts a prefix before them), but
-    the same ones have to come in the same order.
+    torch checks the number of parameters itself. Names may differ, since a wrapper adds a prefix; equal names must be
+    in equal order.
+
+    Args:
+        saved: AdamW's part of the saved state.
+        param_groups: the optimizer's parameter groups.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if shapes or order differ.
     """
     groups = saved.get("param_groups", ())
     numbers = [number for group in groups for number in group["params"]]
@@ -196,17 +204,21 @@ def check_moments(saved: Mapping[str, Any], param_groups: Sequence[Mapping[str, 
 
 
 def check_steps(saved: Mapping[str, Any], t: int) -> None:
-    """No parameter of a state that went through a distributed checkpoint has taken more steps than the optimizer.
+    """Check that no parameter of a state from a distributed checkpoint has taken more than ``t`` steps.
 
-    ``torch.distributed.checkpoint`` completes a state of AdamW by the entry "meta" of the optimizer that loads it.
+    It refuses states of AdamW: ``torch.distributed.checkpoint`` adds the entry "meta" of the loading optimizer to them.
+
+    Args:
+        saved: AdamW's part of the saved state.
+        t: the step count in the entry "meta".
 
     Raises:
-        ValueError: if one has.
+        ValueError: for a parameter with more steps.
     """
     states = [saved.get("state", {}).get(number, {}) for group in saved["param_groups"] for number in group["params"]]
     steps = [float(state["step"]) for state in states if "step" in state]
     if steps and max(steps) > t:
         raise ValueError(
-            f"the state has parameters that have taken {max(steps):.0f} steps, where Φ has seen {t}: its entry "
-            "'meta' is of another state, or it was saved by another optimizer than MetaAdamW"
+            f"the state has parameters that have taken {max(steps):.0f} steps, but Φ has seen {t}: its entry "
+            "'meta' is of another state, or it was not saved by MetaAdamW"
         )

@@ -1,8 +1,8 @@
 """The kernels of a step on a GPU; ``triton_step`` launches them. Importing this module needs Triton.
 
-Tensors are given by a table of int64 words on the device: row r of it holds word r of all n tensors, then come a record
-of ``RECORD`` words for each parameter group, and the value of the time feature. A word is an address, a whole number,
-or the bits of a float64; for those a second pointer, ``numbers``, leads to the same memory.
+A table of int64 words on the device describes the tensors. Row r holds word r of all n tensors; a record of ``RECORD``
+words for each parameter group follows, and the value of the time feature. A word is an address, an integer, or the bits
+of a float64; ``numbers`` is a float64 pointer to the same memory.
 """
 
 import triton
@@ -17,9 +17,9 @@ STEP = tl.constexpr(4)  # address of the step count, a float32
 NUMEL = tl.constexpr(5)  # elements of this process's part
 TOTAL = tl.constexpr(6)  # elements of the whole tensor, at least 1
 GROUP = tl.constexpr(7)  # modulation group
-CODE = tl.constexpr(8)  # types of θ, g, m and v, two bits each
-FIRST = tl.constexpr(9)  # first of the tensor's chunks
-SETTINGS = tl.constexpr(10)  # number of its record
+CODE = tl.constexpr(8)  # type codes of θ, g, m and v, two bits each
+FIRST = tl.constexpr(9)  # index of the tensor's first chunk
+SETTINGS = tl.constexpr(10)  # index of its record
 ROWS = tl.constexpr(11)
 
 # Words of a record.
@@ -39,20 +39,20 @@ FLOAT32 = tl.constexpr(0)
 FLOAT64 = tl.constexpr(1)
 BFLOAT16 = tl.constexpr(2)
 FLOAT16 = tl.constexpr(3)
-MIXED = tl.constexpr(-1)  # in the place of the code that all tensors have: look it up
+MIXED = tl.constexpr(-1)  # tensors have different codes; row CODE has them
 
-# Kinds of feature columns. A column's code is kind · 8 + statistic (or number of the constant).
+# Kinds of feature columns. A column's code is kind · 8 + index of the statistic or constant.
 MEAN = tl.constexpr(0)
 STD = tl.constexpr(1)
 VARIANCE = tl.constexpr(2)
 CONSTANT = tl.constexpr(3)
 TIME = tl.constexpr(4)
-COSINE = tl.constexpr(3)  # a statistic, as numbered in ``features.tensor_statistics``
+COSINE = tl.constexpr(3)  # index of this statistic in ``features.tensor_statistics``
 
 
 @triton.jit
 def read(address, code, offsets, mask, WIDE: tl.constexpr):
-    """Numbers of any type from an address, widened; zeros where masked."""
+    """Load elements of any supported type from an address and widen them; masked ones are zero."""
     if code == FLOAT32:
         x = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask=mask, other=0.0).to(WIDE)
     elif code == FLOAT64:
@@ -66,7 +66,7 @@ def read(address, code, offsets, mask, WIDE: tl.constexpr):
 
 @triton.jit
 def write(address, code, offsets, x, mask):
-    """Numbers, rounded to their tensor's type, to an address."""
+    """Round elements to their tensor's type and store them at an address."""
     if code == FLOAT32:
         tl.store(address.to(tl.pointer_type(tl.float32)) + offsets, x.to(tl.float32), mask=mask)
     elif code == FLOAT64:
@@ -79,7 +79,7 @@ def write(address, code, offsets, x, mask):
 
 @triton.jit
 def chunk_of(table, chunks, n, CHUNK: tl.constexpr):
-    """Tensor number, first element and number of elements of this program's chunk."""
+    """Return tensor index, first element and number of elements of this program's chunk."""
     c = tl.program_id(0)
     i = tl.load(chunks + c).to(tl.int64)
     start = (c - tl.load(table + FIRST * n + i)) * CHUNK
@@ -99,10 +99,10 @@ def sum_chunks(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Inner products over each chunk of each tensor: column j of partial, (5 or 7, chunks), holds the j-th.
+    """Compute the sums over each chunk, in float64: partial, (5 or 7, chunks).
 
-    They are ⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩, ⟨v, v⟩ and, if ZEROS, the numbers of zeros in g and m. Everything is
-    in float64: squares of float32 numbers are exact there and cannot overflow.
+    Rows are ⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩, ⟨v, v⟩ and, if ZEROS, the number of zeros in g and in m. In float64
+    squares of float32 numbers are exact and cannot overflow.
     """
     i, start, length = chunk_of(table, chunks, n, CHUNK)
     if SAME == MIXED:
@@ -149,7 +149,7 @@ def sum_chunks(
 
 @triton.jit(do_not_specialize=["n", "n_chunks"])
 def sum_tensors(table, partial, sums, n, n_chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up the chunks of each tensor in their order: sums, (n, 5 or 7); one program for each number."""
+    """Add up the chunks of each tensor in fixed order: sums, (n, 5 or 7), one program for each element."""
     i = tl.program_id(0)
     j = tl.program_id(1)
     first = tl.load(table + FIRST * n + i)
@@ -163,7 +163,7 @@ def sum_tensors(table, partial, sums, n, n_chunks, CHUNK: tl.constexpr, BLOCK: t
 
 @triton.jit
 def statistic(sums, table, i, here, s, n, COLUMNS: tl.constexpr):
-    """Statistic s of tensors i as in ``features.tensor_statistics``; 5 and 6 are the shares of zeros in g and m."""
+    """Compute statistic s of tensors i (``features.tensor_statistics``); 5 and 6 are the shares of zeros in g and m."""
     if s == COSINE:
         gg = tl.load(sums + i * COLUMNS, mask=here, other=0.0)
         gm = tl.load(sums + i * COLUMNS + 1, mask=here, other=0.0)
@@ -175,7 +175,7 @@ def statistic(sums, table, i, here, s, n, COLUMNS: tl.constexpr):
         x = tl.load(sums + i * COLUMNS + s, mask=here, other=0.0)
         x = x / tl.load(table + TOTAL * n + i, mask=here, other=1).to(tl.float64)
     else:
-        # ‖g‖, ‖m‖, ‖θ‖, ‖v‖ stand in columns 0, 2, 3, 4 of the inner products.
+        # The squares of ‖g‖, ‖m‖, ‖θ‖, ‖v‖ are columns 0, 2, 3, 4 of the inner products.
         column = tl.where(s == 4, 4, tl.where(s == 0, 0, s + 1))
         x = tl.sqrt(tl.load(sums + i * COLUMNS + column, mask=here, other=0.0))
     return x
@@ -197,9 +197,9 @@ def feature_columns(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The feature matrix (section 3.3), (groups, D), as ``features.group_features`` defines it; a program a column.
+    """Compute the feature matrix (section 3.3), (groups, D), as in ``features.group_features``, one program a column.
 
-    ``columns`` has a code for each; ``constants``, (groups, 3), has what does not change.
+    ``columns`` holds the code of each column; ``constants``, (groups, 3), ``features.structural_features``.
     """
     c = tl.program_id(0)
     kind = tl.load(columns + c) // 8
@@ -240,7 +240,7 @@ def feature_columns(
             centred = tl.where(used, values - centre, 0.0)
             std = tl.sqrt(tl.sum(centred * centred) / number)
             largest = tl.max(tl.where(used, tl.abs(values), 0.0))
-            same = std <= 1e-6 * largest  # what varies by rounding alone
+            same = std <= 1e-6 * largest  # varies only by rounding
             values = tl.where(same, 0.0, centred / tl.where(same, 1.0, std))
     tl.store(
         features + k * tl.num_programs(0) + c,
@@ -251,26 +251,26 @@ def feature_columns(
 
 @triton.jit
 def sigmoid(x):
-    """σ(x)."""
+    """Compute σ(x)."""
     return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
 def matrix(start, rows, columns, ROW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The transpose of a (HEIGHT, WIDTH) weight matrix with rows ROW numbers apart, zeros around it."""
+    """Load the transpose of a (HEIGHT, WIDTH) weight matrix with row stride ROW, padded with zeros."""
     mask = (columns < WIDTH)[:, None] & (rows < HEIGHT)[None, :]
     return tl.load(start + rows[None, :] * ROW + columns[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
 def vector(start, at, LENGTH: tl.constexpr):
-    """A vector as a row, zeros after it."""
+    """Load a vector as a row, padded with zeros."""
     return tl.load(start + at, mask=at < LENGTH, other=0.0)[None, :]
 
 
 @triton.jit
 def layer_norm(z, gain, shift, column, eps, WIDTH: tl.constexpr):
-    """Layer norm of the rows of z; what lies beyond WIDTH stays zero."""
+    """Apply a layer norm to the rows of z; columns beyond WIDTH stay zero."""
     inside = (column < WIDTH)[None, :]
     centred = tl.where(inside, z - (tl.sum(z, axis=1) / WIDTH)[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / WIDTH
@@ -297,11 +297,11 @@ def modulate(
     UNITS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """Φ without gradients (Eq. 5 to 8) in one program: α and β, (groups,), of features, (groups, D).
+    """Compute α and β, (groups,), from features, (groups, D): Φ without gradients (Eq. 5 to 8) in one program.
 
-    ``weights`` are the parameters of ``Modulator`` one after the other; ``constants`` range_α, range_β and the ε of the
-    two layer norms. GROUPS and WIDTHS are powers of two that groups and columns fit in: what lies beyond is zero.
-    TOGETHER heads are attended to at a time, one below the other, and UNITS hidden units are computed at a time.
+    ``weights`` holds the parameters of ``Modulator`` in order; ``constants`` range_α, range_β and the ε of the two
+    layer norms. GROUPS and WIDTHS are powers of two, at least the numbers of groups and columns; padding is zero. The
+    loops process TOGETHER heads (stacked as rows) and UNITS hidden units at a time.
     """
     W: tl.constexpr = D + EMBEDDING
     SIZE: tl.constexpr = W // HEADS
@@ -378,7 +378,7 @@ def modulate(
             hidden = tl.where(hidden < 0, 0.0, hidden)
             z += tl.dot(hidden, w_down, input_precision="ieee", out_dtype=wide)
 
-    # Eq. 6 to 8; the two rows of the output that λ₁ and λ₂ come from are not needed.
+    # Eq. 6 to 8, without the output rows of λ₁ and λ₂.
     alpha_raw = tl.sum(z * vector(weights, column, W), axis=1) + tl.load(weights + 4 * W)
     beta_raw = tl.sum(z * vector(weights + W, column, W), axis=1) + tl.load(weights + 4 * W + 1)
     tl.store(alpha + row, 1 + range_alpha * (sigmoid(alpha_raw) - 0.5), mask=exists)
@@ -387,10 +387,7 @@ def modulate(
 
 @triton.jit(do_not_specialize=["n"])
 def prepare(table, numbers, alpha, beta, rates, n, BLOCK: tl.constexpr):
-    """Count the step of each tensor, and work out what the update multiplies by: rates, (3, n), in float64.
-
-    They are ηαβλ, ηα/(1 − β₁ᵗ) and √(1 − β₂ᵗ).
-    """
+    """Count the step of each tensor and compute its rates, (3, n), in float64: ηαβλ, ηα/(1 − β₁ᵗ) and √(1 − β₂ᵗ)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = i < n
     k = tl.load(table + GROUP * n + i, mask=here, other=0)
@@ -428,9 +425,9 @@ def update(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Eq. 1 to 4 for every chunk of every tensor, in the order of operations of torch's fused AdamW.
+    """Apply Eq. 1 to 4 to every chunk, in the order of operations of torch's fused AdamW.
 
-    It computes in float32, in float64 if DOUBLE (where any of the tensors is of that type).
+    Computes in float32, or in float64 if DOUBLE (any tensor is float64).
     """
     i, start, length = chunk_of(table, chunks, n, CHUNK)
     if SAME == MIXED:
@@ -469,7 +466,7 @@ def update(
         v = beta2 * v + (rest2 * g) * g  # Eq. 2
         if DOUBLE:
             theta -= rate * m / (tl.sqrt(v) / root + eps)  # Eq. 3 and 4
-        else:  # there the plain signs stand for approximations
+        else:  # in float32 the operators / and tl.sqrt are approximate
             theta -= tl.div_rn(rate * m, tl.div_rn(tl.sqrt_rn(v), root + tl.zeros_like(v)) + eps)
         write(at_theta, code & 3, offsets, theta, mask)
         write(at_m, (code >> 4) & 3, offsets, m, mask)

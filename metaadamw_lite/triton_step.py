@@ -1,25 +1,24 @@
-"""A step of ``MetaAdamW`` on a GPU in a fixed number of device operations, by kernels in Triton (``triton_kernels``).
+"""A step of ``MetaAdamW`` on a GPU in a fixed number of device operations, with the kernels of ``triton_kernels``.
 
 ========================  ==========================================================
 operation                 does
 ========================  ==========================================================
 one copy to the device    the table of addresses, sizes and settings of all tensors
-``sum_chunks``            inner products over chunks of tensors, each in its place
+``sum_chunks``            inner products over chunks of tensors
 ``sum_tensors``           adds them up in fixed order, so that results repeat
 ``feature_columns``       section 3.3: the feature matrix F
-``modulate``              Eq. 5 to 8: the whole of Φ, layer after layer
+``modulate``              Eq. 5 to 8: all layers of Φ
 ``prepare``               counts the steps; ηα, βλ and the bias corrections
 ``update``                Eq. 1 to 4
 ========================  ==========================================================
 
-These are seven, whatever the depth of Φ and the number of tensors, and the host never waits. More are needed for
-tensors that cannot be read as vectors side by side (a gradient in another memory order than its parameter, or gaps): a
-copy for each of them in every step, and one back. A copy more is needed where the set of tensors with a gradient, or
-their sizes, have changed.
+These are seven for any depth of Φ and any number of tensors, and the host never waits. Tensors with gaps, or with a
+gradient in another memory order than the parameter, each need a copy and a copy back in every step. One more copy
+follows a change of the tensors with a gradient or their sizes.
 
-The kernels have been compiled for compute capabilities 7.5, 8.0 and 9.0, and their numbers have been tested under
-Triton's interpreter on a CPU (``tests/test_triton_step.py``). They have NOT been run on a GPU yet. Where there is one,
-``python -m pytest tests/test_triton_step.py`` runs the same tests there, without the interpreter.
+The kernels have been compiled for compute capabilities 7.5, 8.0 and 9.0, and tested with Triton's interpreter on a CPU
+(``tests/test_triton_step.py``). They have NOT been run on a GPU yet. On a machine with one,
+``python -m pytest tests/test_triton_step.py`` runs the same tests on it, without the interpreter.
 """
 
 import importlib.util
@@ -34,18 +33,18 @@ from torch import Tensor, nn
 
 from metaadamw_lite.buckets import Bucket
 from metaadamw_lite.fast import has_no_gaps, in_one_order, memory_order
-from metaadamw_lite.features import FeatureConfig, constant, structure
+from metaadamw_lite.features import FeatureConfig, constant, structural_features
 from metaadamw_lite.folded import in_one_buffer
 from metaadamw_lite.groups import ModulationGroup
 from metaadamw_lite.modulator import LARGEST_FEATURE, Modulator
 from metaadamw_lite.sharding import sum_over_shards
 
 CHUNK = 2**13
-"""Numbers that one program reads. More leave a GPU idle where the model is small, fewer make a longer table."""
+"""Elements that one program reads. Larger chunks leave a GPU idle for small models; smaller ones lengthen the table."""
 BLOCK = 2**10
-"""Numbers that a program holds at a time."""
+"""Elements that a program holds at a time."""
 LARGEST_GROUPS, LARGEST_WIDTH, LARGEST_TOKENS = 64, 32, 2**13
-"""Groups, columns, and bytes of all token vectors of Φ: with more it does not fit in one program."""
+"""The most groups, columns, and bytes of all token vectors with which Φ fits in one program."""
 FULL = (torch.float32, torch.float64)
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATISTICS = ("|g|", "|m|", "|θ|", "cos(g, m)", "|v|", "sparsity g", "sparsity m")
@@ -55,7 +54,7 @@ _dtype = attrgetter("dtype")
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether the kernels can run on a device: an NVIDIA GPU of compute capability 7.5 or more, and Triton."""
+    """Return whether the kernels can run on a device: an NVIDIA GPU of compute capability 7.5 or more, with Triton."""
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
@@ -65,15 +64,15 @@ def is_available(device: torch.device) -> bool:
 
 
 class Layout(NamedTuple):
-    """What the kernels are told of tensors as long as their sizes, strides and types stay.
+    """The part of the table that stays while sizes, strides and dtypes of the tensors stay.
 
     Attributes:
-        signature: sizes, strides and types, to notice a change.
+        signature: sizes, strides, dtypes and devices; a change invalidates the layout.
         words: the table, (rows, n), without addresses.
-        chunks: the tensor's number for each chunk, on the device.
+        chunks: the tensor index of each chunk, on the device.
         same: the type code of all tensors, or MIXED.
-        double: whether a tensor is of float64.
-        disordered: numbers of the tensors of which g, m or v lies in another order than θ, or which has gaps.
+        double: True if any tensor is float64.
+        disordered: indices of tensors with gaps, or with g, m or v in another memory order than θ.
     """
 
     signature: tuple[Any, ...]
@@ -88,12 +87,12 @@ class Table(NamedTuple):
     """The tensors of one step on the device.
 
     Attributes:
-        layout: what stays from step to step.
-        words: the table, with the records of the parameter groups and the time below it: int64.
-        numbers: the same memory, as float64.
-        at_time: where the time stands in it.
-        copies: (tensor, the copy that the kernels move in its place) of θ, m and v that are not in one order.
-        sources: what the addresses belong to; kept until the step has been launched.
+        layout: the part that stays from step to step.
+        words: the table, followed by the records of the parameter groups and the time: int64.
+        numbers: the same memory as float64.
+        at_time: index of the time in it.
+        copies: pairs of a disordered θ, m or v and the copy that the kernels move instead.
+        sources: the tensors at the addresses, kept alive until the step has been launched.
     """
 
     layout: Layout
@@ -105,7 +104,7 @@ class Table(NamedTuple):
 
 
 class DeviceStep:
-    """A step of ``MetaAdamW`` for tensors on one GPU; it keeps tables, and makes them anew where the tensors change.
+    """A step of ``MetaAdamW`` for tensors on one GPU; caches the table's layout until the tensors change.
 
     ``take`` is the whole step. Its parts:
 
@@ -129,19 +128,19 @@ class DeviceStep:
         time: float,
         sharded: bool,
     ) -> tuple[Tensor, Tensor] | None:
-        """Take a step (Algorithm 1) and return the α and β that it used, each (G,), on the device.
+        """Take a step (Algorithm 1) and return its α and β, each (G,), on the device.
 
         Args:
             buckets: the tensors to move, with their step counts.
             modulator: Φ.
-            config: which features Φ sees.
+            config: the choice of feature columns.
             groups: the G modulation groups.
             time: the value of the time feature.
-            sharded: whether parameters are spread over processes.
+            sharded: True if parameters are sharded over processes.
 
         Returns:
-            None where the kernels cannot take the step, and nothing has been changed: ``table`` and ``modulate`` say
-            where, and they know neither ``amsgrad`` nor ``maximize``.
+            None if the kernels cannot take the step; then nothing has changed. This is so with ``amsgrad`` or
+            ``maximize``, and if ``table`` or ``modulate`` returns None.
         """
         if any(bucket.settings["amsgrad"] or bucket.settings["maximize"] for bucket in buckets):
             return None
@@ -158,15 +157,15 @@ class DeviceStep:
         return factors
 
     def table(self, buckets: Sequence[Bucket], time: float) -> Table | None:
-        """The table of these buckets' tensors, n of them, on its way to the device.
+        """Build the table of the buckets' n tensors and start its copy to the device.
 
         Args:
-            buckets: with step counts where they are to be moved, without for statistics alone.
+            buckets: the tensors; with step counts for a step, without for statistics alone.
             time: the value of the time feature.
 
         Returns:
-            None where a tensor or a step count is on another device than the first, a step count is not float32, or
-            a type is not one of float32, float64, bfloat16 and float16. The kernels cannot be used then.
+            None if the kernels cannot be used: tensors or step counts are on several devices, a step count is not
+            float32, or a dtype is none of float32, float64, bfloat16 and float16.
         """
         sources = [[x for b in buckets for x in getattr(b, name)] for name in ("theta", "g", "m", "v", "step")]
         theta = sources[0]
@@ -182,7 +181,7 @@ class DeviceStep:
             [list(map(Tensor.get_device, column)) for column in sources],
         )
         if self._layout is None or self._layout.signature != signature:
-            self._layout = _layout(buckets, sources, signature)
+            self._layout = _build_layout(buckets, sources, signature)
         layout = self._layout
         if layout is None:
             return None
@@ -193,7 +192,7 @@ class DeviceStep:
         host = torch.empty(end + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
         words = host.numpy()
         words[: rows * n] = layout.words.reshape(-1)
-        for row, column in enumerate(sources):  # the first rows
+        for row, column in enumerate(sources):  # rows THETA to STEP
             words[row * n : row * n + len(column)] = list(map(Tensor.data_ptr, column))
         for s, settings in enumerate(tables):
             _write_record(words[rows * n + s * record :][:record], settings, device)
@@ -202,10 +201,10 @@ class DeviceStep:
         return Table(layout, on_device, on_device.view(torch.float64), end, copies, sources)
 
     def inner_products(self, table: Table, zeros: bool) -> Tensor:
-        """⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩, ⟨v, v⟩ of each tensor and, if ``zeros``, the number of zeros in g and in m.
+        """Compute ⟨g, g⟩, ⟨g, m⟩, ⟨m, m⟩, ⟨θ, θ⟩, ⟨v, v⟩ and, if ``zeros``, the number of zeros in g and in m.
 
         Returns:
-            (n, 5) or (n, 7), float64: the same bits for the same numbers.
+            (n, 5) or (n, 7) for n tensors, float64. Equal tensors give equal bits.
         """
         kernels, layout = _kernels(), table.layout
         n, n_chunks, columns = layout.words.shape[1], len(layout.chunks), 7 if zeros else 5
@@ -225,17 +224,17 @@ class DeviceStep:
         groups: Sequence[ModulationGroup],
         dtype: torch.dtype = torch.float64,
     ) -> Tensor:
-        """The feature matrix F (section 3.3), (G, D), as ``features.group_features`` defines it.
+        """Compute the feature matrix F (section 3.3), (G, D), as in ``features.group_features``.
 
         Args:
-            table: of the tensors.
-            sums: their ``inner_products``, added up over processes; with the zeros for "enhanced".
-            config: which columns.
+            table: the tensors.
+            sums: their ``inner_products``, added up over processes; with zeros for "enhanced".
+            config: the choice of columns.
             groups: the G modulation groups.
-            dtype: of the result; it is computed in float64.
+            dtype: dtype of the result, which is computed in float64.
         """
-        columns = constant(tuple(map(_column_code, config.columns)), table.layout.chunks)
-        constants = constant(structure(groups), sums) if config.version == "enhanced" else sums
+        columns = constant(tuple(map(_get_column_code, config.columns)), table.layout.chunks)
+        constants = constant(structural_features(groups), sums) if config.version == "enhanced" else sums
         result = sums.new_empty(len(groups), len(config.columns), dtype=dtype)
         fit = _power_of_two(len(groups))
         launch(
@@ -251,12 +250,12 @@ class DeviceStep:
         return result
 
     def modulate(self, modulator: nn.Module, features: Tensor) -> tuple[Tensor, Tensor] | None:
-        """α and β, each (G,), of features (G, D), on their device.
+        """Compute α and β, each (G,), from features (G, D), on their device.
 
         Returns:
-            None where the module has to be asked: it is of another class, has hooks or another ``forward``, is in
-            another type than float32 and float64, or has more than 64 groups or 32 columns (or, in
-            float64, more than 32 groups and 16 columns).
+            None if the module itself must compute them: it is of another class, has hooks or another ``forward``, is
+            neither float32 nor float64, or has more than 64 groups or 32 columns (in float64, more than 32 groups and
+            16 columns).
         """
         if self._phi is None or not self._phi.is_current(modulator):
             self._phi = Weights.of(modulator)
@@ -278,12 +277,12 @@ class DeviceStep:
         return alpha, beta
 
     def move(self, table: Table, alpha: Tensor, beta: Tensor) -> None:
-        """Eq. 1 to 4 for all tensors of the table: torch's fused AdamW with rate ηα and decay βλ of each group.
+        """Apply Eq. 1 to 4 to all tensors of the table, as torch's fused AdamW with rate ηα and decay βλ of each group.
 
-        The step counts are raised by one.
+        Raises the step counts by one.
 
         Args:
-            table: made from buckets with step counts.
+            table: built from buckets with step counts.
             alpha, beta: (G,), on the table's device.
         """
         kernels, layout = _kernels(), table.layout
@@ -304,16 +303,15 @@ class DeviceStep:
 
 
 class Weights:
-    """The parameters of a ``Modulator``, one after the other in memory as the kernel reads them.
+    """The parameters of a ``Modulator`` in one buffer, in the order of the kernel, with a copy on the device.
 
-    Φ lives in the CPU's memory. Its numbers are compared with those on the device in every step, and copied there when
-    they have changed.
+    Φ itself is in the CPU's memory. Every step compares it with the copied values and renews the copy after a change.
 
     Attributes:
-        buffer: all of them, where Φ lives.
+        buffer: all parameters, in Φ's memory.
         layers, heads, hidden, width: L, H, D_ff and the number of columns, embeddings included.
-        embedding: how many of the columns are embeddings.
-        gated: whether there are gates.
+        embedding: number of embedding columns.
+        gated: True if Φ has gates.
         constants: range_α, range_β and the ε of a layer's two layer norms.
     """
 
@@ -341,7 +339,7 @@ class Weights:
 
     @classmethod
     def of(cls, modulator: nn.Module) -> "Weights | None":
-        """None for a module that the kernel does not know."""
+        """Return the weights of a module; None if the kernel cannot compute it."""
         if type(modulator) is not Modulator:
             return None
         layer = modulator.encoder.layers[0]
@@ -358,7 +356,7 @@ class Weights:
         return cls(modulator, parameters)
 
     def on(self, device: torch.device) -> Tensor:
-        """The buffer on a device."""
+        """Return the buffer on a device."""
         if self.buffer.device == device:
             return self.buffer
         if self._copy is None or self._copy.device != device or not torch.equal(self._seen, self.buffer):
@@ -367,9 +365,9 @@ class Weights:
         return self._copy
 
     def plan(self, groups: int) -> dict[str, Any] | None:
-        """How the kernel goes about a number of groups: its constants, or None if they do not fit in one program.
+        """Choose the kernel's constants for a number of groups; None if Φ does not fit in one program.
 
-        With these no GPU of compute capability 7.5 or more lacks shared memory: the tests compile the largest ones.
+        The shared memory suffices on every GPU of compute capability 7.5 or more: the tests compile the largest cases.
         """
         size = self.buffer.element_size()
         rows, columns = max(16, _power_of_two(groups)), max(16, _power_of_two(self.width))
@@ -393,11 +391,11 @@ class Weights:
         }
 
     def is_hooked(self) -> bool:
-        """Whether somebody wants to see a module at work, or has put another ``forward`` in its place."""
+        """Return whether a module of Φ has forward hooks or a replaced ``forward``."""
         return any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
 
     def is_current(self, modulator: nn.Module) -> bool:
-        """Whether Φ is still this module with these parts, where they were."""
+        """Return whether ``modulator`` is this module, with the same submodules and parameter addresses."""
         return (
             modulator is self.modulator
             and list(map(Tensor.data_ptr, self._parameters)) == self._addresses
@@ -406,7 +404,7 @@ class Weights:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel with a program for each place of the grid: every device operation that is not torch's."""
+    """Run a kernel with one program for each point of the grid. All device operations but torch's go through here."""
     if 0 in grid:
         return
     device = next(x.device for x in arguments if isinstance(x, Tensor))
@@ -418,19 +416,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 def _kernels() -> Any:
-    """The module of the kernels, which only a machine with Triton can import."""
+    """Import the module of the kernels, which needs Triton."""
     from metaadamw_lite import triton_kernels
 
     return triton_kernels
 
 
 def _copy_to(device: torch.device, host: Tensor) -> Tensor:
-    """A tensor on the device, without waiting for it where the host's memory is pinned."""
+    """Copy a host tensor to the device, without waiting if its memory is pinned."""
     return host.to(device, non_blocking=True)
 
 
-def _layout(buckets: Sequence[Bucket], sources: list[list[Tensor]], signature: tuple[Any, ...]) -> Layout | None:
-    """The table's part that stays, or None for tensors that the kernels cannot take."""
+def _build_layout(buckets: Sequence[Bucket], sources: list[list[Tensor]], signature: tuple[Any, ...]) -> Layout | None:
+    """Build the layout of the table; None for tensors that the kernels cannot take."""
     *states, steps = sources
     theta, device = states[0], signature[0]
     if not all(x.dtype in CODES and x.device == device for column in states for x in column):
@@ -460,7 +458,7 @@ def _layout(buckets: Sequence[Bucket], sources: list[list[Tensor]], signature: t
 
 
 def _put_in_order(sources: list[list[Tensor]], disordered: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Replace tensors that cannot be read side by side by copies; (tensor, copy) of those that are to be moved."""
+    """Replace disordered tensors in ``sources`` by copies in θ's memory order; return (tensor, copy) of θ, m and v."""
     copies = []
     for i in disordered:
         theta = sources[0][i]
@@ -476,7 +474,7 @@ def _put_in_order(sources: list[list[Tensor]], disordered: Sequence[int]) -> lis
 
 
 def _write_record(words: np.ndarray[Any, np.dtype[np.int64]], settings: dict[str, Any], device: torch.device) -> None:
-    """The settings of a parameter group, as the kernels read them; a learning rate on the device is read there."""
+    """Write the record of a parameter group; for a learning rate on the device, its address."""
     kernels, numbers = _kernels(), words.view(np.float64)
     lr, (beta1, beta2) = settings["lr"], map(float, settings["betas"])
     if isinstance(lr, Tensor) and lr.device == device and lr.dtype in FULL:
@@ -490,8 +488,8 @@ def _write_record(words: np.ndarray[Any, np.dtype[np.int64]], settings: dict[str
         numbers[at.value] = math.log(beta) if beta else -math.inf
 
 
-def _column_code(name: str) -> int:
-    """The code of a feature column, from its name in ``FeatureConfig.columns``."""
+def _get_column_code(name: str) -> int:
+    """Return the code of a feature column, from its name in ``FeatureConfig.columns``."""
     kernels = _kernels()
     first, _, rest = name.partition(" ")
     kinds = {"mean": kernels.MEAN, "std": kernels.STD, "var": kernels.VARIANCE}
@@ -508,12 +506,12 @@ def _column_code(name: str) -> int:
 
 
 def _power_of_two(n: int) -> int:
-    """The least that is not below n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def _are_consecutive(parameters: Sequence[Tensor]) -> bool:
-    """Whether tensors follow each other in memory without gaps."""
+    """Return whether tensors follow each other in memory without gaps."""
     at = parameters[0].data_ptr()
     for p in parameters:
         if p.data_ptr() != at or not p.is_contiguous():

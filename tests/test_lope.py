@@ -230,7 +230,7 @@ def test_a_layer_under_two_names_has_one_adapter_in_both_places():
 @pytest.mark.parametrize("target", ["linear1", "out_proj"])
 def test_layers_that_torch_reads_directly_are_refused(target):
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
-    with pytest.raises(ValueError, match=r"reads the weight and would pass an adapter by"):
+    with pytest.raises(ValueError, match=r"reads the weight and would ignore an adapter"):
         LoPE.wrap(model, [target])
     assert all(p.requires_grad for p in model.parameters())
 

@@ -81,9 +81,9 @@ def test_the_recipe_runs_and_trains(title, names, recwarn, monkeypatch):
     if title == "Hugging Face Trainer":
         optimizer = names["trainer"].optimizer.optimizer
     assert isinstance(optimizer, MetaAdamW)
-    if title == "Stop and go on":
+    if title == "Save and resume":
         assert_same(optimizer.state_dict(), names["saved"]["optimizer"])
-    elif title == "Φ by itself":
+    elif title == "Save Φ alone":
         phi = names["other"].modulator.state_dict()
         assert_same(dict(sorted(phi.items())), dict(sorted(load_file(names["path"]).items())))
     else:
