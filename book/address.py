@@ -19,24 +19,49 @@ def address() -> str:
     return str(project["urls"]["Repository"]).rstrip("/")
 
 
+def is_settled(url: str) -> bool:
+    """Whether an address leads somewhere; until then it has a placeholder for the owner."""
+    return "/OWNER/" not in url
+
+
 def colab_badge(url: str, notebook: str) -> str:
-    """The Markdown of a notebook's badge."""
+    """The Markdown of a notebook's badge; a note while the address leads nowhere."""
+    if not is_settled(url):
+        return "*The badge that opens this chapter on Colab comes with the repository's public address.*"
     path = url.partition("github.com/")[2]
     link = f"https://colab.research.google.com/github/{path}/blob/main/notebooks/{notebook}"
     return f"[![Open in Colab](../book/_static/colab.svg)]({link})"
 
 
 def colab_setup(url: str) -> str:
-    """The source of a notebook's set-up cell; it pins nothing that Colab brings."""
-    folder = url.rpartition("/")[2]
+    """The source of a notebook's set-up cell; it pins nothing that Colab brings.
+
+    Args:
+        url: of the repository; anything that git clones.
+    """
+    folder = Path(url).stem
+    clone = f"clone {url}" if is_settled(url) else "clone the repository of this book"
+    alone = (
+        f'        "This notebook needs its repository: {clone}, "\n'
+        '        "run `make lab` there, and open it from its folder `notebooks`."\n'
+    )
+    unsettled = '"The repository has no public address yet: Colab cannot fetch it."'
+    fetch = (
+        f"    !git clone -q --depth 1 {url}\n"
+        f"    !{{sys.executable}} -m pip install -q -e {folder}[experiments]\n"
+        f"    %cd {folder}/notebooks\n"
+        '    sys.path.insert(0, "..")\n'
+        if is_settled(url)
+        else f"    raise RuntimeError(\n        {unsettled}\n    )\n"
+    )
     return (
         "# On Colab this fetches the code and the records of the book; elsewhere it does nothing.\n"
+        "import importlib.util\n"
         "import sys\n\n"
         'if "google.colab" in sys.modules:\n'
-        f"    !git clone -q --depth 1 {url}\n"
-        f"    !pip install -q -e {folder}[experiments]\n"
-        f"    %cd {folder}/notebooks\n"
-        '    sys.path.insert(0, "..")'
+        f"{fetch}"
+        'elif importlib.util.find_spec("metaadamw_lite") is None:\n'
+        f"    raise ModuleNotFoundError(\n{alone}    )"
     )
 
 

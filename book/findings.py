@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 
 from metaadamw_lite.experiments import TASKS, figures, main_report, phi_report, released
@@ -26,7 +27,9 @@ from metaadamw_lite.experiments.verdict import FAILS, HOLDS, NEVER, OPEN, SAME, 
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PICTURE = ROOT / "book" / "_static" / "tasks.png"
+PICTURES = {False: ROOT / "book" / "_static" / "tasks.png", True: ROOT / "book" / "_static" / "tasks-dark.png"}
+"""For light and for dark pages."""
+
 MAIN = "wikitext2"
 """The task that the released logs and the null test have most runs of."""
 
@@ -87,6 +90,14 @@ def answers_about(rows: pd.DataFrame, kind: str) -> dict[str, Any]:
     return {**counts, "tested": sum(counts.values()), "example": examples}
 
 
+def excluded_gain(rows: pd.DataFrame) -> dict[str, Any]:
+    """The comparison with the most pairs among those whose interval lies below the paper's gain, if there is any."""
+    if rows.empty:
+        return {}
+    row = rows.loc[rows["gain"].map(lambda d: d.seeds).idxmax()]
+    return {"task": short(row["task"]), "difference": row["gain"]}
+
+
 def short(task: str) -> str:
     """The name of a task's data."""
     return TASKS[task].title.split()[0]
@@ -138,7 +149,10 @@ def facts(records: Records, rows: pd.DataFrame) -> dict[str, Any]:
     papers = rows["task"].isin(gained.index)
     trained = papers & (rows["trained_is"] == "better") & rows["trained"].map(lambda d: d.mean > 1)
     as_large = (rows["gain_is"] == "better") & (rows["gain"].map(lambda d: d.mean) >= rows["task"].map(gained))
+    whole = rows[papers & (rows["gain"].map(lambda d: d.pairs) >= rows["planned"])]
+    excluded = whole[whole["gain"].map(lambda d: d.t_high) < whole["task"].map(gained)]
     return {
+        "excluded": excluded_gain(excluded) | {"count": len(excluded), "of": len(whole)},
         "rows": [row | {"title": short(row["task"])} for row in rows.to_dict("records")],
         "papers_gain": gained.to_dict(),
         "task": short(MAIN),
@@ -183,9 +197,30 @@ def updated(readme: str, findings: str) -> str:
     return text
 
 
+def rows_of_picture(records: Records, rows: pd.DataFrame) -> pd.DataFrame:
+    """``comparisons`` as ``figures.plot_gains`` takes them."""
+    gained: Any = paper_table(2)["improvement_percent"]
+    bands = [random_band(records, row["task"]) if row["profile"] == "lite" else None for row in rows.to_dict("records")]
+    labels = [f"{short(row['task'])}\n{row['how']}" for row in rows.to_dict("records")]
+    return rows.assign(label=labels, paper=rows["task"].map(gained), band=pd.Series(bands, dtype=object))
+
+
+def random_band(records: Records, task: str) -> tuple[float, float] | None:
+    """What 95 % of the runs of random, untrained Φ's gain on a task; None with fewer than ten Φ's."""
+    gains = phi_report.null_gains(records, task)
+    if len(gains) < FEWEST_PAIRS:
+        return None
+    low, high = np.nanpercentile(gains.to_numpy(dtype=float), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def drawn(rows: pd.DataFrame) -> str:
     """The numbers in the picture; it carries them, so that a test sees whether it is the records'."""
-    return main_report.improvements_frame(rows.set_index("task")).to_csv(index=False, float_format="%.3g")
+    lines = [
+        [row["label"].replace("\n", ", "), *row["improvements"], d.t_low, d.t_high, row["paper"], *(row["band"] or ())]
+        for row, d in zip(rows.to_dict("records"), rows["gain"], strict=True)
+    ]
+    return "\n".join(",".join(x if isinstance(x, str) else f"{x:.3g}" for x in line) for line in lines)
 
 
 if __name__ == "__main__":
@@ -193,5 +228,7 @@ if __name__ == "__main__":
     rows = comparisons(records)
     README.write_text(updated(README.read_text(encoding="utf-8"), rendered(facts(records, rows))), encoding="utf-8")
     figures.use_style()
-    figure = figures.plot_improvements(main_report.improvements_frame(rows.set_index("task")))
-    figure.savefig(PICTURE, dpi=110, metadata={"Software": None, "Description": drawn(rows)})
+    shown = rows_of_picture(records, rows)
+    for dark, path in PICTURES.items():
+        figure = figures.plot_gains(shown, dark)
+        figure.savefig(path, dpi=110, metadata={"Software": None, "Description": drawn(shown)})

@@ -46,6 +46,26 @@ def test_a_new_address_reaches_badges_cells_and_buttons(monkeypatch):
     assert {p.name for p in texts} == {*(p.name for p in NOTEBOOKS), "_config.yml", "CITATION.cff"}
 
 
+def test_while_the_address_is_not_settled_nothing_leads_to_a_page_that_does_not_exist():
+    address, url = script("address"), "https://github.com/OWNER/metaadamw_lite"
+    assert "http" not in address.colab_badge(url, "01_update_rule.ipynb")
+    assert "http" not in address.colab_setup(url)
+    settled = url.replace("OWNER", "someone")
+    assert settled.removeprefix("https://github.com/") in address.colab_badge(settled, "01_update_rule.ipynb")
+    assert f"clone -q --depth 1 {settled}\n" in address.colab_setup(settled)
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_notebook_without_its_repository_says_what_to_do(settled, tmp_path):
+    url = f"https://github.com/{'someone' if settled else 'OWNER'}/metaadamw_lite"
+    source = script("address").colab_setup(url)
+    plain = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("!", "%")))
+    alone = [sys.executable, "-S", "-c", plain]  # without site-packages, which have the package
+    done = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True, check=False, env={})
+    assert done.returncode == 1
+    assert "needs its repository" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_notebook_has_the_skeleton(path):
     content = cells(path)
@@ -146,7 +166,7 @@ def test_a_chapter_that_trains_a_task_does_so_on_a_gpu_where_there_is_one():
         code = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
         if trains.search("\n".join(code)):
             found[notebook.name[:2]] = papermill.inspect_notebook(notebook).get("device", {}).get("default")
-    assert found == dict.fromkeys(["02", "03", "06", "07", "08", "09", "10", "14"], '"auto"')
+    assert found == dict.fromkeys(["02", "03", "06", "07", "08", "09", "10", "16"], '"auto"')
 
 
 def test_building_with_a_parameter_that_no_notebook_has_fails(capsys):

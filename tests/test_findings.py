@@ -75,8 +75,10 @@ def test_the_front_page_and_its_picture_are_those_of_the_records():
     rows = findings.comparisons(COMMITTED)
     readme = findings.README.read_text(encoding="utf-8")
     assert readme == findings.updated(readme, findings.rendered(findings.facts(COMMITTED, rows))), "run `make findings`"
-    with Image.open(findings.PICTURE) as picture:
-        assert picture.text["Description"] == findings.drawn(rows), "run `make findings`"
+    for path in findings.PICTURES.values():
+        with Image.open(path) as picture:
+            numbers = findings.drawn(findings.rows_of_picture(COMMITTED, rows))
+            assert picture.text["Description"] == numbers, "run `make findings`"
 
 
 ALPHA = [(0, 10), (5, 10), (10, 10)]

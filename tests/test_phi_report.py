@@ -122,7 +122,7 @@ def test_each_rung_stands_over_adamw_and_over_the_rung_below(recorded):
     assert kinds(table, "over the rung below") == [None, HOLDS, SAME]
     given = recorded(runs_of(errors))
     assert "over the best AdamW" not in phi_report.ladder_table(given, "etth1"), "its search is not complete"
-    assert phi_report.written(table, "over the rung below")["ladder-one"] == "–"
+    assert phi_report.format_column(table, "over the rung below")["ladder-one"] == "–"
 
 
 def test_verdicts_of_a_column_are_corrected_for_its_rows(recorded):

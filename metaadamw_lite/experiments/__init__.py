@@ -21,6 +21,7 @@
                 ``claims`` judges the paper's claims by them
 * ``departures``, ``published``, ``budget``, ``peers``
                 variants of the studies "published" and "budget"; ``rivals_report`` has their tables
+* ``phi_report``, ``phi_figures``  tables and figures of the studies of random, constant and learned factors
 * ``released``  the logs that come with the released code
 * ``figures``   the book's figures
 * ``chapter``   what the chapters about single tasks have in common

@@ -311,7 +311,7 @@ class Evidence:
                 lines.append(
                     f"* `paper`, on {record['environment']['device']} with the {code}: about {adamw:.2g} s for an "
                     f"epoch's training with AdamW, {ours:.2g} s with MetaAdamW, put together from single steps "
-                    f"([chapter 14](14_costs.ipynb)); at most {settings.epochs} epochs."
+                    f"([chapter 16](16_costs.ipynb)); at most {settings.epochs} epochs."
                 )
         head = "The live run makes one run of each of the three arms. How long that takes, by what is recorded:\n\n"
         return head + "\n".join(lines)

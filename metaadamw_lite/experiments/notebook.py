@@ -11,9 +11,26 @@ import matplotlib_inline.backend_inline as inline
 import pandas as pd
 import torch
 from IPython.core.getipython import get_ipython
+from IPython.display import Image, Markdown
 
 from metaadamw_lite.experiments.figures import use_style
 from metaadamw_lite.experiments.pending import PendingCells
+from metaadamw_lite.experiments.records import repository
+
+
+def findings() -> tuple[Markdown, Image, Markdown]:
+    """The answers, the picture and the table of the front page, to be displayed: ``display(*findings())``.
+
+    Raises:
+        FileNotFoundError: outside a checkout.
+    """
+    text = (repository() / "README.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- findings")[2].partition("<!-- end of findings")[0].partition("-->\n")[2]
+    answers, _, rest = block.partition("<!-- picture -->")
+    picture = repository() / "book" / "_static" / "tasks.png"
+    table = rest.partition("<!-- end of picture -->")[2]
+    return Markdown(answers), Image(picture), Markdown(table)  # type: ignore[no-untyped-call]
+
 
 PAPERMILLS_OWN = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}
 """Parameters that papermill adds with ``--inject-paths``, ``--inject-output-path`` and ``--inject-input-path``."""

@@ -18,6 +18,7 @@ from metaadamw_lite.experiments.dose import TWINS
 from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi, trained_phi
 from metaadamw_lite.experiments.paired import (
+    ENOUGH_SEEDS,
     Estimate,
     PairedDifference,
     best_of,
@@ -282,13 +283,14 @@ def transfer_table(records: Records, tasks: Sequence[str] = TRANSFER_TASKS) -> p
     return table.where(table.notna(), None)
 
 
-def written(table: pd.DataFrame, column: str) -> "pd.Series[str]":
-    """A column of ``compare_rows`` as text: mean, Student's interval, pairs, verdict."""
+def format_column(table: pd.DataFrame, column: str) -> "pd.Series[str]":
+    """Format a column of ``compare_rows`` as text: mean, Student's interval, pairs, verdict."""
 
     def cell(d: PairedDifference | None, verdict: Verdict) -> str:
         if d is None:
             return "–"
-        return f"{d.mean_text} % {d.t_interval}, {d.pairs} pairs: {verdict}"
+        interval = f" {d.t_interval}" if d.seeds >= ENOUGH_SEEDS else ""
+        return f"{d.mean_text} %{interval}, {d.pairs} pair{'' if d.pairs == 1 else 's'}: {verdict}"
 
     cells = zip(table[column], table[f"{column}, verdict"], strict=True)
     return pd.Series([cell(*pair) for pair in cells], table.index)
