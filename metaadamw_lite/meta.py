@@ -329,7 +329,7 @@ class Evaluator:
             warnings.warn(
                 "several processes train, but this model is neither a DistributedDataParallel nor sharded, so each "
                 "process trains its own Φ. Pass the wrapped model",
-                stacklevel=4,  # the third is torch's wrapper around ``update_attention``
+                stacklevel=5,  # the third and fourth are torch's wrappers around ``update_attention``
             )
         return cls(model, loss_fn, devices, list_process_groups(params), sharded)
 

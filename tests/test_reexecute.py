@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -45,11 +46,11 @@ def test_the_page_tells_of_runs_that_passed_wait_and_failed(reexecute, monkeypat
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), output)
 
     monkeypatch.setattr(reexecute, "execute", execute)
-    assert reexecute.main(["--chapters", "15", "17", "--out", str(tmp_path)]) == 0
-    assert reexecute.main(["--chapters", "15", "16", "17", "--out", str(tmp_path)]) == 1
+    assert reexecute.main(["--chapters", "17", "19", "--out", str(tmp_path)]) == 0
+    assert reexecute.main(["--chapters", "16", "17", "19", "--out", str(tmp_path)]) == 1
     page, status = ((tmp_path / name).read_text(encoding="utf-8") for name in ("index.html", "status.md"))
     rows = [line for line in status.splitlines() if line.startswith("|")][2:]
-    for chapter, outcome in {"15": "wait for records", "16": "ZeroDivisionError", "17": "passed"}.items():
+    for chapter, outcome in {"17": "wait for records", "16": "ZeroDivisionError", "19": "passed"}.items():
         assert all(outcome in row for row in rows if row.startswith(f"| {chapter}_"))
     assert f"{sum('failed' not in row for row in rows)} of {len(rows)} runs passed" in status
     assert "<b>" not in page
@@ -66,7 +67,8 @@ def test_make_works_in_a_path_with_spaces_and_letters_that_are_not_ascii(target,
     folder.mkdir()
     for name in ("Makefile", "requirements.txt", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
-    done = subprocess.run(["make", *target.split()], cwd=folder, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(["make", *target.split()], cwd=folder, capture_output=True, text=True, check=False, env=alone)
     assert done.returncode == 0, done.stderr
     assert str(folder) not in done.stdout, "no path that a shell would split"
     if target == "help":

@@ -1,7 +1,7 @@
 """The sizes of ``lite``, and how AdamW alone judges them."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -18,7 +18,10 @@ from metaadamw_lite.experiments.variants import LEARNING_RATES, at_learning_rate
 @pytest.mark.parametrize("task", TASKS)
 def test_the_lite_profile_is_the_paper_s_but_for_its_sizes(task):
     paper, lite = (TASKS[task].settings(profile) for profile in ("paper", "lite"))
-    sizes = {name: getattr(paper, name) for name in ("epochs", "batch_size", "meta_every", "model", "data")}
+    sizes = {
+        name: getattr(paper, name)
+        for name in ("epochs", "batch_size", "meta_every", "model", "data", "scheduled_epochs")
+    }
     assert replace(lite, **sizes) == paper
     assert lite.batch_size <= paper.batch_size
     for name, size in paper.model.items():
@@ -106,7 +109,7 @@ def made(key, metric, results):
     epochs = [{"epoch": k, "val_loss": loss, "seconds": k} for k, loss in ((1, 0.3), (2, 0.4), (3, 0.5))]
     samples = {"train": 48, "val": 400, "test": 0 if key.protocol == "paper" else 400}
     content = {
-        "settings": {"lr": run_settings(key).lr},
+        "settings": asdict(run_settings(key)),
         "status": "stopped early",
         "data": "made",
         "environment": {},
