@@ -206,7 +206,7 @@ def rows_of_picture(records: Records, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def random_band(records: Records, task: str) -> tuple[float, float] | None:
-    """What 95 % of the runs of random, untrained Φ's gain on a task; None with fewer than ten Φ's."""
+    """Compute the range that holds 95 % of the gains of random, untrained Φ's; None with fewer than ten Φ's."""
     gains = phi_report.null_gains(records, task)
     if len(gains) < FEWEST_PAIRS:
         return None

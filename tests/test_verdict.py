@@ -1,4 +1,4 @@
-"""What paired differences say about a claim."""
+"""Verdicts on claims, from paired differences."""
 
 import math
 

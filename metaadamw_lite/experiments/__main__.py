@@ -17,7 +17,7 @@ with say_which_extra():
     from metaadamw_lite.experiments.command import run_command
     from metaadamw_lite.experiments.lope_study import ARMS, NOISE
     from metaadamw_lite.experiments.published import VARIABLE
-    from metaadamw_lite.experiments.records import RunKey, default_results, expanded, expanded_folder, strays
+    from metaadamw_lite.experiments.records import Records, RunKey, default_results, expanded, expanded_folder, strays
     from metaadamw_lite.experiments.sizing import sizing_table
     from metaadamw_lite.experiments.studies import (
         STUDIES,
@@ -145,9 +145,10 @@ def _do(args: argparse.Namespace) -> int:
     elif args.study:
         print(status_lines(args.study, results))
     else:
-        others = (status(results, studies) for studies in (STUDIES_OF_PHI, STUDIES_OF_RIVALS))
-        tables = [status(results), *others, status(results, STUDIES_OF_RELATIVES).T]
-        print("\n\n".join(table.to_string() for table in (*tables, costs(results))))
+        records = Records(results)  # read once for all tables
+        others = (status(records, studies) for studies in (STUDIES_OF_PHI, STUDIES_OF_RIVALS))
+        tables = [status(records), *others, status(records, STUDIES_OF_RELATIVES).T]
+        print("\n\n".join(table.to_string() for table in (*tables, costs(records))))
     return 0
 
 

@@ -82,7 +82,7 @@ def movement_table(records: Records, task: str, profile: str) -> pd.DataFrame:
 
 
 def more_meta_learning(records: Records, task: str, profile: str) -> pd.DataFrame:
-    """What training Φ in another way, or more often, gains over the same Φ left untrained.
+    """Compare each other way of training Φ, or of training it more often, with the same Φ left untrained.
 
     Returns:
         Indexed by change, from the least moved to the most: "meta_updates" in a run (median), "alpha_moved" (median

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -189,7 +189,16 @@ def improvements_by_seed(
 ) -> "pd.Series[float]":
     """The improvement of each pair in percent, by seed."""
     pairs = pairs_by_seed(arm, baseline)
-    return (-1 if lower_is_better else 1) * 100 * (pairs["arm"] / pairs["baseline"] - 1)
+    return percent_gain(pairs["arm"], pairs["baseline"], lower_is_better)
+
+
+Results = TypeVar("Results", "pd.Series[float]", pd.DataFrame)
+
+
+def percent_gain(arm: Results, baseline: Any, lower_is_better: bool) -> Results:
+    """Compute the relative improvement in percent, elementwise as pandas aligns the two; positive is better."""
+    gain: Results = (-1 if lower_is_better else 1) * 100 * (arm / baseline - 1)
+    return gain
 
 
 def p_value(p: float) -> str:
@@ -370,7 +379,7 @@ def share_of_phi(gains: pd.DataFrame) -> Estimate:
 
 def gains_over_mean(results: pd.DataFrame, baseline: "pd.Series[float]", lower_is_better: bool) -> pd.DataFrame:
     """The gain of each run in percent over the mean of a baseline's runs, shaped as ``results``."""
-    return (-1 if lower_is_better else 1) * 100 * (results / baseline.mean() - 1)
+    return percent_gain(results, baseline.mean(), lower_is_better)
 
 
 def share_as_good(results: pd.DataFrame, baseline: "pd.Series[float]", lower_is_better: bool, gain: float) -> Estimate:

@@ -10,9 +10,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metaadamw_lite.experiments.paired import ENOUGH_SEEDS, Estimate
+from metaadamw_lite.experiments.paired import ENOUGH_SEEDS, EQUIVALENT, Estimate
 
-BLUE, ORANGE, GREEN = sns.color_palette("colorblind", 3)
+BLUE, ORANGE = sns.color_palette("colorblind", 2)
 
 
 def plot_null(gains: Mapping[str, pd.DataFrame], papers: Mapping[str, float]) -> Figure:
@@ -76,19 +76,18 @@ def plot_alpha_and_gain(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_differences(table: pd.DataFrame, columns: Mapping[str, str], equivalent: float = 1.0) -> Figure:
+def plot_differences(table: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
     """The mean differences of ``phi_report.compare_rows`` with Student's 95 % intervals, a row for each variant.
 
     Args:
         table: with a ``PairedDifference`` in each cell; those with too few pairs for an interval are left out.
         columns: by column of the table the label of its axis; a panel for each.
-        equivalent: the band within which a difference makes no difference, in percent.
     """
     height = 0.32 * len(table) + 1.3
     figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns) + 1.6, height), sharey=True, squeeze=False)
     for ax, (column, label) in zip(axes[0], columns.items(), strict=True):
         _draw(ax, table[column])
-        ax.axvspan(-equivalent, equivalent, color="grey", alpha=0.15)
+        ax.axvspan(-EQUIVALENT, EQUIVALENT, color="grey", alpha=0.15)
         ax.axvline(0, color="black", linewidth=0.7)
         ax.set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
         ax.set_yticks(range(len(table)), table.index)

@@ -24,10 +24,12 @@ from metaadamw_lite.experiments.paired import (
     best_of,
     corrected,
     improvement,
+    percent_gain,
     share_as_good,
     share_of_phi,
 )
-from metaadamw_lite.experiments.records import Records, papers_gain, repository
+from metaadamw_lite.experiments.records import Records, papers_gain
+from metaadamw_lite.experiments.released import released_log
 from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS, best_variant, search_runs
 from metaadamw_lite.experiments.transfer import TRANSFER_TASKS, transfer_from
@@ -108,7 +110,7 @@ def null_gains(records: Records, task: str, name: Callable[[int], str] = frozen_
     """The gains of random Φ's over AdamW with the same run seed, shaped as ``null_results``."""
     results = null_results(records, task, name)
     (adamw,) = frames.by_seed(small_runs(records, task), "paper", "adamw")
-    return (-1 if _lower(task) else 1) * 100 * (results / adamw.reindex(results.columns) - 1)
+    return percent_gain(results, adamw.reindex(results.columns), _lower(task))
 
 
 def _lower(task: str) -> bool:
@@ -117,8 +119,7 @@ def _lower(task: str) -> bool:
 
 def logged_runs(task: str) -> int:
     """How many runs of MetaAdamW on a task the released code's logs have; one that stands there twice counts once."""
-    log = pd.read_csv(repository() / "data" / "paper" / "released_log.csv").drop_duplicates()
-    return int((log["task"] == task).sum())
+    return len(released_log(task))
 
 
 def null_distribution(records: Records, task: str, name: Callable[[int], str] = frozen_phi) -> "dict[str, Estimate]":

@@ -476,7 +476,8 @@ def sweep(
         if todo and progress:
             at_a_time = jobs or (runs_at_a_time(device) if scheduler is None else 1)
             # Sources and searches add runs when they are done: as many as in the committed records.
-            later = missing([key for key in study_runs(study, default_results(), tasks) if key not in todo], results)
+            now = set(todo)
+            later = missing([key for key in study_runs(study, default_results(), tasks) if key not in now], results)
             seconds = expected_seconds([*todo, *later], results)
             bar.write(f"{study}: {len(todo)} runs to make now, {len(later)} later, {duration(seconds, at_a_time)}")
         while todo:
@@ -646,19 +647,19 @@ def status(results: Path | Records, studies: Sequence[str] = STUDIES_OF_PAPER) -
     return pd.DataFrame.from_dict(rows, orient="index").fillna("–")
 
 
-def costs(results: Path) -> pd.DataFrame:
+def costs(results: Path | Records) -> pd.DataFrame:
     """Count the missing runs of every study, and the hours they would take: a row for each study and profile.
 
     The hours are of one run after the other, each as long as the mean recorded run of its task and profile; "2.5 + ?"
     where a task has no such run. A run that two studies share counts in both.
     """
-    seconds = recorded_seconds(results, tasks_of("smoke"))  # which has all tasks
-    rows = {}
+    rows, records = {}, _records(results)
+    seconds = recorded_seconds(records.path, tasks_of("smoke"))  # which has all tasks
     for name in STUDIES:
         for profile in _profiles(name):
             study = name if profile == "smoke" else f"{name}/{profile}"
-            runs = study_runs(study, results)
-            left = missing(runs, results)
+            runs = study_runs(study, records)
+            left = missing(runs, records)
             rows[study] = {
                 "recorded": f"{len(runs) - len(left)}/{len(runs)}",
                 "missing": len(left),
@@ -674,7 +675,7 @@ def _hours(runs: Sequence[RunKey], seconds: Mapping[tuple[str, str], float]) -> 
 
 
 def status_lines(study: str, results: Path) -> str:
-    """What a study has and what it lacks, a line for each task, protocol and variant, and what that would cost."""
+    """List the recorded and missing runs of a study, a line for each task, protocol and variant, and their cost."""
     rows, records = [], Records(results)
     runs = study_runs(study, records)
     for task, protocol, profile, variant in dict.fromkeys((k.task, k.protocol, k.profile, k.variant) for k in runs):
@@ -683,7 +684,7 @@ def status_lines(study: str, results: Path) -> str:
         note = f"missing seeds {', '.join(str(k.seed) for k in left)}" if left else "complete"
         bad = [f"{n} {status}" for status, n in ends(keys, records).items() if status in ("diverged", "failed")]
         rows.append((task, protocol, profile, variant, f"{len(keys) - len(left)}/{len(keys)}", "; ".join([note, *bad])))
-    left = missing(runs, results)
+    left = missing(runs, records)
     cost = f"{len(left)} of {len(runs)} runs are missing"
     if left:
         cost += f": {duration(expected_seconds(left, results), 1)}"

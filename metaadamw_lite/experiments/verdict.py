@@ -1,4 +1,4 @@
-"""What a paired difference says about a claim. A verdict is data; its text is made once, where it is shown."""
+"""Verdicts on claims, from paired differences. A verdict is data; its text is made once, where it is shown."""
 
 from dataclasses import dataclass
 from typing import Any
