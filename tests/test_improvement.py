@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_records import series
+from statsmodels.stats.multitest import multipletests
 
 from metaadamw_lite.experiments import paired
 from metaadamw_lite.experiments.paired import improvement
@@ -68,6 +69,17 @@ def test_holm_multiplies_the_smallest_by_the_number_of_tests():
     corrected = paired.holm(pd.Series({"a": 0.01, "b": 0.04, "c": math.nan, "d": 0.03}))
     assert corrected.dropna().to_dict() == pytest.approx({"a": 0.03, "b": 0.06, "d": 0.06})
     assert math.isnan(corrected["c"])
+
+
+@pytest.mark.parametrize(
+    "p", [[], [0.2], [0.03, 0.03, 0.01], [0.9, 0.5, math.nan, 0.0, 1.0, 0.02], [math.nan]], ids=str
+)
+def test_holm_is_that_of_statsmodels(p):
+    corrected = paired.holm(pd.Series(p, dtype=float))
+    known = [value for value in p if not math.isnan(value)]
+    theirs = multipletests(known, method="holm")[1] if known else []
+    assert corrected.dropna().tolist() == pytest.approx(list(theirs))
+    assert corrected.isna().tolist() == [math.isnan(value) for value in p]
 
 
 def test_over_tasks_weighs_tasks_alike_and_counts_ties_half():

@@ -233,7 +233,7 @@ def score(model: nn.Module, batch: Batch) -> Score:
 
 
 def settings(profile: str) -> Settings:
-    """``paper``: Tables 1 and 4. ``smoke``: a few made-up images of 8 × 8 pixels.
+    """``paper``: Tables 1 and 4. ``smoke``: a narrow model, a few made-up images of 8 × 8 pixels.
 
     ``lite``: a quarter of the paper's width, one block a stage instead of two, means of 2 × 2 pixels, and 4,000
     images. A step has 64 of them instead of 128, so that an epoch has 63 steps: with fewer, early stopping would come
@@ -247,7 +247,7 @@ def settings(profile: str) -> Settings:
     epochs, batch_size, meta_every, model, data = {
         "paper": (15, 128, 190, {}, {}),
         "lite": (20, 64, 31, {"width": 16, "blocks": 1, "pool": 2}, {"train": 4_000, "val": 2_000, "test": 5_000}),
-        "smoke": (2, 8, 2, {}, {"images": 60, "size": 8, "train": 32, "val": 16, "test": 16}),
+        "smoke": (2, 8, 2, {"width": 8, "blocks": 1}, {"images": 60, "size": 8, "train": 32, "val": 16, "test": 16}),
     }[profile]
     return Settings(
         epochs=epochs,

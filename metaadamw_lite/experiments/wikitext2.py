@@ -172,7 +172,7 @@ def settings(profile: str) -> Settings:
     epochs, batch_size, meta_every, width, data = {
         "paper": (15, 64, 123, 128, {}),
         "lite": (30, 16, 100, 96, {"words": 2_000, "block": 32, "train": 1_600, "val": 500, "test": 1_000}),
-        "smoke": (2, 8, 3, 16, {"lines": 60, "train": 48, "val": 16, "test": 16}),
+        "smoke": (2, 8, 3, 16, {"lines": 60, "block": 16, "train": 48, "val": 16, "test": 16}),
     }[profile]
     return Settings(
         epochs=epochs,
