@@ -300,7 +300,7 @@ def _circularity(profile: str, tasks: Sequence[str], _: Records) -> Iterator[Run
 
 
 def _published(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
-    """Yield the arms and departures (on other tasks than two only U5), then the released optimizer on all."""
+    """Yield the arms, departures on two tasks, U5 where it changes a run, then the released optimizer on all tasks."""
     for seed in SEEDS:
         for task in tasks:
             settings = TASKS[task].settings(profile)
