@@ -19,11 +19,10 @@ from metaadamw_lite.experiments.paired import (
     FEWEST_PAIRS,
     Estimate,
     PairedDifference,
-    corrected,
     exact_share,
 )
 from metaadamw_lite.experiments.records import Records, paper_table
-from metaadamw_lite.experiments.verdict import FAILS, HOLDS, NEVER, OPEN, SAME, judge
+from metaadamw_lite.experiments.verdict import FAILS, HOLDS, NEVER, OPEN, SAME, judge_family
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -65,7 +64,7 @@ def comparisons(records: Records) -> pd.DataFrame:
 def judged(differences: "pd.Series[Any]") -> "list[str]":
     """Each difference in a word: "better", "worse", "equivalent" (±1 %), "open", or "untested" with too few pairs."""
     words = {HOLDS: "better", FAILS: "worse", SAME: "equivalent", OPEN: "open", NEVER: "untested"}
-    return [words[judge(d, c).kind] for d, c in zip(differences, corrected(differences), strict=True)]
+    return [words[verdict.kind] for verdict in judge_family(differences)]
 
 
 def answers_about(rows: pd.DataFrame, kind: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_a_meta_update_is_compared_with_a_training_step_of_adamw(monkeypatch):
         return 3 if meta and isinstance(made.optimizer, MetaAdamW) else 2
 
     monkeypatch.setattr(bench, "peak_memory", peak)
-    update, forward, *memory = bench.meta_updates(CPU, None, 0)
+    update, forward, *memory = bench.measure_meta_updates(CPU, None, 0)
     assert update.measure.startswith("meta-update / training step")
     assert [update.ratio, update.low, update.high] == pytest.approx([90 / 11] * 3)
     assert forward.measure.startswith("forward / training step")
@@ -103,7 +103,7 @@ def test_a_meta_update_is_compared_with_a_training_step_of_adamw(monkeypatch):
 def test_an_epoch_has_a_meta_update_in_every_k_meta_steps(monkeypatch):
     monkeypatch.setattr(bench, "TASKS", {"etth1": TASKS["etth1"]})
     every = TASKS["etth1"].settings("paper").meta_every
-    update, epoch = bench.epochs(CPU, 0)
+    update, epoch = bench.measure_epochs(CPU, 0)
     assert update.measure.startswith("meta-update / training step")
     assert [update.ratio, update.low, update.high] == pytest.approx([90 / 11] * 3)
     assert epoch.measure.endswith(f"(K_meta = {every})")
@@ -120,7 +120,7 @@ def test_growth_has_the_time_of_each_depth(takes, monkeypatch):
     takes(torch.optim.AdamW, "step", 0.5)
     takes(MetaAdamW, "step", depth)
     takes(MetaAdamW, "update_attention", lambda optimizer: 90 * depth(optimizer))
-    points = {(p["kind"], p["who"], p.get("layers")): p["seconds"] for p in bench.growth(CPU, 0)}
+    points = {(p["kind"], p["who"], p.get("layers")): p["seconds"] for p in bench.measure_growth(CPU, 0)}
     assert points == pytest.approx(
         {
             ("step", "AdamW", None): 0.5,
@@ -143,7 +143,7 @@ def test_the_parts_of_a_step_have_their_own_times(takes, monkeypatch):
     takes(torch.optim.AdamW, "step", 3)
     takes(bench, "read_once", 1)
     patched = factors.measure, optimizer.move
-    found = {row["part"]: row["seconds"] for row in bench.parts(CPU, 0)}
+    found = {row["part"]: row["seconds"] for row in bench.measure_parts(CPU, 0)}
     kernel = 5 * len(MetaAdamW(bench.Perceptron(1000).named_parameters()).groups)
     assert kernel > 5
     assert found == {

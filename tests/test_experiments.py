@@ -645,12 +645,12 @@ def test_a_cluster_makes_the_runs_as_many_at_a_time_as_asked_for_and_gives_up_th
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(studies, "_one", where)
+        patch.setattr(studies, "_run_one", where)
         spans = [said.split() for said in outcomes(1, cluster).values()]
         assert os.getpid() not in {int(pid) for pid, _, _ in spans}, "not in the process that asks"
         spans = sorted((float(begun), float(ended)) for _, begun, ended in spans)
         assert all(first[1] <= second[0] for first, second in pairwise(spans)), "one at a time"
-        patch.setattr(studies, "_one", fatal)
+        patch.setattr(studies, "_run_one", fatal)
         said = outcomes(None, cluster)
         assert said[runs[1]].startswith("a worker was killed")
         assert len(said) == 4
@@ -686,7 +686,7 @@ def test_locks_of_earlier_sweeps_do_not_count_as_killed(tmp_path, monkeypatch):
         return key, None
 
     monkeypatch.setattr(studies, "study_runs", lambda *_: runs)
-    monkeypatch.setattr(studies, "_one", killed)
+    monkeypatch.setattr(studies, "_run_one", killed)
     failed = sweep("smoke", tmp_path, jobs=2, progress=False)
     assert runs[0] in failed
     assert runs[3] not in failed, "it was waiting, and has a lock from before"
@@ -849,7 +849,7 @@ def test_a_worker_that_is_killed_ends_no_sweep(tmp_path, monkeypatch):
 
     monkeypatch.setattr(studies, "study_runs", lambda *_: runs)
     with monkeypatch.context() as patch:
-        patch.setattr(studies, "_one", killed)
+        patch.setattr(studies, "_run_one", killed)
         failed = sweep("smoke", tmp_path, jobs=2, progress=False)
     assert runs[0] in failed
     assert set(failed) <= set(runs[:2]), "those that were under way"
@@ -897,7 +897,7 @@ def test_the_committed_records_were_made_with_the_settings_of_their_profiles():
         key = RunKey(**record["run"])
         asked = dataclasses.asdict(training.run_settings(key))
         made = record["settings"]
-        differing = {name for name in asked if name in made and made[name] != training._plain(asked)[name]}
+        differing = {name for name in asked if name in made and made[name] != training._as_json(asked)[name]}
         assert not differing, f"{key}: {differing}"
 
 

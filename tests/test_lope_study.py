@@ -72,13 +72,13 @@ def test_compensation_makes_the_only_difference_to_the_arm_without_it(records):
     ("arm", "mask"), [("lope", "compensated"), ("lope-brief", "compensated"), ("lope-without-compensation", "plain")]
 )
 def test_the_last_test_is_of_a_model_that_is_masked_as_the_arm_says(arm, mask, tmp_path, monkeypatch):
-    masks, tested = [], lope_study._tested
+    masks, tested = [], lope_study._test
 
     def looking(model, *args):
         masks.append({layer.mask for layer in model.modules() if isinstance(layer, LoPELinear)})
         return tested(model, *args)
 
-    monkeypatch.setattr(lope_study, "_tested", looking)
+    monkeypatch.setattr(lope_study, "_test", looking)
     monkeypatch.setattr(lope_study, "pretrained", lambda s, data, *_: SmallGPT(len(data.vocabulary), s))
     run(key(arm=arm), tmp_path, progress=False)
     assert masks == [set(), {None}, {None}, {mask}], "pretrained, two stages, masked"
@@ -97,7 +97,7 @@ def test_perplexity_and_accuracy_are_those_of_plain_python():
     rng = random.Random(0)
     reviews = [(rng.choices(["dull", "fine"], k=rng.randint(1, 9)), rng.randint(0, 1)) for _ in range(120)]
     rows, ends = rows_of(reviews, names, 14)
-    found = lope_study._tested(BagOfWords(), rows, ends, Texts([], [], reviews, names, "hand-made"))
+    found = lope_study._test(BagOfWords(), rows, ends, Texts([], [], reviews, names, "hand-made"))
     nats, right = [], 0
     for text, label in reviews:
         scores = [0.0] * len(names)

@@ -25,7 +25,7 @@ from metaadamw_lite.experiments.noise import (
     instance_dependent,
     symmetric,
 )
-from metaadamw_lite.experiments.noisy import noisy
+from metaadamw_lite.experiments.noisy import make_noisy
 from metaadamw_lite.experiments.records import RunKey
 from metaadamw_lite.experiments.studies import FEW_SEEDS, SENSITIVITY_TASK, TOGETHER, study_runs
 from metaadamw_lite.experiments.task import Data
@@ -119,7 +119,7 @@ def test_bad_pairs_and_inputs():
     with pytest.raises(ValueError, match="classes is 1"):
         symmetric(np.zeros(3, dtype=np.int64), 1, 0.4, 0)
     with pytest.raises(ValueError, match="percent is 101"):
-        noisy(cifar10.CIFAR10, "symmetric", {"kind": "symmetric"}, 101)
+        make_noisy(cifar10.CIFAR10, "symmetric", {"kind": "symmetric"}, 101)
 
 
 def parts(count=400):

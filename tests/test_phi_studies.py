@@ -12,7 +12,7 @@ from torch import nn
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments import TASKS, studies, training
 from metaadamw_lite.experiments.dose import DOSE, EVERYWHERE, TWINS
-from metaadamw_lite.experiments.ladder import LADDER, compared, every
+from metaadamw_lite.experiments.ladder import LADDER, meta_update_every, standardise_features
 from metaadamw_lite.experiments.null import NULL, PHI_SEEDS, frozen_phi, trained_phi
 from metaadamw_lite.experiments.published import RELEASED, VARIABLE
 from metaadamw_lite.experiments.records import RunKey, write_record
@@ -20,7 +20,7 @@ from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.studies import expected_seconds, study_runs
 from metaadamw_lite.experiments.training import make_optimizer, run, run_settings
 from metaadamw_lite.experiments.transfer import TRANSFER
-from metaadamw_lite.experiments.variants import SEEDS, VARIANTS, changed
+from metaadamw_lite.experiments.variants import SEEDS, VARIANTS, apply_variant
 from metaadamw_lite.groups import fine_grained_groups
 
 
@@ -29,7 +29,7 @@ def smoke_run(variant, results, task="etth1", seed=0, **more):
 
 
 def made(variant, task="etth1", seed=0, model=None, *source):
-    settings = changed(TASKS[task].settings("smoke"), variant)
+    settings = apply_variant(TASKS[task].settings("smoke"), variant)
     return make_optimizer(variant, tiny() if model is None else model, settings, 10, seed, *source)
 
 
@@ -57,7 +57,7 @@ def test_the_null_test_has_phis_that_no_other_run_has(tmp_path):
 def test_null_variants_share_everything_but_the_seed_of_phi():
     settings = TASKS["imdb"].settings("paper")
     for seed in (PHI_SEEDS[0], PHI_SEEDS[-1]):
-        frozen, trained = (changed(settings, name(seed)) for name in (frozen_phi, trained_phi))
+        frozen, trained = (apply_variant(settings, name(seed)) for name in (frozen_phi, trained_phi))
         assert frozen == trained
         assert dataclasses.replace(frozen, metaadamw=settings.metaadamw) == settings
         assert frozen.metaadamw == {**settings.metaadamw, "seed": seed}
@@ -119,7 +119,7 @@ def test_a_rung_starts_as_adamw(rung, rest):
     torch.manual_seed(0)
     ours, theirs = (tiny().double() for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    settings = changed(TASKS["etth1"].settings("smoke"), rung)
+    settings = apply_variant(TASKS["etth1"].settings("smoke"), rung)
     settings = dataclasses.replace(settings, metaadamw={**settings.metaadamw, **rest})
     optimizers = [make_optimizer(*a, settings, 10, 0) for a in ((rung, ours), ("adamw", theirs))]
     step_alike((ours, theirs), optimizers, 3)
@@ -152,7 +152,7 @@ def test_only_in_phi_do_groups_see_each_other():
         mixed = f[[0, 2, 1, 4, 3]]
         alpha, again = phi(f).alpha, phi(mixed).alpha
         torch.testing.assert_close(again, alpha[[0, 2, 1, 4, 3]])
-        z = compared(f)
+        z = standardise_features(f)
         z.requires_grad_()
         sees = phi.encoder(z.unsqueeze(0)).squeeze(0) if rung == "ladder-phi" else phi.layers[1](z + phi.layers[0](z))
         (grad,) = torch.autograd.grad(sees[0].square().sum(), z)
@@ -162,11 +162,11 @@ def test_only_in_phi_do_groups_see_each_other():
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30, float("nan")])
 def test_features_are_compared_on_a_log_scale_and_stay_finite(scale):
-    f = compared(torch.tensor([[1.0, 5.0], [2.0, 5.0], [4.0, 5.0]]) * scale)
+    f = standardise_features(torch.tensor([[1.0, 5.0], [2.0, 5.0], [4.0, 5.0]]) * scale)
     assert torch.isfinite(f).all()
     assert f.abs().max() < 2
     assert f[:, 1].abs().max() < 1e-6
-    assert torch.isfinite(compared(torch.ones(1, 2))).all()
+    assert torch.isfinite(standardise_features(torch.ones(1, 2))).all()
 
 
 @pytest.mark.parametrize("rung", LADDER)
@@ -199,7 +199,7 @@ def test_meta_updates_come_every_so_many_steps_unless_a_run_is_too_short(epochs,
     settings = dataclasses.replace(
         TASKS["etth1"].settings("lite"), epochs=epochs, meta_every=per_epoch, meta_per_epoch=1
     )
-    after = every(50)(settings)
+    after = meta_update_every(50)(settings)
     assert (after.meta_every, after.meta_per_epoch) == expected
 
 
@@ -220,7 +220,7 @@ SHAPE_OF_PHI = ("alpha_range", "attn_layers", "attn_hidden_dim", "attn_heads", "
 @pytest.mark.parametrize("variant", TWINS)
 def test_every_trained_phi_of_the_dose_has_a_twin_that_differs_by_the_training_alone(variant):
     settings = TASKS["wikitext2"].settings("paper")
-    mine, theirs = (changed(settings, name) for name in (variant, TWINS[variant]))
+    mine, theirs = (apply_variant(settings, name) for name in (variant, TWINS[variant]))
     assert VARIANTS[variant].updates
     assert theirs.lr == mine.lr
     if VARIANTS[TWINS[variant]].make is VARIANTS["adamw"].make:  # as an untrained Φ on a log scale is

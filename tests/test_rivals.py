@@ -19,7 +19,7 @@ from metaadamw_lite.experiments.published import RELEASED, VARIABLE, released_cl
 from metaadamw_lite.experiments.records import Records, RunKey, default_results, paper_table, read_record
 from metaadamw_lite.experiments.studies import SEARCH_SEEDS, best_variant, search_runs, study_runs
 from metaadamw_lite.experiments.training import run
-from metaadamw_lite.experiments.variants import ARMS, LEARNING_RATES, SEEDS, VARIANTS, changed
+from metaadamw_lite.experiments.variants import ARMS, LEARNING_RATES, SEEDS, VARIANTS, apply_variant
 
 
 def smoke(variant, folder, task="etth1"):
@@ -78,7 +78,7 @@ def test_a_run_with_a_schedule_is_half_as_long_again_as_adamws_at_its_best_rate(
     search = search_runs(task, "paper", "lite")
     best = best_variant(search, default_results())
     lengths = [len(read_record(key.path(default_results()))["epochs"]) for key in search if key.variant == best]
-    settings = changed(TASKS[task].settings("lite"), "adamw-cosine")
+    settings = apply_variant(TASKS[task].settings("lite"), "adamw-cosine")
     assert settings.epochs == pytest.approx(1.5 * np.mean(lengths), abs=0.5)
     assert settings.scheduled_epochs is None, "as in records that are older than schedules"
 
@@ -112,10 +112,10 @@ def test_a_record_that_lacks_a_setting_was_made_with_its_default(tmp_path):
     key = RunKey("etth1", "adamw", "paper", "smoke", 0)
     old = smoke("adamw", tmp_path)
     del old["settings"]["schedule"]
-    assert training.made_with(training.run_settings(key), old, tmp_path) is old
+    assert training.check_settings_match(training.run_settings(key), old, tmp_path) is old
     other = dataclasses.replace(training.run_settings(key), schedule="cosine")
     with pytest.raises(ValueError, match="schedule 'constant' instead of 'cosine'"):
-        training.made_with(other, old, tmp_path)
+        training.check_settings_match(other, old, tmp_path)
 
 
 def test_a_cosine_schedule_ends_at_zero(tmp_path, monkeypatch):

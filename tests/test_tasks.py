@@ -24,7 +24,7 @@ from torchvision.transforms.functional import normalize
 
 from metaadamw_lite.experiments import TASKS, cifar10, etth1, imdb, multi30k, training, wikitext2
 from metaadamw_lite.experiments.__main__ import main
-from metaadamw_lite.experiments.datasets import DataError, Table, held_out, prepared, read_table
+from metaadamw_lite.experiments.datasets import DataError, Table, is_held_out, prepared, read_table
 from metaadamw_lite.experiments.task import Score, accuracy, part_of, perplexity
 from metaadamw_lite.experiments.text import encode, padded, trimmed, vocabulary
 from metaadamw_lite.experiments.training import measure
@@ -275,7 +275,7 @@ def test_multi30k_paper_shares_what_both_languages_write_alike():
 def test_multi30k_clean_has_two_vocabularies():
     data = load("multi30k", "clean", pairs=150)
     pairs = multi30k.synthetic_pairs(150, 1)
-    validates = held_out(pairs["en"])
+    validates = is_held_out(pairs["en"])
     assert 0 < len(data.val[0]) == validates.sum() < 40
     assert all(word[0] == "t" for word in data.words[4:])
     assert data.sizes["target_words"] == len(data.words)
@@ -288,7 +288,7 @@ def test_multi30k_words_of_the_held_out_sentences_do_not_enter_the_vocabulary():
     texts = [f"s{i} s{i} ." for i in range(200)]
     train = pd.DataFrame({"de": texts, "en": texts})
     _, words, _ = multi30k.pairs("clean", train, train[:5])
-    kept = [text.split()[0] for text, validates in zip(texts, held_out(texts), strict=True) if not validates]
+    kept = [text.split()[0] for text, validates in zip(texts, is_held_out(texts), strict=True) if not validates]
     assert set(words["en"]) == {*multi30k.SPECIALS, ".", *kept}
 
 
@@ -483,7 +483,7 @@ def test_imdb_batches():
 
 def test_imdb_clean_splits_off_training_reviews():
     paper, clean = (load("imdb", p, reviews=200) for p in ("paper", "clean"))
-    validates = torch.from_numpy(held_out(imdb.synthetic_reviews(200, 1)["text"]))
+    validates = torch.from_numpy(is_held_out(imdb.synthetic_reviews(200, 1)["text"]))
     assert 0 < len(clean.val[0]) == validates.sum() < 50
     for i in (1, 2):  # labels and lengths do not depend on the vocabulary, which is made from fewer reviews
         assert torch.equal(clean.train[i], paper.train[i][~validates])
@@ -868,11 +868,11 @@ def test_what_is_prepared_is_made_once_and_again_when_something_changes(folder):
 
 def test_copies_of_a_sample_are_held_out_together():
     texts = [f"review {i % 700}" for i in range(1_400)]
-    chosen = held_out(texts)
+    chosen = is_held_out(texts)
     assert np.array_equal(chosen[:700], chosen[700:])
     assert 0.07 < chosen.mean() < 0.13
     order = np.random.default_rng(0).permutation(1_400)
-    assert np.array_equal(held_out([texts[i] for i in order]), chosen[order]), "the order does not matter"
+    assert np.array_equal(is_held_out([texts[i] for i in order]), chosen[order]), "the order does not matter"
 
 
 # ---------------------------------------------------------------- real data

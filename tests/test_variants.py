@@ -40,9 +40,9 @@ from metaadamw_lite.experiments.variants import (
     UNEQUAL_PRIORITIES,
     VARIANTS,
     WEIGHTED,
+    apply_variant,
     at_learning_rate,
-    changed,
-    differs,
+    changes_settings,
     learning_rate,
     learning_rates,
 )
@@ -67,7 +67,7 @@ def table(number):
 
 
 def changing(task, profile="paper"):
-    return [v for v in ABLATIONS if differs(TASKS[task].settings(profile), v)]
+    return [v for v in ABLATIONS if changes_settings(TASKS[task].settings(profile), v)]
 
 
 PAIRS = [(task, variant) for task in TASKS for variant in changing(task)]
@@ -98,8 +98,8 @@ def test_the_settings_are_those_of_table_4(row):
 def test_an_ablation_changes_exactly_one_factor(task, variant, profile):
     before = TASKS[task].settings(profile)
     kept = asdict(before)
-    after = changed(before, variant)
-    published = changed(before, "metaadamw")
+    after = apply_variant(before, variant)
+    published = apply_variant(before, "metaadamw")
     other = {f.name for f in fields(before) if getattr(published, f.name) != getattr(after, f.name)}
     keys = {
         k
@@ -135,7 +135,7 @@ def test_every_ablation_has_the_value_it_is_named_after():
         "attention-other": OTHER_ATTENTION,
     }
     for task, variant in PAIRS:
-        after = changed(TASKS[task].settings("paper"), variant)
+        after = apply_variant(TASKS[task].settings("paper"), variant)
         assert expected.get(variant, {}).items() <= after.metaadamw.items(), (task, variant)
     assert {v for _, v in PAIRS} == set(ABLATIONS), "every variant is a change for some task"
     assert set(ABLATIONS) - set(expected) == {"updates-1", "updates-2", "updates-10"}
@@ -146,7 +146,7 @@ def test_every_ablation_has_the_value_it_is_named_after():
 def test_a_group_strategy_or_an_objective_that_table_3_calls_baseline_is_the_default():
     optimizer = make_optimizer("metaadamw", tiny(), replace(TASKS["wikitext2"].settings("paper")), 10, 0)
     original = make_optimizer(
-        "grouping-original", tiny(), changed(TASKS["wikitext2"].settings("paper"), "grouping-original"), 10, 0
+        "grouping-original", tiny(), apply_variant(TASKS["wikitext2"].settings("paper"), "grouping-original"), 10, 0
     )
     assert len(optimizer.groups) > len(original.groups) == 1
     explicit = MetaAdamW(tiny().named_parameters(), group_strategy="fine_grained")
@@ -158,7 +158,7 @@ def test_heads_follow_the_width_of_the_features(version):
     """As in Table 4: 6 heads for 6 features, 11 for 11; the embedding of the groups counts for ``enhanced``."""
     variant = f"features-{version}"
     task = next(t for t in TASKS if variant in changing(t))
-    settings = changed(TASKS[task].settings("paper"), variant)
+    settings = apply_variant(TASKS[task].settings("paper"), variant)
     settings = replace(settings, metaadamw={**settings.metaadamw, "attn_layers": 1})
     optimizer = make_optimizer(variant, tiny(), settings, 10, 0)
     widths = {m.embed_dim for m in optimizer.modulator.modules() if isinstance(m, torch.nn.MultiheadAttention)}
@@ -173,7 +173,7 @@ def test_variants_that_change_nothing_are_refused_and_not_in_the_study(task, tmp
     in_study = {key.variant for key in study_runs("ablation", tmp_path, [task])}
     for variant in same:
         with pytest.raises(ValueError, match=f"'{variant}'.*'metaadamw'"):
-            changed(settings, variant)
+            apply_variant(settings, variant)
         with pytest.raises(ValueError, match=f"'{variant}'"):
             run(RunKey(task, variant, "paper", "smoke", 0), tmp_path, progress=False)
         assert variant not in in_study
@@ -182,7 +182,7 @@ def test_variants_that_change_nothing_are_refused_and_not_in_the_study(task, tmp
 
 def test_unknown_variants_are_quoted():
     with pytest.raises(ValueError, match="sgd"):
-        changed(TASKS["etth1"].settings("paper"), "sgd")
+        apply_variant(TASKS["etth1"].settings("paper"), "sgd")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -222,7 +222,7 @@ def test_the_study_covers_table_3(task, tmp_path):
     ],
 )
 def test_meta_update_frequencies(task, variant, every):
-    settings = changed(TASKS[task].settings("paper"), variant)
+    settings = apply_variant(TASKS[task].settings("paper"), variant)
     assert settings.meta_every == pytest.approx(every, rel=0.03)
     updates = STEPS_PER_EPOCH[task] // settings.meta_every
     assert updates == settings.meta_per_epoch == int(variant.partition("-")[2] or 1)
@@ -231,7 +231,7 @@ def test_meta_update_frequencies(task, variant, every):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_arms_have_the_settings_of_their_task(task):
     settings = TASKS[task].settings("paper")
-    assert all(changed(settings, arm) == settings for arm in ARMS)
+    assert all(apply_variant(settings, arm) == settings for arm in ARMS)
     assert settings.meta_every * settings.meta_per_epoch == pytest.approx(STEPS_PER_EPOCH[task], rel=0.03)
 
 
@@ -239,7 +239,7 @@ def test_the_arms_have_the_settings_of_their_task(task):
 def test_learning_rate_variants(lr):
     settings = TASKS["imdb"].settings("paper")
     variant = at_learning_rate(lr)
-    after = changed(settings, variant)
+    after = apply_variant(settings, variant)
     assert after == replace(settings, lr=lr)
     assert learning_rate(variant) == lr
     optimizer = make_optimizer(variant, tiny(), after, 10, 0)
@@ -274,9 +274,9 @@ def test_a_variant_that_is_an_arm_by_another_name_is_refused(monkeypatch):
     for arm in ARMS:
         monkeypatch.setitem(VARIANTS, "alias", VARIANTS[arm])
         with pytest.raises(ValueError, match=f"'alias', which is what '{arm}' is on this task"):
-            changed(settings, "alias")
+            apply_variant(settings, "alias")
     monkeypatch.setitem(VARIANTS, "alias", Variant(make=lambda *_: None))
-    assert changed(settings, "alias") == settings
+    assert apply_variant(settings, "alias") == settings
 
 
 # ---------------------------------------------------------------- studies

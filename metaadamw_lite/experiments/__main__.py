@@ -1,6 +1,6 @@
 """The command line: ``python -m metaadamw_lite.experiments run | sweep | status | sizing | bench``.
 
-Without a command it lists the studies, with what is missing of each and how long that would take.
+Without a command it lists the studies, with their missing runs and the time for these.
 """
 
 import argparse
@@ -25,7 +25,7 @@ with say_which_extra():
         STUDIES_OF_RELATIVES,
         STUDIES_OF_RIVALS,
         costs,
-        ends,
+        count_endings,
         status,
         status_lines,
         study_runs,
@@ -36,11 +36,11 @@ with say_which_extra():
     from metaadamw_lite.experiments.variants import VARIANTS
 
 NAMES = (*VARIANTS, *ARMS)
-"""Of variants, and of arms of an adaptation."""
+"""The names of variants, and of an adaptation's arms."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the commands."""
+    """Return the parser of the commands."""
     top = argparse.ArgumentParser(
         prog="python -m metaadamw_lite.experiments", description="Run the paper's experiments."
     )
@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: see ``run_command``; 1 is for a sweep that lacks runs at its end."""
+    """Run a command and return its exit code: 1 for a sweep with runs missing at its end, else as ``run_command``."""
     return run_command(
         lambda: _do(parser().parse_args(arguments)),
         "interrupted; the same command goes on from the last whole epoch (an adaptation and the bench begin again)",
@@ -117,7 +117,7 @@ def _do(args: argparse.Namespace) -> int:
         run_bench(args.device, args.reference, args.json, args.seconds)
         return 0
     results = expanded_folder(args.results, "--results")
-    if getattr(args, "reference", None) is not None:  # by the environment it reaches the workers of a sweep
+    if getattr(args, "reference", None) is not None:  # workers of a sweep inherit the environment
         os.environ[VARIABLE] = str(expanded_folder(args.reference, "--reference").resolve())
     if args.command != "run" and (passed := strays(results)):
         print(f"warning: passed over what is no record: {', '.join(map(str, passed))}", file=sys.stderr)
@@ -134,7 +134,7 @@ def _do(args: argparse.Namespace) -> int:
         print(f"{key.path(results)}: {record['status']}{why}, {outcome}, data: {record['data']}")
     elif args.command == "sweep":
         failed = sweep(args.study, results, args.task, args.jobs, args.scheduler, args.device)
-        ended = ends(study_runs(args.study, results, args.task), results)
+        ended = count_endings(study_runs(args.study, results, args.task), results)
         print(f"{args.study}: " + ", ".join(f"{n} {status}" for status, n in ended.items()))
         return 1 if failed else 0
     elif args.command == "sizing":
@@ -145,7 +145,7 @@ def _do(args: argparse.Namespace) -> int:
     elif args.study:
         print(status_lines(args.study, results))
     else:
-        records = Records(results)  # read once for all tables
+        records = Records(results)
         others = (status(records, studies) for studies in (STUDIES_OF_PHI, STUDIES_OF_RIVALS))
         tables = [status(records), *others, status(records, STUDIES_OF_RELATIVES).T]
         print("\n\n".join(table.to_string() for table in (*tables, costs(records))))

@@ -1,4 +1,4 @@
-"""Table 3 again: what each change to MetaAdamW does, and how far meta-learning moved its factors."""
+"""Table 3 again: the effect of each change to MetaAdamW, and the movement of its factors by meta-learning."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import pandas as pd
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments import TASKS
 from metaadamw_lite.experiments.frames import by_seed, movement_frame, outcomes, runs_frame
-from metaadamw_lite.experiments.main_report import OF_REAL_DATA, compare, reported
+from metaadamw_lite.experiments.main_report import OF_REAL_DATA, compare, reported_records
 from metaadamw_lite.experiments.paired import holm, improvement, pairs_by_seed
 from metaadamw_lite.experiments.records import Records, paper_table
-from metaadamw_lite.experiments.variants import ABLATIONS, differs
+from metaadamw_lite.experiments.variants import ABLATIONS, changes_settings
 
 
 def ablation_table(records: Records, task: str, profile: str) -> pd.DataFrame:
-    """A task's part of Table 3 again: for each row the paper's number and ours, under the paper's protocol.
+    """Return a task's part of Table 3: the paper's number and ours for each row, under the paper's protocol.
 
     Rows of ``ABLATIONS`` that the paper's table lacks come last.
 
@@ -40,7 +40,7 @@ def ablation_table(records: Records, task: str, profile: str) -> pd.DataFrame:
     rows = []
     for variant in variants.values():
         baseline = pd.isna(variant) or variant == "metaadamw"
-        baseline = baseline or (variant in ABLATIONS and not differs(settings, variant))
+        baseline = baseline or (variant in ABLATIONS and not changes_settings(settings, variant))
         name = "metaadamw" if baseline else str(variant)
         arm, metaadamw = by_seed(outcome, "paper", name, "metaadamw")
         difference = improvement(arm, metaadamw, lower_is_better)
@@ -53,15 +53,15 @@ def ablation_table(records: Records, task: str, profile: str) -> pd.DataFrame:
 
 
 KEEP_PHI = ("Meta-learning objective", "HUW priorities", "Meta-update frequency")
-"""The blocks of Table 3 that change how Φ is trained and not what it is."""
+"""The blocks of Table 3 that change the training of Φ and not Φ itself."""
 
 
 def movement_table(records: Records, task: str, profile: str) -> pd.DataFrame:
-    """How far meta-learning moved the factors in MetaAdamW and in each variant of Table 3, under the paper's protocol.
+    """Measure how far meta-learning moved α in MetaAdamW and each variant of Table 3, under the paper's protocol.
 
     Returns:
         A row for each run: "change" (the row of Table 3, or "MetaAdamW"), "variant", "seed", "meta_updates" (how many),
-        "alpha_moved" (largest distance of a group's α from what Φ gave at its start, over groups and meta-updates), and
+        "alpha_moved" (largest distance of a group's α from that of Φ's random start, over groups and meta-updates), and
         "same_phi": whether the variant begins with the Φ of MetaAdamW and of the untrained control, so that it can be
         compared with the latter.
 
@@ -69,7 +69,7 @@ def movement_table(records: Records, task: str, profile: str) -> pd.DataFrame:
         ValueError: for an unknown task, or a profile other than "lite" and "paper".
     """
     check_choice("profile", profile, OF_REAL_DATA)
-    chosen = reported(records, task, profile)
+    chosen = reported_records(records, task, profile)
     moved = movement_frame(r for r in chosen if r["run"]["variant"] in ("metaadamw", *ABLATIONS))
     if moved.empty:
         return pd.DataFrame(columns=["change", "variant", "seed", "meta_updates", "alpha_moved", "same_phi"])
@@ -93,7 +93,7 @@ def more_meta_learning(records: Records, task: str, profile: str) -> pd.DataFram
     columns = ["meta_updates", "alpha_moved", "largest", "difference", "p_holm"]
     if runs.empty:
         return pd.DataFrame(columns=columns)
-    outcome = outcomes(runs_frame(reported(records, task, profile)))
+    outcome = outcomes(runs_frame(reported_records(records, task, profile)))
     rows = {}
     for (change, variant), group in runs[runs["same_phi"]].groupby(["change", "variant"]):
         difference = compare(outcome, "paper", str(variant), "metaadamw-frozen", TASKS[task].lower_is_better)
@@ -101,4 +101,6 @@ def more_meta_learning(records: Records, task: str, profile: str) -> pd.DataFram
         rows[change] = group["meta_updates"].median(), moved.median(), moved.max(), difference
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns[:-1]).sort_values("largest")
     tests = table["difference"].map(lambda d: d.p)
-    return table.assign(p_holm=holm(tests.where(table["largest"] > 0)))  # what moves nothing is the control itself
+    return table.assign(
+        p_holm=holm(tests.where(table["largest"] > 0))
+    )  # a row that moves nothing is the control itself

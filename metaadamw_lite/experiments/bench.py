@@ -1,7 +1,7 @@
 """Measure the cost of MetaAdamW beside torch's fused AdamW: ``python -m metaadamw_lite.experiments bench``.
 
 Every number is a ratio of times (or of peak memory) that were measured in turns in one run: baseline, ours, baseline,
-ours, … Give the machine nothing else to do meanwhile. Seconds depend on the machine and are there to judge the ratios.
+ours, … Leave the machine idle otherwise. Seconds depend on the machine and help to judge the ratios.
 
 ``--reference PATH`` adds the authors' released code, from a clone of it, on the same models in the same run.
 """
@@ -45,12 +45,12 @@ class Row:
     """One measured ratio.
 
     Attributes:
-        measure: what was measured, and on what.
+        measure: name of the measurement and its model.
         who: "ours" or "released code".
-        ratio: median time of it over median time of the baseline; for memory, peak over peak.
+        ratio: median time over the baseline's median time; for memory, peak over peak.
         low, high: quartiles of the ratios of single rounds.
         seconds, baseline_seconds: the two medians (bytes for memory).
-        target: what we want it to be at most; None without one.
+        target: the largest ratio wanted; None without a target.
     """
 
     measure: str
@@ -135,20 +135,20 @@ STEPS: Mapping[str, tuple[Callable[[], nn.Module], int, int, float]] = {
     ),
     "step, 101 M parameters, Φ 8×16": (LargeTransformer, 8, 16, 1.7),
 }
-"""For each row about steps: its model, layers and width of Φ, and the target on a CPU."""
+"""Model, layers and width of Φ, and target ratio on a CPU, by row about steps."""
 GPU_STEP_TARGET = 2.0
 MEMORY_MODELS = {"etth1": "ETTh1 model", "perceptron": "8 linear layers, 2.9 M parameters, batch of 2"}
 """One model whose memory is activations, and one whose memory is parameters."""
 
 PARTS = {"statistics": (factors, "measure"), "Φ": (factors.Factors, "of"), "kernel": (optimizer, "move")}
-"""For each part of a step the function that it is; Triton's kernels on a GPU call none of them."""
+"""The function of each part of a step. Triton's kernels on a GPU call none of them."""
 
 
 # ---------------------------------------------------------------- measuring
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when a GPU has done all that it was told to do; on a CPU at once."""
+    """Wait until a GPU is idle; return at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -156,15 +156,18 @@ def wait_for(device: torch.device) -> None:
 def in_turns(
     contestants: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, least: int = 5
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after two calls of each that do not count.
+    """Time each contestant in rounds, after two warm-up calls each.
 
-    The order is shuffled in each round, since what a contestant leaves in the caches helps or hinders the next one.
+    Each round has its own order, since the caches that one contestant leaves help or hinder the next.
 
     Args:
-        contestants: what to call, by name.
-        device: waited for before the clock is read.
-        seconds: begin no further round after this long.
-        least: but make so many.
+        contestants: functions by name.
+        device: idle before the clock is read.
+        seconds: time after which no further round begins.
+        least: the fewest rounds, whatever their time.
+
+    Returns:
+        Seconds of each round, by name.
     """
 
     def once(call: Callable[[], Any]) -> float:
@@ -189,7 +192,7 @@ def in_turns(
 def compared(
     measure: str, times: Mapping[str, Sequence[float]], baseline: str, target: float | None = None
 ) -> list[Row]:
-    """A row for every contestant but the baseline."""
+    """Return a row for every contestant but the baseline, from the times of ``in_turns``."""
     rows = []
     for name, mine in times.items():
         if name != baseline:
@@ -201,13 +204,13 @@ def compared(
 
 
 def give_gradients(model: nn.Module) -> None:
-    """Random gradients, in the memory order of the parameters."""
+    """Set random gradients, in the memory order of the parameters."""
     for p in model.parameters():
         p.grad = torch.randn_like(p)
 
 
 def optimizers(model: nn.Module, reference: Path | None, **phi: Any) -> dict[str, torch.optim.Optimizer]:
-    """Fused AdamW, ours and the released code, each for a model of its own with the same weights and gradients."""
+    """Return fused AdamW, ours and the released code, each for its own copy of the model and its gradients."""
     twins = [copy.deepcopy(model) for _ in range(2 if reference is None else 3)]
     for twin in twins:
         for p, q in zip(twin.parameters(), model.parameters(), strict=True):
@@ -217,12 +220,12 @@ def optimizers(model: nn.Module, reference: Path | None, **phi: Any) -> dict[str
         "ours": MetaAdamW(twins[1].named_parameters(), lr=5e-4, fused=True, **phi),
     }
     if reference is not None:
-        made["released code"] = released(reference, twins[2], None, **phi)
+        made["released code"] = build_released(reference, twins[2], None, **phi)
     return made
 
 
-def released(path: Path, model: nn.Module, batch: Any, **phi: int) -> Any:
-    """The released optimizer for a model, with the settings of WikiText-2 in Table 4, but for Φ's size.
+def build_released(path: Path, model: nn.Module, batch: Any, **phi: int) -> Any:
+    """Return the released optimizer for a model: WikiText-2's settings in Table 4, with another size of Φ.
 
     Raises:
         FileNotFoundError: if there is no such code at ``path``.
@@ -231,8 +234,8 @@ def released(path: Path, model: nn.Module, batch: Any, **phi: int) -> Any:
     return released_class(path)(model.parameters(), lr=5e-4, model=model, val_loader=[batch], **arguments)
 
 
-def steps(device: torch.device, reference: Path | None, seconds: float) -> list[Row]:
-    """One optimizer step on models from 0.4 to 101 million parameters."""
+def measure_steps(device: torch.device, reference: Path | None, seconds: float) -> list[Row]:
+    """Measure one optimizer step on models from 0.4 to 101 million parameters."""
     rows = []
     for measure, (make, layers, width, target) in progress_bar(STEPS.items(), desc="steps"):
         model = make().to(device)
@@ -245,7 +248,7 @@ def steps(device: torch.device, reference: Path | None, seconds: float) -> list[
 
 @dataclass(frozen=True)
 class Trainer:
-    """A task's model with an optimizer, and what is done with them."""
+    """A task's model with an optimizer, and three batches: B₁, B₂ and a validation batch."""
 
     task: Task
     model: nn.Module
@@ -253,21 +256,21 @@ class Trainer:
     batches: list[Batch]
 
     def forward(self) -> Tensor:
-        """The loss of a training batch."""
+        """Return the loss of B₁, a scalar."""
         return self.task.loss(self.model, self.batches[0])
 
     def gradients(self) -> None:
-        """Forward and backward."""
+        """Compute the gradients on B₁: forward and backward."""
         self.optimizer.zero_grad()
         self.forward().backward()  # type: ignore[no-untyped-call]
 
     def train(self) -> None:
-        """One training step: forward, backward, optimizer."""
+        """Take one training step: forward, backward, optimizer."""
         self.gradients()
         self.optimizer.step()
 
     def meta(self) -> None:
-        """One meta-update."""
+        """Make one meta-update."""
         one, two, val = self.batches
         if isinstance(self.optimizer, MetaAdamW):
             self.optimizer.update_attention(self.model, one, two, self.task.loss, val)
@@ -276,7 +279,10 @@ class Trainer:
 
 
 def trainer(name: str, who: str, device: torch.device, reference: Path | None = None, **phi: Any) -> Trainer:
-    """A task's model at the paper's settings, or the "perceptron", with "AdamW", "ours" or the "released code"."""
+    """Return the trainer of a task at the paper's settings, or of the "perceptron", after one training step.
+
+    Its optimizer is "AdamW", "ours" (with other arguments for Φ, if any) or the "released code" from ``reference``.
+    """
     torch.manual_seed(0)
     if name == "perceptron":
         task = replace(TASKS["etth1"], settings=lambda _: replace(TASKS["etth1"].settings("paper"), metaadamw={}))
@@ -294,14 +300,14 @@ def trainer(name: str, who: str, device: torch.device, reference: Path | None = 
         optimizer = MetaAdamW(model.named_parameters(), lr=5e-4, fused=True, **settings)
     else:
         assert reference is not None
-        optimizer = released(reference, model, batches[2], attn_layers=8, attn_hidden_dim=16)
+        optimizer = build_released(reference, model, batches[2], attn_layers=8, attn_hidden_dim=16)
     made = Trainer(task, model, optimizer, batches)
     made.train()  # so that there are moments
     return made
 
 
-def meta_updates(device: torch.device, reference: Path | None, seconds: float) -> list[Row]:
-    """A meta-update on the ETTh1 model over a training step there, and peak memory."""
+def measure_meta_updates(device: torch.device, reference: Path | None, seconds: float) -> list[Row]:
+    """Measure a meta-update on the ETTh1 model against a training step there, and peak memory."""
     whos = ["ours"] if reference is None else ["ours", "released code"]
     adamw = trainer("etth1", "AdamW", device)
     calls: dict[str, Callable[[], Any]] = {"training step": adamw.train}
@@ -322,7 +328,7 @@ def meta_updates(device: torch.device, reference: Path | None, seconds: float) -
 
 
 def peak_memory(made: "Trainer", meta: bool) -> float:
-    """The most bytes that tensors take during a training step, or during a meta-update."""
+    """Return the most bytes that tensors take during a training step or a meta-update."""
     call = made.meta if meta else made.train
     call()
     made.optimizer.zero_grad()
@@ -342,10 +348,10 @@ def peak_memory(made: "Trainer", meta: bool) -> float:
     return float(standing + np.cumsum(changes).max())
 
 
-def epochs(device: torch.device, seconds: float) -> list[Row]:
-    """A whole epoch of each task, put together from its parts: forward and backward, step, and 1/K_meta meta-updates.
+def measure_epochs(device: torch.device, seconds: float) -> list[Row]:
+    """Measure an epoch of each task as the sum of its parts: forward and backward, step, and 1/K_meta meta-updates.
 
-    Steps are a small part of training, and differences of large times would be lost in their noise.
+    The parts are timed apart, since the noise of whole epochs would hide the difference of two steps.
     """
     rows = []
     for name in progress_bar(TASKS, desc="epochs"):
@@ -369,8 +375,8 @@ def epochs(device: torch.device, seconds: float) -> list[Row]:
     return rows
 
 
-def growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Seconds of a step by number of parameters (Φ 8×16), and of a step and a meta-update by depth of Φ (ETTh1 model).
+def measure_growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """Measure a step by number of parameters (Φ 8×16), and a step and a meta-update by depth of Φ (ETTh1 model).
 
     Each point is a median with its quartiles.
     """
@@ -400,8 +406,8 @@ def growth(device: torch.device, seconds: float) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Where the time of a step goes: its parts, timed inside whole steps that take turns with AdamW's."""
+def measure_parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """Time the parts of a step, inside whole steps that take turns with AdamW's."""
     rows = []
     for measure, (make, layers, width, _) in progress_bar(STEPS.items(), desc="parts"):
         model = make().to(device)
@@ -412,8 +418,8 @@ def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
         inside: dict[str, list[float]] = {part: [] for part in PARTS}
         with ExitStack() as stack:
             for part, (owner, name) in PARTS.items():
-                noting = timed(getattr(owner, name), inside[part], device)
-                stack.enter_context(patch.object(owner, name, noting))
+                call = record_times(getattr(owner, name), inside[part], device)
+                stack.enter_context(patch.object(owner, name, call))
             whole = in_turns({name: o.step for name, o in made.items()}, device, seconds)
         buckets = gather(ours.param_groups, ours._members, ours.state)
         alone = in_turns({"⟨g, m⟩ alone": partial(read_once, buckets)}, device, seconds / 4)
@@ -425,10 +431,13 @@ def parts(device: torch.device, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def timed(call: Callable[..., Any], times: list[float], device: torch.device) -> Callable[..., Any]:
-    """A function that notes how long each call took; a GPU is waited for before and after, so parts add up to more."""
+def record_times(call: Callable[..., Any], times: list[float], device: torch.device) -> Callable[..., Any]:
+    """Wrap a function so that it appends the seconds of each call to ``times``.
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
+    It waits for a GPU before and after each call, so parts add up to more than the whole.
+    """
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
         wait_for(device)
         start = time.perf_counter()
         result = call(*args, **kwargs)
@@ -436,11 +445,11 @@ def timed(call: Callable[..., Any], times: list[float], device: torch.device) ->
         times.append(time.perf_counter() - start)
         return result
 
-    return noting
+    return timed
 
 
 def read_once(buckets: Sequence[Bucket]) -> None:
-    """⟨g, m⟩ of every tensor by one call: the least that the statistics must read in each step."""
+    """Compute ⟨g, m⟩ of every tensor: the least reading that the statistics of a step need."""
     for bucket in buckets:
         for g, m in zip(bucket.g, bucket.m, strict=True):
             torch.dot(g.view(-1), m.view(-1))
@@ -450,7 +459,7 @@ def read_once(buckets: Sequence[Bucket]) -> None:
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """The rows as text, with whether the target is met."""
+    """Format rows as text, with a column "result": the target is met, or missed by how much."""
     frame = pd.DataFrame([asdict(row) for row in rows])
     met = [
         "" if row.target is None else "met" if row.ratio <= row.target else f"missed by {row.ratio - row.target:.2f}"
@@ -469,33 +478,35 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def bench_records() -> dict[str, dict[str, Any]]:
-    """The measurements of ``bench``, by the names of their files.
+    """Read the measurements of ``bench``, by the names of their files.
 
-    The latest are named by the kind of device ("cpu", "cuda"), older ones that are kept to compare with by device and
-    commit ("h200-1470adc").
+    The latest have the kind of device as their name ("cpu", "cuda"), older ones device and commit ("h200-1470adc").
+
+    Raises:
+        FileNotFoundError: outside a checkout.
     """
     paths = sorted((repository() / "data" / "bench").glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def bench_record(name: str = "cpu") -> dict[str, Any] | None:
-    """One of ``bench_records``; None where there is none of this name."""
+    """Return one of ``bench_records``, or None where none has this name."""
     return bench_records().get(name)
 
 
 def is_older(name: str) -> bool:
-    """Whether a measurement of this name (see ``bench_records``) is an older one, kept to compare with."""
+    """Tell an older measurement from the latest by its name (see ``bench_records``)."""
     return "-" in name
 
 
 def heading(name: str, record: Mapping[str, Any]) -> str:
-    """Device and commit of a measurement; "before" if it is an older one."""
+    """Return device and commit of a measurement, with "before" if it is an older one."""
     where = record["environment"]
     return f"{where['device']} ({'before: ' if is_older(name) else ''}{where['revision']})"
 
 
 def side_by_side(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Our ratios with their quartiles, as text, in a column for each measurement."""
+    """Format our ratios with their quartiles as text, in a column for each measurement."""
     columns = []
     for name, record in records.items():
         ours = table([Row(**row) for row in record["rows"] if row["who"] == "ours"])
@@ -504,14 +515,14 @@ def side_by_side(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def measure_all(device: torch.device, reference: Path | None, seconds: float) -> dict[str, Any]:
-    """Everything, as a record; ``seconds`` is how long each contest goes on."""
-    rows = steps(device, reference, seconds) + meta_updates(device, reference, 3 * seconds)
-    rows += epochs(device, seconds)
+    """Measure everything, with ``seconds`` for each contest, and return the record."""
+    rows = measure_steps(device, reference, seconds) + measure_meta_updates(device, reference, 3 * seconds)
+    rows += measure_epochs(device, seconds)
     return {
         "environment": environment(device),
         "rows": [asdict(row) for row in rows],
-        "growth": growth(device, seconds / 2),
-        "parts": parts(device, seconds / 2),
+        "growth": measure_growth(device, seconds / 2),
+        "parts": measure_parts(device, seconds / 2),
     }
 
 
@@ -522,10 +533,11 @@ def run_bench(device: str, reference: str | None, json_file: str | None, seconds
         device: as torch names it, or "auto".
         reference: folder of the authors' released code, as typed; None to do without.
         json_file: where the record goes, as typed; None for nowhere.
-        seconds: how long each contest goes on.
+        seconds: length of each contest.
 
     Raises:
-        ValueError, OSError: for what cannot be measured or written, before anything is measured.
+        ValueError: for a device, number of seconds or path that is not allowed, before anything is measured.
+        OSError: if the record cannot be written there.
     """
     place = torch.device(pick_device(device))
     check_not_negative(seconds=seconds)

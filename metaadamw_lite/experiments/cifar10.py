@@ -1,7 +1,7 @@
 """CIFAR-10: which of ten things is on a picture of 32 × 32 pixels? A ResNet-18 looks.
 
-Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper; what they leave out is taken from
-the released code (augmentation, normalisation, dropout on the output, epochs, early stopping).
+Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper. The released code fills their
+gaps (augmentation, normalisation, dropout on the output, epochs, early stopping).
 """
 
 import io
@@ -40,7 +40,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def _table(train: bool, shard: int, rows: int) -> Table:
-    """A shard of the train or test part; torchvision downloads it and compares MD5 sums."""
+    """Describe a shard of the train or test part. torchvision downloads it and compares MD5 sums."""
     name, shards = ("train", SHARDS) if train else ("test", 1)
 
     def download() -> pd.DataFrame:
@@ -54,7 +54,7 @@ def _table(train: bool, shard: int, rows: int) -> Table:
 
 
 def shard_of(images: Any, labels: Any, shards: int, shard: int) -> pd.DataFrame:
-    """One of several nearly equal parts of some images, as a table with the hub's columns."""
+    """Return one of several nearly equal parts of some images, as a table with the hub's columns."""
     mine = np.array_split(np.arange(len(images)), shards)[shard]
     return pd.DataFrame({"img": [{"bytes": png(images[i]), "path": None} for i in mine], "label": labels[mine]})
 
@@ -64,14 +64,14 @@ TEST = (_table(False, 0, 10_000),)
 
 
 def png(image: Any) -> bytes:
-    """An array (32, 32, 3) of bytes as a PNG file."""
+    """Encode an array (H, W, 3) of bytes as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
 def synthetic_images(count: int, size: int, seed: int) -> pd.DataFrame:
-    """A stand-in with the columns of CIFAR-10: each of the ten classes has a brightness of its own, with noise."""
+    """Make a stand-in with the columns of CIFAR-10: each of the ten classes has its own brightness, with noise."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, count)
     images = (25 * labels[:, None, None, None] + rng.integers(0, 25, (count, size, size, 3))).astype(np.uint8)
@@ -79,18 +79,18 @@ def synthetic_images(count: int, size: int, seed: int) -> pd.DataFrame:
 
 
 def load(protocol: str, settings: Settings, source: str) -> Data:
-    """Images and their classes.
+    """Load images and their classes.
 
-    ``paper``: the training part trains; the official test part validates and is what is reported. ``clean``: the last
-    tenth of the training part validates, and the official test part is the test part.
+    ``paper``: the training part trains. The official test part validates and is reported. ``clean``: the last tenth of
+    the training part validates, and the official test part is the test part.
 
     Returns:
-        Batches (image, class): images of shape (N, 3, 32, 32), uint8; classes of shape (N,), 0 to 9. If the settings
-        ask for the labels of people (CIFAR-10N), those of the training part are these; ``truth`` has the true ones.
+        Batches (image, class): images of shape (N, 3, 32, 32), uint8; classes of shape (N,), 0 to 9. Settings that ask
+        for the labels of people (CIFAR-10N) put these into the training part, and the true ones into ``truth``.
 
     Raises:
         ValueError: for an unknown protocol or source.
-        DataError: if the real data cannot be had, or are not what they should be.
+        DataError: if the real data are missing and cannot be downloaded, or fail their check.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -120,23 +120,23 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
 
 
 def stand_in_for_people(labels: Any) -> Any:
-    """Labels of which 40 % are wrong, where made-up images have no people who have looked at them."""
+    """Return labels of which 40 % are wrong, in place of people's labels for made-up images."""
     return symmetric(labels, 10, 0.4, seed=0)
 
 
 def pixels_of_the_tables(train: bool) -> tuple[Any, Any]:
-    """The pixels and classes of the real data's train or test part."""
+    """Decode the real data's train or test part."""
     return pixels(pd.concat([read_table(table) for table in (TRAIN if train else TEST)]))
 
 
 def pixels(frame: pd.DataFrame) -> tuple[Any, Any]:
-    """Decoded images (N, 3, 32, 32), uint8, and their classes (N,)."""
+    """Decode images (N, 3, 32, 32), uint8, and return them with their classes (N,)."""
     images = [np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in frame["img"]]
     return np.stack(images).transpose(0, 3, 1, 2).copy(), np.array(frame["label"], dtype=np.int64)
 
 
 def augment(batch: Batch, generator: torch.Generator) -> Batch:
-    """Each image shifted by up to four pixels, black at the borders, and every second one mirrored, by chance."""
+    """Shift each image by up to four pixels, black at the borders, and mirror it with probability ½."""
     images, labels = batch
     count, size = len(images), images.shape[-1]
     shift = torch.randint(0, 9, (2, count, 1), generator=generator) + torch.arange(size)
@@ -152,7 +152,7 @@ def augment(batch: Batch, generator: torch.Generator) -> Batch:
 
 
 class Standardised(nn.Module):
-    """Images of bytes, standardised colour by colour, in the memory layout that convolutions are fastest in."""
+    """Standardise images of bytes colour by colour, in the memory layout of the fastest convolutions."""
 
     mean: Tensor
     std: Tensor
@@ -163,7 +163,7 @@ class Standardised(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) of bytes to (N, 3, H, W)."""
+        """Map bytes (N, 3, H, W) to floats (N, 3, H, W)."""
         return ((images / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
@@ -171,10 +171,10 @@ class ResNet18(nn.Module):
     """torchvision's ResNet-18 for small images: a 3 × 3 first convolution, no pooling after it, dropout at the end.
 
     Args:
-        dropout: on the output.
-        width: channels of the first of four stages; each has twice as many as the one before.
-        blocks: of each stage.
-        pool: sides of the squares of pixels that the first convolution sees the mean of.
+        dropout: probability on the output.
+        width: channels of the first of four stages. Each stage has twice as many as the one before.
+        blocks: residual blocks of each stage.
+        pool: side of the squares of pixels whose means the first convolution sees.
     """
 
     def __init__(self, dropout: float, width: int = 64, blocks: int = 2, pool: int = 1) -> None:
@@ -189,7 +189,7 @@ class ResNet18(nn.Module):
         self.standardised = Standardised()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, 10) from images (N, 3, 32, 32) of bytes."""
+        """Return scores (N, 10) of images (N, 3, 32, 32) of bytes."""
         x = self.standardised(images)
         if self.pool > 1:
             x = F.avg_pool2d(x, self.pool)
@@ -210,7 +210,7 @@ def resize(net: ResNet, width: int, blocks: int) -> None:
 
 
 def build(settings: Settings, data: Data) -> nn.Module:
-    """A freshly initialised model, in the memory layout that convolutions are fastest in."""
+    """Build a freshly initialised model, in the memory layout of the fastest convolutions."""
     return ResNet18(**settings.model).to(memory_format=torch.channels_last)
 
 
@@ -218,13 +218,13 @@ def build(settings: Settings, data: Data) -> nn.Module:
 
 
 def inputs_and_labels(batch: Batch) -> tuple[Batch, Tensor]:
-    """What the model takes, and the classes (N,)."""
+    """Split a batch into the model's inputs and the classes (N,)."""
     images, labels = batch
     return (images,), labels
 
 
 def score(model: nn.Module, batch: Batch) -> Score:
-    """Mean cross-entropy in nats, and how many classes are right; the metric is the share of right ones."""
+    """Return the mean cross-entropy in nats, and the number of right classes. The metric is their share."""
     inputs, labels = inputs_and_labels(batch)
     return classification_score(model(*inputs), labels)
 

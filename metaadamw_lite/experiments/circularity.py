@@ -1,6 +1,6 @@
 """Does it matter which loss Φ descends? MetaAdamW with the terms of Eq. 13 replaced.
 
-If Φ learns to optimise, it must lose what it gains when its loss has nothing to do with optimising any more.
+If Φ learns to optimise, a loss that has nothing to do with optimising must cost its gain.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,17 +23,17 @@ class ReplacedTerms(PriorityHUW):
         self._term = term
 
     def forward(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
-        """The weighted sum of the replaced terms, a scalar."""
+        """Return the weighted sum of the replaced terms, a scalar."""
         return super().forward([self._term(loss) for loss in losses])
 
 
 def squared_distance_to_zero(loss: Tensor) -> Tensor:
-    """(L − c)² with the fixed target c = 0: a loss decrease is then to be avoided."""
+    """Return (L − c)² with the fixed target c = 0, which punishes a loss decrease."""
     return loss.square()
 
 
 def with_terms(term: Callable[[Tensor], Tensor]) -> Maker:
-    """MetaAdamW whose loss terms are ``term`` of the published ones."""
+    """Return the maker of MetaAdamW with ``term`` applied to each published loss term."""
 
     def make(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> MetaAdamW:
         optimizer = metaadamw(model, settings, total_steps, seed)
@@ -45,7 +45,7 @@ def with_terms(term: Callable[[Tensor], Tensor]) -> Maker:
 
 
 class ReplacedLoss(nn.Module):
-    """In the place of uncertainty weights, another function of a single loss; it has no weights of its own."""
+    """Stand in for the uncertainty weights by a function of a single loss, without weights."""
 
     log_var: Tensor
 
@@ -55,13 +55,13 @@ class ReplacedLoss(nn.Module):
         self._term = term
 
     def forward(self, losses: Sequence[Tensor]) -> Tensor:
-        """The replaced loss, a scalar."""
+        """Return the replaced loss, a scalar."""
         (loss,) = losses
         return self._term(loss)
 
 
 def _ladder_to_target(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> torch.optim.Optimizer:
-    """``ladder-phi`` with (L − 0)² in the place of its loss."""
+    """Make ``ladder-phi`` with (L − 0)² in place of its loss."""
     optimizer = with_phi(log_phi)(model, settings, total_steps, seed)
     assert isinstance(optimizer, MetaAdamW)
     optimizer.huw = ReplacedLoss(squared_distance_to_zero)  # type: ignore[assignment]
@@ -74,7 +74,7 @@ CIRCULARITY = {
     "circularity-ladder-targets": Variant(small_phi, _ladder_to_target),
 }
 """With constants only weight decay and a penalty of gates could move Φ; the uncertainty weights see the same values.
-The last is around ``ladder-phi``, whose Φ moves: its loss is a decrease, and to hold that at zero is to stand still."""
+The last replaces the loss of ``ladder-phi``, whose Φ moves: a loss decrease held at zero means standing still."""
 
 UNREPLACED = {name: "ladder-phi" if "ladder" in name else "metaadamw" for name in CIRCULARITY}
-"""The variant that has the loss itself."""
+"""The variant with the published loss, by variant with a replaced one."""

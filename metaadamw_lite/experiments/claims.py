@@ -1,4 +1,4 @@
-"""The claims of the three papers, each with its number, ours, and the verdict that the records give by a rule."""
+"""The claims of the three papers: each with its number, ours, and a verdict by a rule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,10 +45,10 @@ class Finding:
 
     Attributes:
         ours: our number, as text.
-        says: the verdict, where it takes no test, or its text, where it takes several.
-        test: the difference that decides, positive in favour of the claim; None with ``says``.
-        opposite: what a difference against the claim means.
-        profile, planned: of the pairs of ``test``, for the verdict's notes.
+        says: the verdict without a test, or the text of several verdicts.
+        test: the deciding difference, positive in favour of the claim; None with ``says``.
+        opposite: meaning of a difference against the claim, in words.
+        profile, planned: profile and planned number of the pairs of ``test``, for the verdict's notes.
     """
 
     ours: str
@@ -59,30 +59,29 @@ class Finding:
     planned: int = len(SEEDS)
 
     def verdict(self, correction: PairedDifference) -> Verdict:
-        """The verdict of ``test``, given the same after ``corrected``."""
+        """Judge by ``test``, and by the same difference after ``corrected``."""
         assert self.test is not None
         return judge(self.test, correction, opposite=self.opposite, profile=self.profile, planned=self.planned)
 
 
 def claims_table(records: Records) -> pd.DataFrame:
-    """One row for each claim on MetaAdamW in ``data/paper/claims.csv``, with our number, the verdict and the evidence.
+    """Judge each claim on MetaAdamW in ``data/paper/claims.csv``: a row with our number, the verdict and the evidence.
 
-    A claim that one test decides is judged by its p after Holm's correction over all such rows, "p (Holm)", and by that
-    of equivalence, "p (equivalent, Holm)". "power" is that of the uncorrected test to tell an effect of the claimed
+    A claim with a single test is judged by p after Holm's correction over all such rows, "p (Holm)", and by p of
+    equivalence, "p (equivalent, Holm)". "power" is the chance of the uncorrected test to tell an effect of the claimed
     size from none, with the pairs at hand.
 
-    How the kinds of claims are judged, under the paper's protocol:
+    Each kind of claim has a rule, under the paper's protocol:
 
-    * improvement: MetaAdamW against AdamW, paired by seed; ``all``: such a claim must hold on all tasks.
-    * ablation: the variant's change against MetaAdamW; the claim is that the variant is worse.
-    * no gain: that the variant is not better by as much as ``high`` percent.
-    * necessary: the same for every variant of a task that takes something away, after Holm's correction.
+    * improvement: MetaAdamW against AdamW, paired by seed. A claim of kind ``all`` must hold on all tasks.
+    * ablation: the variant is worse than MetaAdamW.
+    * no gain: the variant is not better than MetaAdamW by ``high`` percent.
+    * necessary: every variant of a task that takes something away is worse, after Holm's correction.
     * epochs, longer: fewer, or more, epochs than AdamW until early stopping, paired by seed.
-    * earlier: how many epochs earlier than AdamW MetaAdamW is as good as AdamW's best, paired by seed; where it never
-      is, one after the last epoch that the task allows.
+    * earlier: the number of epochs by which MetaAdamW reaches AdamW's best earlier than AdamW, paired by seed. A run
+      that never reaches it counts as one epoch after the task's last.
     * trained: MetaAdamW against itself with an untrained Φ, on all tasks, under both protocols.
-    * memory, time, update, updates, frequent, statistics, module: the bench's record against the range that the paper
-      gives.
+    * memory, time, update, updates, frequent, statistics, module: the bench's record against the paper's range.
 
     Claims over tasks (``all``, ``trained``) are corrected over the tasks of a protocol.
     """
@@ -111,23 +110,23 @@ def claims_table(records: Records) -> pd.DataFrame:
 
 
 def _of_paper(table: pd.DataFrame) -> pd.DataFrame:
-    """The tasks of the paper, which are those that claims are about."""
+    """Keep the rows of the paper's tasks."""
     return table[table.index.isin(paper_table(2).index)]
 
 
 def chapter_link(page: Any) -> str:
-    """A link to the notebook with the evidence for a claim (Markdown); a dash where there is none."""
+    """Link to the notebook with the evidence for a claim (Markdown), or return a dash without one."""
     return "–" if pd.isna(page) else f"[chapter {int(page.split('_')[0])}]({page}.ipynb)"
 
 
 COSTS = ("memory", "time", "update", "updates", "frequent", "statistics", "module")
-"""Kinds of claims that the bench's record decides."""
+"""The kinds of claims that the bench's record decides."""
 
 KINDS = (
     *("improvement", "all", "trained", "ablation", "no gain", "necessary", "epochs", "longer", "earlier"),
     *COSTS,
 )
-"""Of claims; ``claims_table`` says what each is."""
+"""All kinds of claims; ``claims_table`` has their rules."""
 
 
 def _found(records: Records, claim: "pd.Series[Any]", main: pd.DataFrame, control: dict[str, pd.DataFrame]) -> Finding:
@@ -152,13 +151,13 @@ def _found(records: Records, claim: "pd.Series[Any]", main: pd.DataFrame, contro
     if kind == "necessary":
         return _found_parts(records, task)
     runs = main_report.main_runs(records, task)
-    if main_report.best_evidence(runs, "paper") == "lite":  # when a small run stops says nothing about one as published
+    if main_report.best_evidence(runs, "paper") == "lite":  # a small run's end tells nothing about one as published
         return Finding("–")
     return _found_optimum(records, task) if kind == "earlier" else _found_length(task, kind, runs)
 
 
 def _found_over_tasks(tables: dict[str, pd.DataFrame]) -> Finding:
-    """A claim about all tasks, under some protocols: how often which verdict."""
+    """Count the verdicts on a claim about all tasks, under some protocols."""
     ours, says = [], []
     for protocol, table in tables.items():
         where = f", `{protocol}`" if len(tables) > 1 else ""
@@ -177,7 +176,7 @@ def _found_over_tasks(tables: dict[str, pd.DataFrame]) -> Finding:
 
 
 def _found_ablation(records: Records, task: str, variant: str, gain: float | None) -> Finding:
-    """Is the variant worse than MetaAdamW, or not better by some gain? Whole runs count, where there are enough."""
+    """Is the variant worse than MetaAdamW, or not better by some gain? Runs as published count, if there are enough."""
     runs = frames.outcomes(frames.runs_frame(records.of(task)))
     lower_is_better = TASKS[task].lower_is_better
     for profile in ("paper", "lite"):
@@ -202,7 +201,7 @@ def _found_optimum(records: Records, task: str) -> Finding:
     never = TASKS[task].settings("paper").epochs + 1
     d = paired_difference(reached["AdamW, epoch"] - reached["MetaAdamW, epoch"].fillna(never), "epochs")
     seeds = [{r["run"]["seed"] for r in runs if r["run"]["variant"] == arm} for arm in ("metaadamw", "adamw")]
-    d = replace(d, lost=len(set.intersection(*seeds)) - len(reached))  # those without a finite epoch
+    d = replace(d, lost=len(set.intersection(*seeds)) - len(reached))  # pairs without a finite epoch
     often = (reached["MetaAdamW, epoch"] < reached["AdamW, epoch"]).sum()
     ours = f"{d}; positive is earlier ({often} of {len(reached)} pairs); never counts as epoch {never}"
     return Finding(ours, test=d, opposite="it is later or never")
@@ -211,7 +210,7 @@ def _found_optimum(records: Records, task: str) -> Finding:
 def _found_length(task: str, kind: str, runs: pd.DataFrame) -> Finding:
     """Does MetaAdamW take fewer epochs until it stops ("epochs"), or more ("longer")?"""
     runs = runs[runs["profile"] == "paper"]
-    whole = runs["status"].isin(["finished", "stopped early"])  # a run that diverges is not one that took less time
+    whole = runs["status"].isin(["finished", "stopped early"])  # a diverged run did not save time
     arm, baseline = frames.by_seed(runs.assign(outcome=runs["epochs"].where(whole)), "paper", "metaadamw", "adamw")
     d = improvement(arm, baseline, lower_is_better=False)
     limit = TASKS[task].settings("paper").epochs
@@ -231,11 +230,11 @@ REMOVALS = (
     "huw-equal",
     "gating-off",
 )
-"""The rows of Table 3 that take something away, where they are not a task's own setting."""
+"""The rows of Table 3 that take something away, unless they are a task's own setting."""
 
 
 def _found_parts(records: Records, task: str) -> Finding:
-    """Every row of a task's Table 3 that is run and takes something away: is it worse, after Holm's correction?"""
+    """Is every row of a task's Table 3 that takes something away worse, after Holm's correction?"""
     found = {}
     for profile in ("paper", "lite"):
         table = ablation_report.ablation_table(records, task, profile)
@@ -252,7 +251,7 @@ def _found_parts(records: Records, task: str) -> Finding:
 
 
 def _found_cost(claim: "pd.Series[Any]") -> Finding:
-    """The range that the paper gives (columns "low" and "high") against what the bench measured on a CPU."""
+    """Compare the bench's measurements on a CPU with the paper's range (columns "low" and "high")."""
     record = bench.bench_record()
     if record is None:
         return Finding("–")
@@ -270,7 +269,7 @@ def _found_cost(claim: "pd.Series[Any]") -> Finding:
 
 
 def _measured_cost(kind: str, record: dict[str, Any]) -> "tuple[dict[str, pd.Series[float]], str]":
-    """What a bench's record has on a kind of claim, and how such a number is written: with a sign it is in percent."""
+    """Return a bench record's numbers on a kind of claim, and their format: a sign means percent."""
     rows = pd.DataFrame(record["rows"]).set_index("measure")
     of_a_step = rows.filter(like="meta-update / training step, ", axis=0)
     of_a_step = of_a_step[of_a_step.index.str.startswith("meta-update")]  # and not its memory
@@ -300,14 +299,14 @@ def _measured_cost(kind: str, record: dict[str, Any]) -> "tuple[dict[str, pd.Ser
 
 
 def relatives_claims_table(records: Records) -> pd.DataFrame:
-    """One row for each claim in ``data/paper/claims_relatives.csv``, judged as the claims on MetaAdamW are.
+    """Judge each claim in ``data/paper/claims_relatives.csv``, as ``claims_table`` does.
 
-    * accuracy: test accuracy with LiLAW against without, in points, on the task; with p after Holm's correction over
+    * accuracy: test accuracy with LiLAW against without, in points, on the task, with p after Holm's correction over
       all kinds of noise.
     * detection: both areas of LiLAW's easy weight against the best other method, for each kind of noise.
-    * adaptation: perplexity of LoPE against that of the arm named in ``against``, on the task.
-    * noise cost: how much less LoPE's perplexity rises with noise than that of the arm named in ``against``.
-    * scale: needs models or data that are not at hand; not tested.
+    * adaptation: LoPE's perplexity against the perplexity of the arm in ``against``, on the task.
+    * noise cost: the rise of LoPE's perplexity with noise against the rise of the arm in ``against``.
+    * scale: not tested, for want of such models or data.
     """
     claims = pd.read_csv(repository() / "data" / "paper" / "claims_relatives.csv", dtype=str)
     studies = {method: study_runs(f"{method.lower()}/lite", records) for method in ("LiLAW", "LoPE")}
@@ -325,7 +324,7 @@ def relatives_claims_table(records: Records) -> pd.DataFrame:
 
 
 def _judged_relative(claim: "pd.Series[str]", runs: Sequence[Record]) -> tuple[str, Verdict | str]:
-    """What the lite runs of a method's study show about a claim, with what it was measured on, and the verdict."""
+    """Return the result of a method's lite runs on a claim, with its measure, and the verdict."""
     check_choice("kind (of a claim)", claim["kind"], ("accuracy", "detection", "adaptation", "noise cost"))
     if not runs:
         return "–", UNTESTED

@@ -14,20 +14,20 @@ from metaadamw_lite.experiments.records import is_the_machines_fault
 from metaadamw_lite.experiments.training import RunInProgressError
 
 CLOSED_PIPE = 141
-"""Exit code of a command whose output nobody reads any more, as shells report a tool that SIGPIPE ended."""
+"""Exit code of a command whose output has lost its reader, as shells report a tool that SIGPIPE ended."""
 _ASCII = {"–": "-", "−": "-", "…": "...", "×": "x", "≤": "<=", "²": "^2", "⟨": "<", "⟩": ">"}
 _ASCII |= {"Φ": "Phi", "α": "alpha", "β": "beta", "σ": "sigma"}
 
 
 def run_command(do: Callable[[], int], interrupted: str) -> int:
-    """Call ``do`` and return the exit code: its own, or that of the error that ended it.
+    """Call ``do`` and return its exit code, or the code of the error that ended it.
 
-    A fault of the caller or of the machine is told in one line (2); Ctrl+C (130) and a closed pipe (141) are no faults.
+    A fault of the caller or of the machine is told in one line (2). Ctrl+C (130) and a closed pipe (141) are no faults.
     Characters that the encoding of the output lacks are spelt in ASCII.
 
     Args:
-        do: reads the arguments and does what they ask for.
-        interrupted: what to say after Ctrl+C.
+        do: parses the arguments and executes the command.
+        interrupted: the message after Ctrl+C.
     """
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
     for stream in streams:
@@ -38,7 +38,7 @@ def run_command(do: Callable[[], int], interrupted: str) -> int:
             return do()
         finally:
             for stream in streams:
-                stream.flush()  # what is left for the interpreter's end fails with a traceback
+                stream.flush()  # a flush at the interpreter's end would fail with a traceback
     except Exception as error:
         broken = [stream for stream in streams if _discard_unwritable(stream)]
         if broken and isinstance(error, BrokenPipeError):
@@ -54,10 +54,10 @@ def run_command(do: Callable[[], int], interrupted: str) -> int:
 
 
 def _discard_unwritable(stream: TextIO) -> bool:
-    """Whether a stream cannot be written to any more; what it still holds is dropped then."""
+    """Tell whether a stream can no longer be written to, and drop its buffer then."""
     try:
         stream.flush()
-        closed = _lacks_reader(stream)  # without a buffer there is nothing that a flush could fail for
+        closed = _lacks_reader(stream)  # a stream without a buffer has nothing to flush
     except OSError:
         closed = True
     if closed:
@@ -68,10 +68,10 @@ def _discard_unwritable(stream: TextIO) -> bool:
 
 
 def _lacks_reader(stream: TextIO) -> bool:
-    """Whether a stream is a pipe whose other end is closed."""
+    """Tell whether a stream is a pipe whose other end is closed."""
     try:
         number = stream.fileno()
-    except OSError:  # one that a test or a notebook has put there
+    except OSError:  # a stand-in of a test or a notebook
         return False
     if not hasattr(select, "poll"):  # on Windows
         return False
@@ -81,7 +81,7 @@ def _lacks_reader(stream: TextIO) -> bool:
 
 
 def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace one character that an encoding lacks; bytes of a file name that are no text stay as they are."""
+    """Replace a character that an encoding lacks. Bytes of a file name that are no text stay as they are."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]

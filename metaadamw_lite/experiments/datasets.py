@@ -1,9 +1,9 @@
-"""Where data come from, how they are checked, and how what is made of them is kept.
+"""Data files: their download, their checks, and a cache of the arrays made from them.
 
-``METAADAMW_DATA`` names the folder; without it, it is ``data/cache`` of the checkout that the current directory is in,
-or of the current directory outside one. What is missing there is downloaded from its public source into the same
-layout. Every file is checked before it is used: ``DataFile`` by size and SHA-256, ``Table`` (whose file depends on who
-wrote it, but not its rows) by its columns and number of rows, what comes from ``file_from`` by whoever reads it.
+``METAADAMW_DATA`` names the folder. The default is ``data/cache`` of the checkout around the current directory, or of
+the current directory outside a checkout. Missing files are downloaded from their public sources into the same layout.
+Every file is checked before use: a ``DataFile`` by size and SHA-256, a ``Table`` (parquet bytes depend on their writer)
+by its columns and number of rows, a file of ``file_from`` by its reader.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class DataError(RuntimeError):
-    """A data file is missing, truncated or not the one it should be."""
+    """A data file is missing, truncated or not the expected one."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class DataFile:
     """One file of a public data set.
 
     Attributes:
-        path: where it lies inside the data folder.
-        url: its public source.
+        path: place inside the data folder.
+        url: public source.
         size: in bytes.
-        sha256: of its content, in hexadecimal.
+        sha256: digest of the content, in hexadecimal.
     """
 
     path: str
@@ -54,11 +54,11 @@ class Table:
     """One part of a public data set as a parquet file.
 
     Attributes:
-        path: where it lies inside the data folder.
-        rows: how many it has.
+        path: place inside the data folder.
+        rows: number of rows.
         columns: their names.
-        source: where it can be had, for messages.
-        download: fetches it from there.
+        source: public source, for messages.
+        download: fetches the rows from the source.
     """
 
     path: str
@@ -69,25 +69,25 @@ class Table:
 
 
 def cache() -> Path:
-    """Where what is downloaded or made of data is kept, for notebooks and commands alike."""
+    """Return the folder of downloads and prepared arrays, for notebooks and commands alike."""
     return (checkout() or Path()) / "data" / "cache"
 
 
 def data_folder() -> Path:
-    """The folder of real data: ``METAADAMW_DATA``, else the ``cache``.
+    """Return the folder of real data: ``METAADAMW_DATA``, else the ``cache``.
 
     Raises:
-        ValueError: if that begins with "~" and the home folder is not known.
+        ValueError: if ``METAADAMW_DATA`` begins with "~" and the home folder is not known.
     """
     named = os.environ.get("METAADAMW_DATA")
     return expanded(named, "METAADAMW_DATA") if named else cache()
 
 
 def fetch(file: DataFile) -> Path:
-    """The path of a checked data file, downloaded first if it is not there.
+    """Return the path of a checked data file, after a download if it is missing.
 
     Raises:
-        DataError: if the file can be had neither way, or is not the expected one. The message names it and says what
+        DataError: if the file is missing and cannot be downloaded, or is not the expected one. The message says what
             to do.
     """
 
@@ -96,22 +96,13 @@ def fetch(file: DataFile) -> Path:
             part.write_bytes(response.read())
         _check(file, part)
 
-    path = _had(file.path, file.url, download)
+    path = file_from(file.path, file.url, download)
     _check(file, path)
     return path
 
 
-def file_from(name: str, source: str, download: Callable[[Path], None]) -> Path:
-    """The path of a file in the data folder, made by ``download`` first if it is not there.
-
-    Raises:
-        DataError: if it can be had neither way.
-    """
-    return _had(name, source, download)
-
-
 def read_table(table: Table) -> pd.DataFrame:
-    """The rows of a checked table, downloaded first if it is not there.
+    """Read the rows of a checked table, after a download if it is missing.
 
     Raises:
         DataError: as ``fetch`` does.
@@ -122,26 +113,26 @@ def read_table(table: Table) -> pd.DataFrame:
 def hub_table(
     path: str, rows: int, columns: tuple[str, ...], name: str, split: str, config: str | None = None
 ) -> Table:
-    """A table that the Hugging Face hub has as the split of a data set."""
+    """Describe a table that is a split of a data set on the Hugging Face hub."""
 
     def download() -> pd.DataFrame:
         from datasets import load_dataset
 
         frame: pd.DataFrame = load_dataset(name, config, split=split).to_pandas()
-        return frame.filter(items=columns)  # one that lacks a column is refused when it is read
+        return frame.filter(items=columns)  # reading refuses a table that lacks a column
 
     part = f"the split {split!r}" + ("" if config is None else f" of the configuration {config!r}")
     return Table(path, rows, columns, f"{part} of https://huggingface.co/datasets/{name}", download)
 
 
 def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -> T:
-    """What ``make(*arguments)`` makes of some tables, kept on disk in the ``cache``: it is made only once.
+    """Return the result of ``make(*arguments)`` on some tables, kept on disk in the ``cache``.
 
-    It is made anew when a file, an argument, the module of the function or what the text tasks share changes.
+    It is made anew when a file, an argument, the function's module, this module or ``text`` changes.
 
     Raises:
-        DataError: as ``fetch`` does, and if ``make`` cannot read what the rows hold.
-        OSError, MemoryError, ImportError: for a disk that is full, and what else says nothing of the rows.
+        DataError: as ``fetch`` does, and if ``make`` cannot read the rows.
+        OSError, MemoryError, ImportError: for a full disk, too little memory, or a missing package.
     """
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in map(_locate, tables)]
     memory = joblib.Memory(cache() / "prepared", verbose=0)
@@ -149,8 +140,8 @@ def prepared(make: Callable[..., T], tables: Sequence[Table], *arguments: Any) -
         result: T = memory.cache(_make, ignore=["make"])(make, _source(make), files, *arguments)
     except DataError:
         raise
-    except Exception as error:  # whatever a library makes of a text that is none, or of an image that is broken
-        full_disk = isinstance(error, OSError) and error.errno is not None  # and not an image that cannot be read
+    except Exception as error:  # libraries raise errors of any kind for broken texts and images
+        full_disk = isinstance(error, OSError) and error.errno is not None  # unlike that of a broken image
         if full_disk or isinstance(error, MemoryError | ImportError):
             raise
         paths = ", ".join(path for path, *_ in files)
@@ -163,28 +154,31 @@ def _make(make: Callable[..., T], _source: str, _files: list[Any], *arguments: A
 
 
 def _source(make: Callable[..., Any]) -> str:
-    """The function's name and a digest of the code that it may call."""
+    """Return the function's name and a digest of the code that it may call."""
     files = [Path(inspect.getfile(make)), Path(__file__), Path(__file__).with_name("text.py")]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return f"{make.__module__}.{make.__qualname__} {digest}"
 
 
-def held_out(texts: Iterable[str]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    """Which samples the ``clean`` protocol splits off the training set: about one in ten, the same each time.
+def is_held_out(texts: Iterable[str]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """Mark the samples that the ``clean`` protocol splits off the training set: about one in ten, the same each time.
 
-    A sample's own content decides, so that copies of it stay on the same side.
+    A sample's own content decides, so that its copies stay on the same side.
+
+    Returns:
+        A mask (N,).
     """
     return np.array([zlib.crc32(text.encode()) % 10 == 0 for text in texts])
 
 
 def _locate(table: Table) -> Path:
-    """Where a table lies, after a download if need be."""
+    """Return the path of a table, after a download if it is missing."""
 
     def download(part: Path) -> None:
         table.download().to_parquet(part)
         _read(table, part)
 
-    return _had(table.path, table.source, download)
+    return file_from(table.path, table.source, download)
 
 
 def _check(file: DataFile, path: Path) -> None:
@@ -214,10 +208,13 @@ def _read(table: Table, path: Path) -> pd.DataFrame:
     return frame
 
 
-def _had(name: str, source: str, download: Callable[[Path], None]) -> Path:
-    """The path of a file in the data folder; ``download`` makes it, beside it first, until it is whole and checked.
+def file_from(name: str, source: str, download: Callable[[Path], None]) -> Path:
+    """Return the path of a file in the data folder; ``download`` makes it in a temporary folder if it is missing.
 
-    One process at a time downloads to a folder: the parts of a data set may come in one archive.
+    One process at a time downloads to a folder, since the parts of a data set may come in one archive.
+
+    Raises:
+        DataError: if the file is missing and ``download`` fails.
     """
     path = data_folder() / name
     if path.exists():
@@ -226,11 +223,11 @@ def _had(name: str, source: str, download: Callable[[Path], None]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            if not path.exists():  # another process may have had it come while we waited
+            if not path.exists():  # another process may have downloaded it in the meantime
                 part = Path(folder) / path.name
                 download(part)
                 part.replace(path)
-    except Exception as error:  # whatever a library makes of what came
+    except Exception as error:  # libraries raise errors of any kind for a broken download
         why = str(error).replace(str(part), "the download") if isinstance(error, DataError) else repr(error)
         raise DataError(
             f"{path} is missing and could not be downloaded ({why}). Either set METAADAMW_DATA to a folder that has "
@@ -250,7 +247,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _by_hand(name: str, source: str, path: Path) -> str:
-    """How to get a file where there is a network."""
+    """Tell how to get a file on a machine with a network."""
     if source.endswith(Path(name).suffix):
         return f"download {source} to {path}"
     return f"run the same command once where it can reach {source} and bring the {path} that it makes"

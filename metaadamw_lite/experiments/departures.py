@@ -1,7 +1,6 @@
-"""Departures of the released code from the paper, one switch for each: with some of them MetaAdamW is what a reader of
-the code, and not of the text, would have written.
+"""Departures of the released code from the paper, with a switch for each.
 
-The package has the paper's algorithm. Each departure here is seen in the released optimizer, and none of its code is.
+The package has the paper's algorithm. Each departure was seen in the released optimizer; none of its code is here.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from metaadamw_lite import MetaAdamW, optimizer
 from metaadamw_lite.buckets import State, moments_of
 from metaadamw_lite.checks import check_choice
 from metaadamw_lite.experiments.task import Settings
-from metaadamw_lite.experiments.variant import Maker, Variant, of_metaadamw
+from metaadamw_lite.experiments.variant import Maker, Variant, metaadamw_arguments
 from metaadamw_lite.features import FeatureConfig
 from metaadamw_lite.meta import HypotheticalStep, LossFn, MetaLosses
 from metaadamw_lite.modulator import Modulation
@@ -32,14 +31,14 @@ DEPARTURES = {
     "u9": "Φ is held small by the sum of its norms, not by weight decay",
     "u13": "L_val(θ) and L_val(θ′) have dropout masks of their own, and meta-updates move batch statistics",
 }
-"""By name, the behaviour in the place of the paper's."""
+"""The behaviour in place of the paper's, by name."""
 
 GROUP_EMBEDDING = 4
 """Columns that ``enhanced`` leaves to the group embeddings, also where there are none."""
 
 
 def changes(departure: str, settings: Settings) -> bool:
-    """Whether a departure can change a run with these settings of MetaAdamW."""
+    """Tell whether a departure can change a run with these settings of MetaAdamW."""
     if departure == "u3":
         return bool(settings.metaadamw.get("use_feature_gating", False))
     if departure == "u5":
@@ -59,7 +58,7 @@ class StaleStep(HypotheticalStep):
         state: State,
         number: Mapping[Tensor, int],
     ) -> "StaleStep":
-        """The step as ``HypotheticalStep.of`` makes it, in another direction."""
+        """Make the step as ``HypotheticalStep.of`` does, in another direction."""
         step = super().of(theta, g, param_groups, state, number)
         settings = {p: group for group in param_groups for p in group["params"]}
         step.u = [_last_direction(p, settings[p], state) for p in step.params]
@@ -93,10 +92,10 @@ class DepartedMetaAdamW(MetaAdamW):
 
     Args:
         params, arguments: as MetaAdamW takes them; U5 needs the 11 columns of ``basic_plus``.
-        departures: their names.
+        departures: names of ``DEPARTURES``.
 
     Raises:
-        ValueError: for a departure that there is not, and what MetaAdamW refuses.
+        ValueError: for an unknown departure, and for arguments that MetaAdamW refuses.
     """
 
     def __init__(self, params: Any, departures: Iterable[str], **arguments: Any) -> None:
@@ -121,13 +120,13 @@ class DepartedMetaAdamW(MetaAdamW):
                 p.grad += penalty * p / p.norm().clamp_min(torch.finfo(p.dtype).tiny)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """A step of MetaAdamW, with U1 and U5 where they are asked for."""
+        """Take a step of MetaAdamW, with U1 and U5 if they are switched on."""
         with self._decay_of_step(self._t + 1):
             return super().step(closure)
 
     @contextmanager
     def _decay_of_step(self, t: int) -> Iterator[None]:
-        """U1: λ/(1 − β₁ᵗ) in the place of λ."""
+        """U1: λ/(1 − β₁ᵗ) in place of λ."""
         before = [group["weight_decay"] for group in self.param_groups]
         if "u1" in self._departures:
             for group in self.param_groups:
@@ -147,7 +146,7 @@ class DepartedMetaAdamW(MetaAdamW):
         val_batch: Any = None,
         **options: Any,
     ) -> MetaLosses:
-        """A meta-update of MetaAdamW, with the departures that were asked for."""
+        """Make a meta-update of MetaAdamW, with the departures that are switched on."""
         stale, params = "u4" in self._departures, [p for p in self._parameters() if p.requires_grad]
         gates = self.modulator.gates if "u3" in self._departures else None
         gates_before = None if gates is None else gates.detach().clone()
@@ -177,7 +176,7 @@ class DepartedMetaAdamW(MetaAdamW):
     def _add_gradient_of_gap(
         self, model: nn.Module, batch1: Any, loss_fn: Any, val_batch: Any, params: list[Tensor], weight: float
     ) -> None:
-        """U6: add the gradient by θ of the term with L_gap to ``.grad``."""
+        """U6: add the gradient by θ of L_gap's term to ``.grad``."""
         with torch.enable_grad(), as_found(model, params), same_random_numbers([p.device for p in params]):
             with torch.no_grad():
                 at_val = loss_fn(model, val_batch)
@@ -188,7 +187,7 @@ class DepartedMetaAdamW(MetaAdamW):
 
     @torch.no_grad()
     def _move_statistics(self, model: nn.Module, batch1: Any, batch2: Any, loss_fn: Any, val_batch: Any) -> None:
-        """U13: forward passes that leave the running statistics of batch norms as they make them, all at θ."""
+        """U13: make forward passes at θ that change the running statistics of batch norms."""
         norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
         if not any(norm.track_running_stats for norm in norms):
             return
@@ -203,9 +202,9 @@ class DepartedMetaAdamW(MetaAdamW):
 
 
 def with_other_masks(loss_fn: Any, val_batch: Any) -> Any:
-    """U13: a loss that draws other random numbers when the validation batch comes for the second time, at θ′.
+    """U13: draw other random numbers in the second loss of the validation batch, at θ′.
 
-    The two passes on B₂ keep theirs: what a difference of gradients stands for, a second derivative, has one mask.
+    The two passes on B₂ keep theirs, since their difference of gradients stands for a second derivative, with one mask.
     """
     looks = 0
 
@@ -221,17 +220,19 @@ def with_other_masks(loss_fn: Any, val_batch: Any) -> Any:
     return loss
 
 
-def departed(*departures: str) -> Maker:
-    """MetaAdamW with some departures."""
+def depart(*departures: str) -> Maker:
+    """Return the maker of MetaAdamW with some departures."""
 
     def make(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> MetaAdamW:
-        return DepartedMetaAdamW(model.named_parameters(), departures, **of_metaadamw(settings, total_steps, seed))
+        return DepartedMetaAdamW(
+            model.named_parameters(), departures, **metaadamw_arguments(settings, total_steps, seed)
+        )
 
     return make
 
 
 ALL = "departure-all"
-DEPARTED = {f"departure-{name}": Variant(make=departed(name)) for name in DEPARTURES} | {
-    ALL: Variant(make=departed(*DEPARTURES))
+DEPARTED = {f"departure-{name}": Variant(make=depart(name)) for name in DEPARTURES} | {
+    ALL: Variant(make=depart(*DEPARTURES))
 }
 """MetaAdamW with one departure, and with all of them."""

@@ -1,15 +1,14 @@
 """How hard must Φ be trained? One factor at a time around two centres.
 
-The first centre is the published setting, which is the arm ``metaadamw``: SGD at 1e-4, α in 1 ± ½, K_meta and the
-combined objective of Table 4. The second is the rung ``ladder-phi``: Adam at 1e-2, α on a log scale, K_meta = 50, the
-objective L_loss. An untrained twin shares everything with its variant, but its Φ is never updated; on a log scale that
-is AdamW.
+The first centre is the published setting, the arm ``metaadamw``: SGD at 1e-4, α in 1 ± ½, K_meta and the combined
+objective of Table 4. The second is the rung ``ladder-phi``: Adam at 1e-2, α on a log scale, K_meta = 50, the objective
+L_loss. An untrained twin is the same variant without meta-updates. On a log scale the twin is AdamW.
 """
 
 from typing import Any
 
-from metaadamw_lite.experiments.ladder import META_EVERY, PHI, every, log_phi, small_phi, with_phi
-from metaadamw_lite.experiments.variant import Change, Variant, arguments, both, rate, unchanged
+from metaadamw_lite.experiments.ladder import META_EVERY, PHI, log_phi, meta_update_every, small_phi, with_phi
+from metaadamw_lite.experiments.variant import Change, Variant, arguments, at_rate, chain, unchanged
 
 
 def _adam(meta_lr: float) -> Variant:
@@ -17,8 +16,8 @@ def _adam(meta_lr: float) -> Variant:
 
 
 def _small(then: Change = unchanged, **others: Any) -> Change:
-    """The settings of ``ladder-phi`` with other arguments of ``MetaAdamW``, and then a further change."""
-    return both(both(small_phi, arguments(**others)), then)
+    """Return the settings of ``ladder-phi`` with other arguments of ``MetaAdamW``, and then a further change."""
+    return chain(chain(small_phi, arguments(**others)), then)
 
 
 def _log(then: Change = unchanged, **others: Any) -> Variant:
@@ -26,11 +25,11 @@ def _log(then: Change = unchanged, **others: Any) -> Variant:
 
 
 def _as_in_table_4() -> Variant:
-    """Φ with the sizes and features of the task's column in Table 4; without gates, which a log scale has not."""
+    """Return Φ on a log scale, without gates, with the sizes and features of the task's column in Table 4."""
     kept = {
         k: v for k, v in PHI.items() if k not in ("attn_layers", "attn_hidden_dim", "attn_heads", "feature_version")
     }
-    return Variant(both(arguments(**kept), every(META_EVERY)), with_phi(log_phi))
+    return Variant(chain(arguments(**kept), meta_update_every(META_EVERY)), with_phi(log_phi))
 
 
 DOSE = {
@@ -45,12 +44,12 @@ DOSE = {
     "dose-log-adam0.001": _log(meta_lr=1e-3),
     "dose-log-adam0.005": _log(meta_lr=5e-3),
     "dose-log-adam0.02": _log(meta_lr=2e-2),
-    "dose-log-k10": _log(every(10)),
+    "dose-log-k10": _log(meta_update_every(10)),
     "dose-log-kmeta": Variant(arguments(**PHI), with_phi(log_phi)),
     "dose-log-combined": _log(meta_objective="combined", huw_priorities=(1.0, 1.0, 1.0)),
-    "dose-log-lr0.000125": _log(rate(1.25e-4)),
-    "dose-log-lr0.002": _log(rate(2e-3)),
-    "dose-log-lr0.008": _log(rate(8e-3)),
+    "dose-log-lr0.000125": _log(at_rate(1.25e-4)),
+    "dose-log-lr0.002": _log(at_rate(2e-3)),
+    "dose-log-lr0.008": _log(at_rate(8e-3)),
     "dose-log-table4": _as_in_table_4(),
     "dose-bounded": Variant(_small()),
     "dose-bounded-frozen": Variant(_small(), updates=False),
@@ -93,4 +92,4 @@ TWINS = {variant: twin for twin, variants in _TWINS.items() for variant in varia
 """The untrained twin of each variant with a trained Φ."""
 
 EVERYWHERE = ("dose-adam0.005", "ladder-phi", "dose-log-lr0.002")
-"""The variants that are run on all five tasks."""
+"""The variants with runs on all five tasks."""

@@ -1,7 +1,7 @@
 """ETTh1: forecast the next hour's oil temperature of a transformer station from the last 96 hours.
 
-Data → model → loss → metric → configuration. Sections 4.1 and Appendix B of the paper; what they leave out is taken
-from the released code (batch size, epochs, initialisation, early stopping, one variable instead of seven).
+Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper. The released code fills their
+gaps (batch size, epochs, initialisation, early stopping, one variable instead of seven).
 """
 
 import math
@@ -41,7 +41,7 @@ WINDOW = 96
 
 
 def synthetic_series() -> pd.DataFrame:
-    """A stand-in with the columns of ETTh1.csv: daily and yearly cycles, slow drift and noise; the same each time."""
+    """Make a stand-in with the columns of ETTh1.csv: daily and yearly cycles, slow drift, noise, the same each time."""
     rng = np.random.default_rng(20260410)
     t = np.arange(HOURS)
     cycles = 8 * np.sin(2 * np.pi * t / 8766) + 3 * np.sin(2 * np.pi * t / 24)
@@ -54,18 +54,18 @@ def synthetic_series() -> pd.DataFrame:
 
 
 def load(protocol: str, settings: Settings, source: str) -> Data:
-    """Windows of hours, of 96 by the paper, and the hour that follows each, standardised.
+    """Load windows of hours (96 in the paper) and the hour after each, standardised.
 
-    ``paper``: the series is standardised with its own mean and deviation, the first 80 % of the windows train and the
-    last 20 % validate; there is no test part. ``clean``: the same last 20 % are the test part, the last eighth of the
-    rest validates, and mean and deviation come from the hours that training may see.
+    ``paper``: mean and deviation are those of the whole series. The first 80 % of the windows train and the last 20 %
+    validate, without a test part. ``clean``: the same last 20 % are the test part, the last eighth of the rest
+    validates, and mean and deviation come from the hours that training may see.
 
     Returns:
         Batches (x, y) with x of shape (N, window) and y of shape (N, 1), in standard deviations.
 
     Raises:
         ValueError: for an unknown protocol or source.
-        DataError: if the real data cannot be had, or are not what they should be.
+        DataError: if the real data are missing and cannot be downloaded, or fail their check.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -118,7 +118,7 @@ class TimeSeriesTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Forecast (N, 1) from windows (N, window)."""
+        """Forecast the next hour (N, 1) from windows (N, window)."""
         h = self.input_projection(x.unsqueeze(-1)) + self.positions
         for layer in self.layers[:-1]:
             h = layer(h)
@@ -127,9 +127,9 @@ class TimeSeriesTransformer(nn.Module):
 
 
 def last_position(layer: Any, h: Tensor) -> Tensor:
-    """What a pre-norm encoder layer makes of the last position, (N, T, d) → (N, d), at half the cost of a step.
+    """Compute a pre-norm encoder layer at the last position only, (N, T, d) → (N, d), which halves the cost of a step.
 
-    The forecast reads no other position, so the last layer need not compute any: the same function, tested equal.
+    The forecast reads no other position. A test compares it with the whole layer.
     """
     normed = layer.norm1(h)
     last = h[:, -1:] + layer.dropout1(layer.self_attn(normed[:, -1:], normed, normed, need_weights=False)[0])
@@ -139,13 +139,13 @@ def last_position(layer: Any, h: Tensor) -> Tensor:
 
 
 def sinusoidal_positions(length: int, width: int) -> Tensor:
-    """The sine and cosine position code of Vaswani et al. (2017), shape (length, width)."""
+    """Return the sine and cosine position code of Vaswani et al. (2017), shape (length, width)."""
     angle = torch.arange(length).unsqueeze(1) * torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     return torch.stack([angle.sin(), angle.cos()], dim=2).reshape(length, width)
 
 
 def build(settings: Settings, data: Data) -> nn.Module:
-    """A freshly initialised model."""
+    """Build a freshly initialised model."""
     return TimeSeriesTransformer(**settings.model, **data.sizes)
 
 
@@ -153,7 +153,7 @@ def build(settings: Settings, data: Data) -> nn.Module:
 
 
 def score(model: nn.Module, batch: Batch) -> Score:
-    """Mean squared error in squared standard deviations; it is the metric, too."""
+    """Return the mean squared error in squared standard deviations, which is the metric, too."""
     x, y = batch
     return Score(F.mse_loss(model(x), y), len(y))
 
@@ -164,10 +164,10 @@ def score(model: nn.Module, batch: Batch) -> Score:
 def settings(profile: str) -> Settings:
     """``paper``: Tables 1 and 4. ``smoke``: a narrow model, windows of a day, 328 synthetic hours.
 
-    ``lite``: half the paper's width, and windows of half a day instead of four days. All hours are kept, since errors
-    are so uneven that fewer would hide any gain, and so are batch size and K_meta. The mean's error is 100 times as
-    large; but no size takes this task far from the last hour, which alone predicts the next about as well as the
-    paper's models do. The longest run of the search takes 10 epochs.
+    ``lite``: half the paper's width, and windows of half a day instead of four days. Batch size and K_meta are the
+    paper's. All hours are kept, since errors are so uneven that fewer would hide any gain. Guessing the mean has 100
+    times the error. But the last hour alone predicts the next about as well as the paper's models do, at any size. The
+    longest run of the search takes 10 epochs.
 
     Raises:
         ValueError: for an unknown profile.

@@ -1,4 +1,4 @@
-"""Which extra to install where a package is missing; imports nothing but Python's own."""
+"""The extra that brings a missing package. Imports nothing but Python's own modules."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 def hint(error: ModuleNotFoundError) -> str:
-    """Say which extra brings the package that is missing."""
+    """Name the extra that brings the missing package."""
     peers = ("dadaptation", "prodigyopt", "schedulefree")
     extra = "peers" if str(error.name).partition(".")[0] in peers else "experiments"
     return f"{error}; what is missing comes by pip install 'metaadamw-lite[{extra}]', or '.[{extra}]' in a checkout"
@@ -14,7 +14,7 @@ def hint(error: ModuleNotFoundError) -> str:
 
 @contextmanager
 def say_which_extra() -> Iterator[None]:
-    """End a program in one line, with exit code 2, where a package that it imports is not installed."""
+    """End a program in one line, with exit code 2, where an import lacks its package."""
     try:
         yield
     except ModuleNotFoundError as error:

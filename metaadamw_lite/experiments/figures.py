@@ -1,6 +1,7 @@
-"""The book's figures: one style, one colour for each arm, and beside each mean the runs, their range or an interval."""
+"""The book's figures, in one style. Each mean stands beside the runs, their range or an interval."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from metaadamw_lite.experiments.paired import ENOUGH_SEEDS, paired_difference
+from metaadamw_lite.experiments.paired import ENOUGH_SEEDS, PairedDifference, paired_difference
 from metaadamw_lite.experiments.task import Task
 
 LABELS = {
@@ -50,9 +51,15 @@ def use_style() -> None:
 
 
 def student_interval(values: "pd.Series[float]") -> tuple[float, float]:
-    """Student's 95 % interval for the mean of some values, as an ``errorbar`` of seaborn's; NaN from too few."""
+    """Return Student's 95 % interval for the mean of some values, for seaborn's ``errorbar``; NaN for too few."""
     d = paired_difference(values, "")
     return d.t_low, d.t_high
+
+
+def means_and_bars(differences: Iterable[PairedDifference]) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
+    """Return the means (N,) of paired differences, and the lengths (2, N) of Student's 95 % intervals on both sides."""
+    mean, low, high = np.array([(d.mean, d.t_low, d.t_high) for d in differences]).reshape(-1, 3).T
+    return mean, np.array([mean - low, high - mean])
 
 
 def plot_curves(
@@ -62,12 +69,12 @@ def plot_curves(
     reference: dict[str, float] | None = None,
     share_y: bool = True,
 ) -> Figure:
-    """Validation curves of the arms, a panel for each protocol: mean over seeds, the band from lowest to highest.
+    """Draw validation curves of the arms, a panel for each protocol: mean over seeds, band from lowest to highest.
 
     Args:
         epochs: from ``frames.epochs_frame``.
         protocols: the panels.
-        task: whose metric it is; an error has a logarithmic axis.
+        task: the task of the epochs; an error has a logarithmic axis.
         reference: the paper's value for an arm, drawn as a thin line under the paper's protocol.
         share_y: give all panels one range.
     """
@@ -103,7 +110,7 @@ def plot_curves(
 
 
 def plot_factors(factors: pd.DataFrame) -> Figure:
-    """α and β of every group over the steps of one run, coloured by layer type; a panel for each factor.
+    """Draw α and β of every group over the steps of one run, coloured by layer type, a panel for each factor.
 
     Args:
         factors: from ``frames.factors_frame``, of one run.
@@ -131,12 +138,12 @@ def plot_factors(factors: pd.DataFrame) -> Figure:
 
 
 def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], task: Task, reference: dict[str, float]) -> Figure:
-    """What every run reports, runs of one seed connected; a panel for each protocol.
+    """Draw the outcome of every run, runs of one seed connected, a panel for each protocol.
 
     Args:
         outcome: from ``frames.outcomes``.
-        titles: the protocols and the titles of their panels.
-        task: whose metric it is.
+        titles: titles of the panels, by protocol.
+        task: the task of the runs.
         reference: the paper's value for an arm, drawn as a line in the panel of the paper's protocol.
     """
     labels = {arm: label.replace(", ", ",\n") for arm, label in LABELS.items()}
@@ -169,11 +176,11 @@ def plot_pairs(outcome: pd.DataFrame, titles: dict[str, str], task: Task, refere
 
 
 def plot_learning_rates(search: pd.DataFrame, task: Task, reference: float) -> Figure:
-    """The best validation metric of AdamW over its learning rate: mean and range over the seeds of the search.
+    """Draw AdamW's best validation metric over its learning rate: mean and range over the seeds of the search.
 
     Args:
         search: from ``tuning_report.searched``.
-        task: whose metric it is; an error has a logarithmic axis.
+        task: the task of the search; an error has a logarithmic axis.
         reference: the paper's learning rate, drawn as a line.
     """
     figure, ax = plt.subplots(figsize=(6.0, 3.6))
@@ -192,7 +199,7 @@ def plot_learning_rates(search: pd.DataFrame, task: Task, reference: float) -> F
 
 
 def plot_improvements(improvements: pd.DataFrame) -> Figure:
-    """The improvement of every pair, a row for each task, with the mean and the paper's number.
+    """Draw the improvement of every pair, a row for each task, with the mean and the paper's number.
 
     Args:
         improvements: from ``main_report.improvements_frame``.
@@ -218,8 +225,8 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
     ax.axvline(0, color="black", linewidth=0.7)
     ax.set_xscale("symlog", linthresh=LINEAR_TO)
     ticks = [tick for size in (5, 10, 30, 100) for tick in (-size, size)]
-    shown = improvements[["improvement", "paper"]].to_numpy(dtype=float)
-    left, right = 1.3 * min(np.nanmin(shown), -LINEAR_TO), 1.3 * max(np.nanmax(shown), LINEAR_TO)
+    values = improvements[["improvement", "paper"]].to_numpy(dtype=float)
+    left, right = 1.3 * min(np.nanmin(values), -LINEAR_TO), 1.3 * max(np.nanmax(values), LINEAR_TO)
     ax.set(xlim=(left, right), ylabel="")
     ax.set_xticks([0, *(tick for tick in ticks if left < tick < right)])
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")
@@ -234,11 +241,11 @@ def plot_improvements(improvements: pd.DataFrame) -> Figure:
 
 
 def plot_gains(rows: pd.DataFrame, dark: bool = False) -> Figure:
-    """The gain of MetaAdamW over AdamW in every comparison: pairs, mean with interval, the paper's, and random Φ's.
+    """Draw the gain of MetaAdamW over AdamW in each comparison: pairs, mean with interval, the paper's, random Φ's.
 
     Args:
         rows: a row for each comparison: "label", "improvements" (by seed, percent), "gain" (a ``PairedDifference``),
-            "paper" (percent) and "band" (what 95 % of random, untrained Φ's gain: two numbers, or None).
+            "paper" (percent) and "band" (the range of 95 % of the gains of random, untrained Φ's, or None).
         dark: draw for a dark page.
     """
     ink, ground = ("#e8e8e8", "#121212") if dark else ("black", "white")
@@ -254,19 +261,9 @@ def plot_gains(rows: pd.DataFrame, dark: bool = False) -> Figure:
             ax.plot(
                 row["improvements"], [y] * len(row["improvements"]), "o", color=colours["pair"], alpha=0.7, zorder=3
             )
-            d = row["gain"]
-            if d.seeds >= ENOUGH_SEEDS:
-                ax.errorbar(
-                    d.mean,
-                    y,
-                    xerr=[[d.mean - d.t_low], [d.t_high - d.mean]],
-                    fmt="|",
-                    color=ink,
-                    capsize=4,
-                    zorder=4,
-                    markersize=13,
-                    linewidth=1.6,
-                )
+            if row["gain"].seeds >= ENOUGH_SEEDS:
+                mean, bars = means_and_bars([row["gain"]])
+                ax.errorbar(mean, [y], xerr=bars, fmt="|", color=ink, capsize=4, zorder=4, markersize=13, linewidth=1.6)
             ax.plot(row["paper"], y, "D", color=colours["paper"], zorder=5)
         ax.axvline(0, color=ink, linewidth=0.8, zorder=2)
         ax.set_yticks(range(len(rows)), rows["label"])
@@ -287,7 +284,7 @@ def plot_gains(rows: pd.DataFrame, dark: bool = False) -> Figure:
 
 
 def plot_alpha_and_gain(pairs: pd.DataFrame) -> Figure:
-    """What each pair of runs gains over the output layer's α in its MetaAdamW run, a panel for each task.
+    """Draw the gain of each pair of runs over the output layer's α in its MetaAdamW run, a panel for each task.
 
     Args:
         pairs: the rows of that group from ``main_report.alphas_and_gains``, with a column "task", the panel's title.
@@ -305,7 +302,7 @@ def plot_alpha_and_gain(pairs: pd.DataFrame) -> Figure:
 
 
 def plot_ablations(table: pd.DataFrame) -> Figure:
-    """The change that each ablation makes against MetaAdamW, with Student's 95 % interval; a row for each variant.
+    """Draw the change of each ablation against MetaAdamW with Student's 95 % interval, a row for each variant.
 
     Args:
         table: from ``ablation_report.ablation_table``; rows without a variant or without an interval are left out.
@@ -313,9 +310,9 @@ def plot_ablations(table: pd.DataFrame) -> Figure:
     rows = table[table["variant"].notna() & (table["variant"] != "metaadamw")]
     rows = rows[[d.seeds >= ENOUGH_SEEDS for d in rows["difference"]]]
     labels = [f"{value}" if factor == "MetaAdamW" else f"{factor}: {value}" for factor, value in rows.index]
-    mean, low, high = (np.array([getattr(d, name) for d in rows["difference"]]) for name in ("mean", "t_low", "t_high"))
+    mean, bars = means_and_bars(rows["difference"])
     figure, ax = plt.subplots(figsize=(7.6, 0.3 * len(rows) + 1.2))
-    ax.errorbar(mean, labels, xerr=[mean - low, high - mean], fmt="o", color=COLOURS["metaadamw"], capsize=3)
+    ax.errorbar(mean, labels, xerr=bars, fmt="o", color=COLOURS["metaadamw"], capsize=3)
     ax.axvline(0, color="black", linewidth=0.7)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
@@ -324,7 +321,7 @@ def plot_ablations(table: pd.DataFrame) -> Figure:
 
 
 def plot_one_setting_apart(pairs: pd.DataFrame) -> Figure:
-    """How far apart logged runs are that differ in one setting, in units of the paper's gain: a dot for each pair.
+    """Draw the distance of logged runs that differ in one setting, in units of the paper's gain: a dot for each pair.
 
     Args:
         pairs: from ``released.one_setting_apart``.
@@ -346,10 +343,10 @@ def plot_one_setting_apart(pairs: pd.DataFrame) -> Figure:
 
 
 def plot_moved(runs: pd.DataFrame) -> Figure:
-    """How far meta-learning moved α in each variant of Table 3: a dot for each run, on a logarithmic axis.
+    """Draw the largest change of α by meta-learning in each variant of Table 3: a dot for each run, on a log axis.
 
     Args:
-        runs: from ``ablation_report.movement_table``; runs that moved α by nothing at all are left out.
+        runs: from ``ablation_report.movement_table``; runs that did not move α are left out.
     """
     moved = runs[runs["alpha_moved"] > 0]
     order = moved.groupby("change")["alpha_moved"].max().sort_values().index
@@ -361,7 +358,7 @@ def plot_moved(runs: pd.DataFrame) -> Figure:
 
 
 def plot_movement(movement: pd.DataFrame) -> Figure:
-    """How far Φ, α and log σ² are from their start after each meta-update: means and ranges over seeds.
+    """Draw the distances of Φ, α and log σ² from their start after each meta-update: means and ranges over seeds.
 
     Args:
         movement: from ``frames.movement_frame``.
@@ -393,7 +390,7 @@ def plot_movement(movement: pd.DataFrame) -> Figure:
 
 
 def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
-    """One legend for all panels, below them, with the arms by their names."""
+    """Draw one legend for all panels, below them, with the names of the arms."""
     legend = ax.get_legend()
     if legend is None:
         return

@@ -10,10 +10,11 @@ from metaadamw_lite.experiments.task import PROTOCOLS
 
 
 def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each run: key, status, data, epochs, best and last metric, those of the test part, meta-updates, how
-    far Φ moved, and the revision of the code.
+    """Return a row for each run.
 
-    A meta-update that was refused, since a loss or a gradient was not finite, is not counted.
+    Columns beside the run's key: "status", "data", "epochs" (how many), "best" and "last" validation metric, "test"
+    metric, "bleu", "meta_updates" (how many were not refused for a loss or gradient that is not finite), "phi_moved"
+    (relative distance of Φ from its start) and "revision" of the code.
     """
     rows = []
     for record in records:
@@ -37,9 +38,9 @@ def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def outcomes(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with a column ``outcome``: the test metric under ``clean``, else the best validation metric.
+    """Add a column ``outcome``: the test metric under ``clean``, else the best validation metric.
 
-    A run that failed has none, and no last epoch: what it had reached when an accident ended it is not its result.
+    A failed run has neither outcome nor "last" metric, since an accident ended it.
     """
     ended = runs["status"] != "failed"
     outcome = runs["test"].where(runs["protocol"] == "clean", runs["best"])
@@ -47,7 +48,7 @@ def outcomes(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_seed(outcome: pd.DataFrame, protocol: str, *arms: str) -> "list[pd.Series[float]]":
-    """The outcomes of some arms under a protocol, each indexed by seed; NaN for runs without a finite one.
+    """Return the outcomes of some arms under a protocol, each indexed by seed; NaN for runs without a finite one.
 
     Raises:
         ValueError: for an unknown protocol.
@@ -58,12 +59,12 @@ def by_seed(outcome: pd.DataFrame, protocol: str, *arms: str) -> "list[pd.Series
 
 
 def epochs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each epoch of each run."""
+    """Return a row for each epoch of each run, with the entries of its record."""
     return pd.DataFrame([{**r["run"], **epoch} for r in records for epoch in r["epochs"]])
 
 
 def movement_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each meta-update of each run: how far Φ, its factors and log σ² are from their start."""
+    """Return a row for each meta-update of each run: the distances of Φ, its factors and log σ² from their start."""
     rows = []
     for record in records:
         for k, entry in enumerate(record.get("meta_updates") or [], start=1):
@@ -73,7 +74,7 @@ def movement_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def factors_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each traced step, group and run that has factors: step, group, parameters (how many), alpha, beta."""
+    """Return a row for each traced step and group of each run with factors: step, group, parameters, alpha, beta."""
     rows = []
     for record in records:
         groups = [{"group": g["name"], "parameters": g["parameters"]} for g in record.get("groups", [])]

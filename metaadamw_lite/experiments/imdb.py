@@ -1,7 +1,7 @@
 """IMDB: is a film review positive or negative? A bidirectional LSTM reads it.
 
-Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper; what they leave out is taken from
-the released code (tokenisation, vocabulary, padding, epochs, early stopping).
+Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper. The released code fills their
+gaps (tokenisation, vocabulary, padding, epochs, early stopping).
 """
 
 import re
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaadamw_lite.checks import check_choice
-from metaadamw_lite.experiments.datasets import held_out, hub_table, prepared, read_table
+from metaadamw_lite.experiments.datasets import hub_table, is_held_out, prepared, read_table
 from metaadamw_lite.experiments.task import (
     PROFILES,
     PROTOCOLS,
@@ -44,7 +44,7 @@ MIN_FREQ = 5
 
 
 def synthetic_reviews(reviews: int, seed: int) -> pd.DataFrame:
-    """A stand-in with the columns of IMDB: made-up sentences with a word now and then that gives the label away."""
+    """Make a stand-in with the columns of IMDB: made-up sentences in which every seventh word gives the label away."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, reviews)
     texts = [
@@ -55,18 +55,18 @@ def synthetic_reviews(reviews: int, seed: int) -> pd.DataFrame:
 
 
 def load(protocol: str, settings: Settings, source: str) -> Data:
-    """Reviews as word numbers, the first words of each, 256 by the paper.
+    """Load the first words of reviews (256 in the paper) as numbers.
 
-    ``paper``: the training part trains; the official test part validates and is what is reported. ``clean``: about a
-    tenth of the training reviews validates, and the official test part is the test part.
+    ``paper``: the training part trains. The official test part validates and is reported. ``clean``: about a tenth of
+    the training reviews validates, and the official test part is the test part.
 
     Returns:
         Batches (words, label, length): words of shape (N, length), int16; labels of shape (N,), 0 negative and 1
-        positive; and how many of the words are not padding.
+        positive; lengths of shape (N,), without padding.
 
     Raises:
         ValueError: for an unknown protocol or source.
-        DataError: if the real data cannot be had, or are not what they should be.
+        DataError: if the real data are missing and cannot be downloaded, or fail their check.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -87,14 +87,14 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
 
 
 def reviews_of_the_tables(protocol: str, size: int, length: int) -> tuple[list[Any], list[str]]:
-    """The reviews of the real data."""
+    """Encode the reviews of the real data, as ``reviews`` does."""
     return reviews(protocol, read_table(TRAIN), read_table(TEST), size, length)
 
 
 def reviews(
     protocol: str, train: pd.DataFrame, test: pd.DataFrame, size: int = VOCABULARY, length: int = LENGTH
 ) -> tuple[list[Any], list[str]]:
-    """The parts of a protocol as arrays (words, labels), and the vocabulary.
+    """Encode the parts of a protocol as arrays (words, labels), and return them with the vocabulary.
 
     Args:
         protocol: "paper" or "clean".
@@ -106,7 +106,7 @@ def reviews(
     if protocol == "paper":
         frames = [train, test]
     else:
-        validates = held_out(train["text"])
+        validates = is_held_out(train["text"])
         frames = [train[~validates], train[validates], test]
     texts = [[tokens(text) for text in frame["text"]] for frame in frames]
     words = vocabulary(texts[0], ("<pad>", "<unk>"), size, MIN_FREQ)
@@ -117,8 +117,10 @@ def reviews(
 
 
 def tokens(text: str) -> list[str]:
-    """Words as torchtext's "basic_english" splits them: lower case; . , ( ) ! ? apart, and apostrophes before a word's
-    rest; no double quotes, colons, semicolons or line breaks.
+    """Split text into words as torchtext's "basic_english" does.
+
+    Words are in lower case. The characters .,()!? stand apart, and so does an apostrophe with the rest of its word.
+    Double quotes, colons, semicolons and line breaks go.
     """
     text = text.lower().replace("<br />", " ").replace('"', "").replace("'", " '  ")
     return re.sub(r"([.,()!?])", r" \1 ", re.sub(r"[;:]", " ", text)).split()
@@ -132,7 +134,7 @@ class SentimentLSTM(nn.Module):
 
     Args:
         words: size of the vocabulary.
-        packed: stop reading where the padding begins. The released code reads it, too.
+        packed: stop reading where the padding begins; the released code reads the padding.
         embedding, hidden, layers, dropout: sizes and dropout of the layers.
     """
 
@@ -145,7 +147,7 @@ class SentimentLSTM(nn.Module):
         self.output = nn.Linear(2 * hidden, 2)
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
-        """Scores (N, 2) for negative and positive, from words (N, T), of which ``lengths`` (N,) are no padding."""
+        """Return scores (N, 2), negative and positive, from words (N, T) with ``lengths`` (N,) before the padding."""
         h = self.embedding(words)
         if self.packed:
             last = self._read_packed(h, lengths)
@@ -156,9 +158,9 @@ class SentimentLSTM(nn.Module):
         return scores
 
     def _read_packed(self, h: Tensor, lengths: Tensor) -> Tensor:
-        """The last states of both directions, (N, 2·hidden), as for a packed sequence, eight times as fast on a CPU.
+        """Return the last states of both directions, (N, 2·hidden), eight times as fast as a packed sequence on a CPU.
 
-        Forwards, the padding comes after what counts. So it does backwards, once each row is turned round by itself.
+        The padding follows the words. Reversing each row's words alone makes that true for the backward direction, too.
         """
         rows, positions = torch.arange(len(h), device=h.device), torch.arange(h.shape[1], device=h.device)
         turned = torch.where(positions < lengths[:, None], lengths[:, None] - 1 - positions, positions)
@@ -182,7 +184,7 @@ _LSTM_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def build(settings: Settings, data: Data) -> nn.Module:
-    """A freshly initialised model."""
+    """Build a freshly initialised model."""
     return SentimentLSTM(**data.sizes, **settings.model)
 
 
@@ -190,13 +192,13 @@ def build(settings: Settings, data: Data) -> nn.Module:
 
 
 def inputs_and_labels(batch: Batch) -> tuple[Batch, Tensor]:
-    """What the model takes, and the labels (N,)."""
+    """Split a batch into the model's inputs and the labels (N,)."""
     words, labels, lengths = batch
     return (words.long(), lengths), labels
 
 
 def score(model: nn.Module, batch: Batch) -> Score:
-    """Mean cross-entropy in nats, and how many labels are right; the metric is the share of right ones."""
+    """Return the mean cross-entropy in nats, and the number of right labels. The metric is their share."""
     inputs, labels = inputs_and_labels(batch)
     return classification_score(model(*inputs), labels)
 

@@ -1,4 +1,4 @@
-"""What the chapters on LiLAW are made of: test accuracies, wrong labels that are found or repeated, and how W moved."""
+"""Tables and figures on LiLAW: test accuracies, wrong labels found or memorised, and the weights W."""
 
 import math
 import re
@@ -23,12 +23,12 @@ from metaadamw_lite.lilaw import weights_of
 
 
 def accuracies_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """One row for each run, accuracies and shares in percent.
+    """Return a row for each run, accuracies and shares in percent.
 
-    Columns beside the run's key: noise (what is wrong), ``wrong`` (how many of the ``train`` labels are), ``best``
-    (test accuracy in the epoch that validated best), ``last`` (in the last epoch), ``memorised`` (wrong training labels
-    that the model repeats in the end), ``meta_steps`` of LiLAW after its warm-up, and its last alpha, delta and beta.
-    A run that failed has no end, and no number of meta-steps.
+    Columns beside the run's key: noise (its kind), ``wrong`` (number of wrong labels), ``train`` (number of training
+    labels), ``best`` (test accuracy in the epoch that validated best), ``last`` (in the last epoch), ``memorised``
+    (wrong training labels that the model repeats in the end), ``meta_steps`` of LiLAW after its warm-up, and its last
+    alpha, delta and beta. A failed run has NaN for its end and its meta-steps.
     """
     rows = []
     for r in records:
@@ -54,27 +54,27 @@ def accuracies_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def noise_name(task: str) -> str:
-    """What is wrong with a task's labels, for headings: "CIFAR-10, symmetric 40 %"."""
+    """Name a task's data and noise for headings: "CIFAR-10, symmetric 40 %"."""
     data, _, kind = NOISY[task].title.partition(", ")
     return f"{data.split()[0]}, {kind}"
 
 
 def points(runs: pd.DataFrame, column: str, arm: str, baseline: str) -> PairedDifference:
-    """How many percentage points an arm is above another in a column, paired by seed."""
+    """Compare an arm with another by a column, in percentage points, paired by seed."""
     first, second = (runs[runs["variant"] == v].set_index("seed")[column].astype(float) for v in (arm, baseline))
     return relatives.points_above(first, second)
 
 
 def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Test accuracy with and without LiLAW, one row for each noise; the difference in points with its interval.
+    """Compare test accuracy with and without LiLAW, a row for each noise.
 
     Args:
-        runs: from ``accuracies_frame``; only seeds that both arms have count.
+        runs: from ``accuracies_frame``; only seeds of both arms count.
         column: "best" or "last", the epoch.
 
     Returns:
         Indexed by noise: mean ± standard deviation of both arms, difference (a ``PairedDifference`` in points), p_holm
-        (over the kinds of noise, those without any wrong label left out), and the verdict by that.
+        (over the kinds of noise with any wrong label), and the verdict by p_holm.
     """
     rows = {}
     arms = ("adamw", "adamw-lilaw")
@@ -91,7 +91,7 @@ def accuracy_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def hardly_above_chance(runs: pd.DataFrame) -> pd.DataFrame:
-    """The kinds of noise on which AdamW is hardly above chance, so that accuracies say little.
+    """List the kinds of noise on which AdamW is hardly above chance, so that accuracies tell little.
 
     Args:
         runs: from ``accuracies_frame``.
@@ -106,14 +106,14 @@ def hardly_above_chance(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """LiLAW's meta rate and the batch size: a row for each setting, against AdamW with batches of that size.
+    """Compare LiLAW's meta rates and batch sizes with AdamW at the same batch size, a row for each setting.
 
     Args:
-        runs: from ``accuracies_frame``, of one task; only seeds that every setting has count.
+        runs: from ``accuracies_frame``, of one task; only seeds of every setting count.
 
     Returns:
-        Steps of the meta-descent, how far W got at most, where the scalars ended, differences (``PairedDifference`` in
-        points), seeds.
+        Steps of the meta-descent, the last values of the scalars, the largest change of W, differences
+        (``PairedDifference`` in points), number of seeds.
     """
     seeds = runs.groupby("seed")["variant"].nunique()
     runs = runs[runs["seed"].isin(seeds[seeds == runs["variant"].nunique()].index)]
@@ -139,13 +139,13 @@ def sensitivity_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def possible_probabilities(band: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """A grid of (s[ỹ], max s), and where on it such a pair is possible for some number of classes.
+    """Return a grid of s[ỹ] and max s, and a mask of the pairs that are possible for some number of classes.
 
-    Either the given label is the one believed most, s[ỹ] = max s (the diagonal), or the two probabilities belong to
-    different classes and sum to at most one (the triangle). With C classes max s is 1/C at least.
+    The given label may have the largest probability, s[ỹ] = max s (the diagonal). Otherwise the two probabilities
+    belong to different classes and sum to at most one (the triangle). With C classes max s is 1/C at least.
 
     Args:
-        band: how far from the diagonal still counts, so that a picture shows it.
+        band: distance from the diagonal that still counts, so that a picture shows the diagonal.
     """
     grid = torch.linspace(0, 1, 201)
     given, largest = torch.meshgrid(grid, grid, indexing="xy")
@@ -153,7 +153,7 @@ def possible_probabilities(band: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def weights_moved(runs: pd.DataFrame) -> "pd.Series[float]":
-    """The largest change of W since the start, over all possible probabilities, for each run that has a LiLAW.
+    """Return the largest change of W since the start, over all possible probabilities, for each run with LiLAW.
 
     Args:
         runs: from ``accuracies_frame``.
@@ -170,7 +170,7 @@ def weights_moved(runs: pd.DataFrame) -> "pd.Series[float]":
 
 
 def detection_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """One row for each run, method and measure ("auroc", "auprc") of finding wrong labels."""
+    """Return a row for each run and method of finding wrong labels, with its "auroc" and "auprc"."""
     return pd.DataFrame(
         [
             {**r["run"], "noise": noise_name(r["run"]["task"]), "method": method, **areas}
@@ -182,18 +182,18 @@ def detection_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def detection_against(found: pd.DataFrame, area: str = "auroc") -> pd.DataFrame:
-    """LiLAW's easy weight against the best of the other methods, for each noise.
+    """Compare LiLAW's easy weight with the best other method, for each noise.
 
-    The others are taken from trainings with and from those without LiLAW, each by itself, and the best is the one with
-    the highest mean area over the seeds: one method for all seeds, not the best of each.
+    The other methods come from trainings with and without LiLAW, each by itself. The best has the highest mean area
+    over the seeds: one method for all seeds.
 
     Args:
         found: from ``detection_frame``, of both arms.
         area: "auroc" or "auprc".
 
     Returns:
-        Indexed by noise: best (the method, and what it was trained with), difference (a ``PairedDifference`` in
-        points of the area; positive: LiLAW is better), p_holm (over the kinds of noise), and the verdict by that.
+        Indexed by noise: best (the method and its training), difference (a ``PairedDifference`` in points of the
+        area; positive: LiLAW is better), p_holm (over the kinds of noise), and the verdict by p_holm.
     """
     if found.empty:
         return relatives.corrected_table(pd.DataFrame(columns=["best", "difference"]))
@@ -206,7 +206,7 @@ def detection_against(found: pd.DataFrame, area: str = "auroc") -> pd.DataFrame:
         lilaw = 100 * part.set_index("seed")[area].astype(float)
         same = others[(others["noise"] == noise) & others["seed"].isin(lilaw.index)]
         areas = 100 * same.pivot(index="seed", columns="way", values=area).astype(float)
-        areas = areas.reindex(lilaw.index).dropna(axis=1)  # what has not all of these seeds yet cannot be the best
+        areas = areas.reindex(lilaw.index).dropna(axis=1)  # a method that lacks a seed cannot be the best
         best = str(areas.mean().idxmax())
         rows[noise] = {"best": best, "difference": paired_difference(lilaw - areas[best], "points")}
     return relatives.corrected_table(pd.DataFrame.from_dict(rows, orient="index", columns=["best", "difference"]))
@@ -220,12 +220,12 @@ EPOCH_LABELS = {
 
 
 def plot_epochs(records: Sequence[Record], column: str, arms: Sequence[str] = ("adamw", "adamw-lilaw")) -> Figure:
-    """Epoch by epoch, mean over seeds and the band from lowest to highest; a panel for each noise.
+    """Draw a column over the epochs: mean over seeds, band from lowest to highest, a panel for each noise.
 
     Args:
         records: of the runs.
-        column: "memorised", how much of the wrong training labels is learned by heart, "val_loss", or "metric", the
-            accuracy on validation labels.
+        column: "memorised" (share of wrong training labels that the model repeats), "val_loss", or "metric" (accuracy
+            on validation labels).
         arms: the variants.
     """
     epochs = frames.epochs_frame(r for r in records if r["run"]["variant"] in arms).dropna(subset=column)
@@ -254,7 +254,7 @@ def plot_epochs(records: Sequence[Record], column: str, arms: Sequence[str] = ("
 
 
 def _panels(count: int, size: tuple[float, float], sharex: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with panels of a size (inches) and one height axis, four in a row; places left over stay empty."""
+    """Make a figure with panels of a size (inches) and one height axis, four in a row, the last places empty."""
     columns = min(4, count)
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(
@@ -266,7 +266,7 @@ def _panels(count: int, size: tuple[float, float], sharex: bool = False) -> tupl
 
 
 def plot_scalars(records: Sequence[Record]) -> Figure:
-    """α, δ and β of LiLAW over the steps of every run, a panel for each, coloured by noise."""
+    """Draw α, δ and β of LiLAW over the steps of every run, a panel for each, coloured by noise."""
     rows = [
         {"noise": noise_name(r["run"]["task"]), "run": i, **point}
         for i, r in enumerate(records)
@@ -293,7 +293,7 @@ def plot_scalars(records: Sequence[Record]) -> Figure:
 
 
 def plot_detection(found: pd.DataFrame, order: Sequence[str]) -> Figure:
-    """How well each method finds wrong labels, by AUROC: a panel for each noise, a dot for each run and the mean.
+    """Draw the AUROC of each method of finding wrong labels: a panel for each noise, a dot for each run, the mean.
 
     Args:
         found: from ``detection_frame``.
@@ -313,7 +313,7 @@ def plot_detection(found: pd.DataFrame, order: Sequence[str]) -> Figure:
 
 
 def plot_weights(lilaw: LiLAW) -> Figure:
-    """W_α, W_δ, W_β and their sum over (s[ỹ], max s), where ``possible_probabilities`` has that pair."""
+    """Draw W_α, W_δ, W_β and their sum over the ``possible_probabilities`` (s[ỹ], max s)."""
     given, largest, possible = possible_probabilities(band=0.012)
     with torch.no_grad():
         w = weights_of(given, largest, lilaw.alpha, lilaw.delta, lilaw.beta)
@@ -331,9 +331,9 @@ def plot_weights(lilaw: LiLAW) -> Figure:
 
 
 def plot_arms(runs: pd.DataFrame, arms: Sequence[str]) -> Figure:
-    """Test accuracy of several arms in the best and the last epoch, and what they learned by heart.
+    """Draw several arms' test accuracy in the best and the last epoch, and their memorised wrong labels.
 
-    A line is a seed; a dot is the mean, with Student's 95 % interval.
+    Each line is a seed, each dot the mean, with Student's 95 % interval.
     """
     panels = {
         "best": "test accuracy, best epoch (%)",

@@ -1,4 +1,4 @@
-"""What the chapter on LoPE is made of: perplexities of its arms, what masking takes, what noise costs."""
+"""Tables and figures on LoPE: perplexities of its arms, the loss by masking, the cost of noise."""
 
 import math
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ LOPE_LABELS = {
 
 
 def noise_share(task: str) -> str:
-    """The share of noisy words in a task's adaptation data, for headings: "5 %"."""
+    """Format the share of noisy words in a task's adaptation data, for headings: "5 %"."""
     return f"{100 * NOISE[task]:.0f} %"
 
 
 def adaptations_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """One row for each adaptation and each point at which it was tested on clean reviews.
+    """Return a row for each adaptation and each of its tests on clean reviews.
 
-    Columns beside the run's key: noise (share of the words of the adaptation data, as text), ``at`` ("pretrained",
-    after stage "1" and "2", and "masked" where the arm has an expert to mask), ``final`` (whether that is the run's
-    result), perplexity, and accuracy in percent. A run that failed has a result without numbers.
+    Columns beside the run's key: noise (share of noisy words in the adaptation data, as text), ``at`` ("pretrained",
+    after stage "1" and "2", and "masked" where the arm has an expert to mask), ``final`` (the row is the run's result),
+    perplexity, and accuracy in percent. The result of a failed run is NaN.
     """
     rows = []
     for r in records:
@@ -59,7 +59,7 @@ def adaptations_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def adaptations_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Final tests, mean ± standard deviation over seeds, as text: a row for each arm, a column for each noise.
+    """Format the final tests, mean ± standard deviation over seeds: a row for each arm, a column for each noise.
 
     Args:
         runs: from ``adaptations_frame``.
@@ -74,7 +74,7 @@ def adaptations_table(runs: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def masking_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """What masking takes of what adaptation had gained, by mean perplexities: a row for each arm, a column a noise.
+    """Format the share of adaptation's gain that masking loses, by mean perplexities, by arm and noise.
 
     Args:
         runs: from ``adaptations_frame``.
@@ -88,7 +88,7 @@ def masking_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def noise_cost_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """How much more perplexity an arm ends with where a fifth of the words it adapts to are noisy, a row for each arm.
+    """Compare the rise of the arms' final perplexity from 0 to 20 % noisy words, a row for each arm.
 
     Args:
         runs: from ``adaptations_frame``; only final tests count.
@@ -96,7 +96,7 @@ def noise_cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Indexed by arm: noise costs (in percent of the perplexity without noise, mean ± standard deviation), difference
         (a ``PairedDifference`` in points; positive: noise costs LoPE less than this arm), p_holm (over the other
-        arms) and the verdict by that.
+        arms) and the verdict by p_holm.
     """
     clean, noisy = (noise_share(min(NOISE, key=NOISE.__getitem__)), noise_share(max(NOISE, key=NOISE.__getitem__)))
     final = runs[runs["final"]].set_index("seed")
@@ -115,12 +115,12 @@ def noise_cost_table(runs: pd.DataFrame) -> pd.DataFrame:
             rows[label] = {"noise costs (%)": text, "difference": difference}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["noise costs (%)", "difference"])
     table = relatives.corrected_table(table.rename_axis("LoPE against"))
-    table.loc[table.index == LOPE_LABELS["lope"], "verdict"] = "–"  # it is not compared with itself
+    table.loc[table.index == LOPE_LABELS["lope"], "verdict"] = "–"  # LoPE is not compared with itself
     return table
 
 
 def lope_against(runs: pd.DataFrame, arm: str) -> PairedDifference:
-    """How much lower LoPE's perplexity is than another arm's, in percent, paired by seed.
+    """Compare LoPE's perplexity with another arm's, in percent, paired by seed; positive: LoPE's is lower.
 
     Args:
         runs: from ``adaptations_frame``, of one noise; only final tests count.
@@ -132,11 +132,11 @@ def lope_against(runs: pd.DataFrame, arm: str) -> PairedDifference:
 
 
 def lope_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """LoPE's perplexity against that of every other arm, one row for each noise and arm.
+    """Compare LoPE's perplexity with every other arm's, a row for each noise and arm.
 
     Returns:
         Indexed by noise and arm: difference (a ``PairedDifference`` in percent; positive: LoPE's is lower), p_holm
-        (over the other arms and all noises), and the verdict by that.
+        (over the other arms and all noises), and the verdict by p_holm.
     """
     rows = {}
     for noise, part in runs.groupby("noise", sort=False):
@@ -149,7 +149,7 @@ def lope_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_lope_against(runs: pd.DataFrame) -> Figure:
-    """How much lower LoPE's perplexity is than each other arm's, with Student's 95 % interval; a dot for each seed."""
+    """Draw the distance of LoPE's perplexity below each other arm's, with Student's 95 % interval, a dot a seed."""
     final = runs[runs["final"]]
     noises = list(dict.fromkeys(final[final["variant"] == "lope"]["noise"]))
     figure, axes = plt.subplots(
@@ -172,7 +172,7 @@ def plot_lope_against(runs: pd.DataFrame) -> Figure:
 
 
 def plot_stages(runs: pd.DataFrame) -> Figure:
-    """Perplexity of clean reviews after each stage and after masking, mean and range over seeds; a panel a noise."""
+    """Draw the perplexity of clean reviews after each stage and masking, mean and range over seeds, a panel a noise."""
     noises = list(dict.fromkeys(runs["noise"]))
     stages = {"1": "after stage I", "2": "after stage II", "masked": "expert masked"}
     shown = runs[runs["at"].isin(stages)]
@@ -202,9 +202,9 @@ def plot_stages(runs: pd.DataFrame) -> Figure:
 
 
 def plot_expert_use(records: Sequence[Record]) -> Figure:
-    """The router's weight of the poisoning expert for clean words and for kinds of noise; a panel for each training.
+    """Draw the router's weight of the poisoning expert for clean words and kinds of noise, a panel for each training.
 
-    Mean and range over seeds, for the arms that have such an expert.
+    It shows mean and range over seeds, for the arms with a poisoning expert.
     """
     rows = [
         {"noise": noise_share(r["run"]["task"]), "arm": LOPE_LABELS[r["run"]["variant"]], "words": kind}

@@ -1,8 +1,9 @@
-"""LoPE put to the test: a small GPT that has read Wikipedia adapts to film reviews with noise in them.
+"""LoPE put to the test: a small GPT, pretrained on Wikipedia, adapts to film reviews with noisy words.
 
-Pretraining on WikiText-2 (once, kept on disk) → adapters on IMDB reviews, a share of whose words is noisy → clean test
-reviews. A review is its first words, then "it was good" or "it was bad": language modelling, and sentiment as the
-choice of the last word. All arms have equally many trainable parameters and steps; arms of a seed share their batches.
+Pretraining on WikiText-2 (once, kept on disk) → adapters on IMDB reviews with a share of noisy words → clean test
+reviews. A review is its first words, then "it was good" or "it was bad". Its perplexity measures language modelling,
+the choice of its last word sentiment. All arms have equally many trainable parameters and steps. Arms of a seed share
+their batches.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ from metaadamw_lite.experiments.text import PAD, encode, padded, vocabulary
 from metaadamw_lite.lope import LoPE, continuous_noise, discrete_noise
 
 NOISE = {"lope-noise0": 0.0, "lope-noise5": 0.05, "lope-noise20": 0.2}
-"""The tasks, and the share of noisy words in their adaptation data."""
+"""The share of noisy words in the adaptation data, by task."""
 
 Review = tuple[list[str], int]
 """Words, and a label (0 bad, 1 good)."""
@@ -47,19 +48,19 @@ LABEL_WORDS = ("bad", "good")
 ENDING = ("it", "was")
 TARGETS = ("query", "key", "value", "out")
 ROUTED_SHARE = 0.3
-"""Share of noisy words in the test reviews that tell which expert is used for which noise."""
+"""Share of noisy words in the test reviews that show the router's use of each expert."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How a model is adapted.
+    """A way to adapt the model.
 
     Attributes:
         poisoning: with a poisoning expert, trained in two stages.
-        experts: clean experts; 0 for peft's LoRA.
-        discrete, continuous: the parts of the hybrid noise that its first stage is trained on.
-        compensate: DyCompEnSate once the poisoning expert is masked.
-        first: share of the steps that the first stage has. LoPE's description does not give it.
+        experts: number of clean experts; 0 for peft's LoRA.
+        discrete, continuous: the parts of the hybrid noise in the first stage.
+        compensate: apply DyCompEnSate after masking the poisoning expert.
+        first: share of the steps in the first stage. LoPE's description does not give it.
     """
 
     poisoning: bool
@@ -84,21 +85,24 @@ ARMS = {
 
 @dataclass(frozen=True)
 class LoPESettings:
-    """What defines a run, apart from noise, arm and seed.
+    """The definition of a run, apart from noise, arm and seed.
 
     Attributes:
-        width, heads, layers: of the GPT.
+        width, heads, layers: sizes of the GPT.
         length: words of a block, or of a review with its ending.
         words: size of the vocabulary.
-        pretrain_steps, pretrain_lr: of the pretraining, in batches of ``batch_size`` blocks.
-        reviews, test: how many adapt, and how many test.
+        pretrain_steps, pretrain_lr: steps and learning rate of pretraining, in batches of ``batch_size`` blocks.
+        reviews, test: numbers of reviews for adaptation and for the test.
         batch_size: blocks or reviews a step.
-        steps: half of a run's; arms without stages take all of them on the reviews as they are.
-        lr: of the adapters.
-        rank: of A in the arms with experts; even. A LoRA with as many parameters has a rank of 5/2 · rank + 2.
+        steps: half of a run's steps. Arms without stages take all of them on the reviews without added noise.
+        lr: learning rate of the adapters.
+        rank: rank of A in the arms with experts; even. A LoRA with as many parameters has a rank of 5/2 · rank + 2.
         scale: of every adapter.
-        share: of words that the discrete part of the hybrid noise changes.
-        embedding_noise: a, where the continuous part is uniform within ±a/√(length · width).
+        share: share of words that the discrete part of the hybrid noise changes.
+        embedding_noise: a; the continuous part of the hybrid noise is uniform within ±a/√(length · width).
+
+    Raises:
+        ValueError: for an odd rank.
     """
 
     width: int = 128
@@ -124,7 +128,13 @@ class LoPESettings:
 
 
 def settings(profile: str) -> LoPESettings:
-    """``paper``: a larger GPT for a GPU (LoPE's paper has LLaMA2-7B). ``smoke``: a tiny one on made-up words."""
+    """Return the settings of a profile.
+
+    ``paper``: a larger GPT for a GPU (LoPE's paper has LLaMA2-7B). ``smoke``: a tiny one on made-up words.
+
+    Raises:
+        ValueError: for an unknown profile.
+    """
     check_choice("profile", profile, PROFILES)
     return {
         "paper": LoPESettings(
@@ -152,13 +162,13 @@ def settings(profile: str) -> LoPESettings:
 
 @dataclass(frozen=True)
 class Texts:
-    """Words of the pretraining lines and of the reviews, and the vocabulary.
+    """Words of the pretraining lines and the reviews, and the vocabulary.
 
     Attributes:
         lines: for pretraining.
         train, test: reviews, each a list of words and a label (0 bad, 1 good).
-        vocabulary: in the order of the numbers.
-        name: for records.
+        vocabulary: words in the order of their numbers.
+        name: of the data, for records.
     """
 
     lines: list[list[str]]
@@ -169,7 +179,7 @@ class Texts:
 
 
 def texts(s: LoPESettings, source: str) -> Texts:
-    """The texts of a run, in lower case. Which reviews it has is the same for all arms and seeds."""
+    """Load the texts of a run, in lower case; all arms and seeds have the same reviews."""
     if source == "real":
         frames = [read_table(table) for table in (wikitext2.TRAIN, imdb.TRAIN, imdb.TEST)]
     else:
@@ -189,12 +199,12 @@ def _reviews(frame: pd.DataFrame, count: int, length: int) -> list[Review]:
 
 
 def with_noise(reviews: Sequence[Review], share: float, seed: int) -> list[Review]:
-    """Reviews with a share of the words noisy."""
+    """Make a share of the words of reviews noisy."""
     return [(discrete_noise(text, share, seed + i).words, label) for i, (text, label) in enumerate(reviews)]
 
 
 def rows_of(reviews: Sequence[Review], words: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Reviews with their endings as word numbers, (N, length), and where each one's last word is, (N,)."""
+    """Encode reviews with their endings, (N, length), and return them with the positions of their last words, (N,)."""
     texts = [[*text, *ENDING, LABEL_WORDS[label]] for text, label in reviews]
     ends = torch.tensor([len(text) - 1 for text in texts])
     return torch.from_numpy(padded(encode(texts, words), length)).long(), ends
@@ -254,7 +264,7 @@ def loss_of(model: nn.Module, rows: Tensor, noise: Callable[[Tensor, Tensor], Te
 
 
 def pretrained(s: LoPESettings, data: Texts, device: torch.device, progress: bool) -> SmallGPT:
-    """The GPT after pretraining; made once and kept in the cache."""
+    """Return the pretrained GPT, which is trained once and kept in the cache."""
     torch.manual_seed(0)
     model = SmallGPT(len(data.vocabulary), s).to(device)
     code = [inspect.getsource(part) for part in (Block, SmallGPT, loss_of, _pretrain)]
@@ -300,9 +310,9 @@ def check(key: RunKey) -> None:
 
 
 def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> dict[str, Any]:
-    """One adaptation, of a key that ``check`` has nothing against; returns its record."""
+    """Make one adaptation, of a key that ``check`` accepts, and return its record."""
     arm, share = ARMS[key.variant], NOISE[key.task]
-    where = environment(device)  # now: the source may change while this runs
+    where = environment(device)  # before training, since the source may change meanwhile
     reset_peak_memory(device)
     data = texts(s, key.source)
     start: nn.Module = pretrained(s, data, device, progress)
@@ -311,15 +321,15 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
     reviews = with_noise(data.train, share, int(seeds[0]))
     train, _ = rows_of(reviews, data.vocabulary, s.length)
     poison = train
-    if arm.discrete:  # on top of the noise that the data have
+    if arm.discrete:  # on top of the noise in the data
         poison, _ = rows_of(with_noise(reviews, s.share, int(seeds[1])), data.vocabulary, s.length)
 
     entries: list[dict[str, Any]] = []
 
     def adapt() -> dict[str, Any]:
-        """Both stages, and the masking; what they come to."""
-        entries.append({"epoch": 0, "stage": "pretrained", **_tested(start, before, ends, data)})
-        model, lope = _adapted(start, arm, s, key.seed)
+        """Train both stages, mask, and return the end of the record."""
+        entries.append({"epoch": 0, "stage": "pretrained", **_test(start, before, ends, data)})
+        model, lope = _add_adapters(start, arm, s, key.seed)
         trainable = sum(p.numel() for p in _parameters(model, lope))
         optimizer = torch.optim.AdamW(_parameters(model, lope), lr=s.lr, weight_decay=0.0)
         order, hiss = (torch.Generator().manual_seed(int(seed)) for seed in seeds[2:])
@@ -335,14 +345,14 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
                 rows[torch.randint(0, len(rows), (s.batch_size,), generator=order).to(device)]
                 for _ in progress_bar(range(steps), desc=f"{key} stage {stage}", disable=not progress)
             )
-            trained = _trained(model, optimizer, batches, noise)
-            entries.append({"epoch": stage, "stage": str(stage)} | trained | _tested(model, before, ends, data))
+            trained = _train(model, optimizer, batches, noise)
+            entries.append({"epoch": stage, "stage": str(stage)} | trained | _test(model, before, ends, data))
         use = None
         if lope is not None:
             use = _router_use(model, lope, data, s, device)
             if arm.poisoning:
                 lope.mask_poisoning_expert(compensate=arm.compensate)
-                entries.append({"epoch": 2, "stage": "masked", **_tested(model, before, ends, data)})
+                entries.append({"epoch": 2, "stage": "masked", **_test(model, before, ends, data)})
         final = entries[-1]
         finite = math.isfinite(final["perplexity"])
         return {
@@ -371,13 +381,13 @@ def make(key: RunKey, s: LoPESettings, device: torch.device, progress: bool) -> 
     }
 
 
-def _trained(
+def _train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Tensor],
     noise: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> dict[str, float]:
-    """Train on some batches: the mean loss, and how long it took."""
+    """Train on some batches, and return the mean loss and the seconds."""
     started, losses = time.perf_counter(), []
     model.train()
     for batch in batches:
@@ -391,12 +401,12 @@ def _trained(
 
 
 def circumstances(key: RunKey) -> dict[str, Any]:
-    """What a record's settings say beside ``LoPESettings``: the share of noise of the task, and the arm."""
+    """Return the settings in a record that ``LoPESettings`` lacks: the task's share of noise, and the arm."""
     return {"noise": NOISE[key.task], "arm": asdict(ARMS[key.variant])}
 
 
-def _adapted(model: nn.Module, arm: Arm, s: LoPESettings, seed: int) -> tuple[nn.Module, LoPE | None]:
-    """The model with an arm's adapters; None for peft's, which have no experts."""
+def _add_adapters(model: nn.Module, arm: Arm, s: LoPESettings, seed: int) -> tuple[nn.Module, LoPE | None]:
+    """Add an arm's adapters, and return the model with its ``LoPE``, or with None for peft's LoRA."""
     if arm.experts:
         return model, LoPE.wrap(model, TARGETS, s.rank, arm.experts, s.scale, arm.poisoning, seed)
     from peft import LoraConfig, get_peft_model
@@ -413,8 +423,8 @@ def _parameters(model: nn.Module, lope: LoPE | None) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def _tested(model: nn.Module, rows: Tensor, ends: Tensor, data: Texts) -> dict[str, Any]:
-    """Perplexity of clean test reviews, and how often the right one of the two last words is the more likely."""
+def _test(model: nn.Module, rows: Tensor, ends: Tensor, data: Texts) -> dict[str, Any]:
+    """Return the perplexity of clean test reviews, and the share whose right last word is the likelier of the two."""
     model.eval()
     bad, good = (data.vocabulary.index(word) for word in LABEL_WORDS)
     total = torch.zeros((), dtype=torch.float64)
@@ -435,7 +445,7 @@ def _tested(model: nn.Module, rows: Tensor, ends: Tensor, data: Texts) -> dict[s
 def _router_use(
     model: nn.Module, lope: LoPE, data: Texts, s: LoPESettings, device: torch.device
 ) -> dict[str, list[float]]:
-    """The router's mean weight of each expert, the poisoning one last, for clean words and for each kind of noise."""
+    """Return the router's mean weight of each expert, poisoning last, for clean words and each kind of noise."""
     kinds: dict[str, list[tuple[int, int]]] = {"clean": [], "shuffled": [], "inserted": [], "deleted": []}
     rows = []
     for i, (text, label) in enumerate(data.test[:200]):

@@ -1,6 +1,6 @@
 """The main study as tables: each arm against each other, task by task, paired by seed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,21 +30,18 @@ from metaadamw_lite.experiments.verdict import judge
 OF_REAL_DATA = ("lite", "paper")
 """Profiles that are reported; the third, "smoke", runs on made-up data."""
 
-
 TESTED = {"paper": "as published", "lite": "small, whole"}
-"""How a task was tested, as readers see a profile."""
-
+"""The readers' names of the profiles."""
 
 PAIRS = (("metaadamw", "adamw"), ("metaadamw-frozen", "adamw"), ("metaadamw", "metaadamw-frozen"))
-"""The comparisons that every chapter makes: an arm and its baseline."""
-
+"""The comparisons of every chapter: an arm and its baseline."""
 
 ABOVE_CHANCE = 5.0
 """Percentage points above guessing that accuracies need to say anything."""
 
 
 def main_records(records: Records, task: str, protocol: str, profile: str) -> list[dict[str, Any]]:
-    """The records of the main study under a protocol and a profile.
+    """Return the main study's records of a task under a protocol and a profile.
 
     Raises:
         ValueError: for an unknown task or protocol, or a profile other than "lite" and "paper".
@@ -56,29 +53,29 @@ def main_records(records: Records, task: str, protocol: str, profile: str) -> li
 
 
 def main_runs(records: Records, task: str) -> pd.DataFrame:
-    """A ``runs_frame`` of a task's runs of the main study."""
+    """Return a ``runs_frame`` of a task's runs of the main study."""
     return runs_frame(_of_main_study(records.of(task)))
 
 
 def _of_main_study(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of a task's three arms, with the study's seeds (AdamW has runs with the seeds of its search, too)."""
+    """Keep the records of the three arms with the study's seeds; AdamW's search has others."""
     return [r for r in records if r["run"]["variant"] in ARMS and r["run"]["seed"] < MOST_PAIRS]
 
 
-def reported(records: Records, task: str, profile: str) -> list[dict[str, Any]]:
-    """The records of a task under the paper's protocol with the seeds that every study has, which no search has."""
+def reported_records(records: Records, task: str, profile: str, seeds: Container[int] = SEEDS) -> list[dict[str, Any]]:
+    """Return a task's records under the paper's protocol with some seeds; those of searches have others.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
     runs = ((record, record["run"]) for record in records.of(task))
-    return [
-        record
-        for record, run in runs
-        if (run["protocol"], run["profile"]) == ("paper", profile) and run["seed"] in SEEDS
-    ]
+    return [r for r, run in runs if (run["protocol"], run["profile"]) == ("paper", profile) and run["seed"] in seeds]
 
 
 def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", baseline: str = "adamw") -> str:
-    """The profile to compare two arms by: "paper" where there are enough pairs, or no others, else "lite".
+    """Choose the profile to compare two arms by: "paper" with enough pairs, or without others, else "lite".
 
-    A pair without a finite result counts: what is looked at must not depend on what comes out.
+    A pair without a finite result counts, since the choice must not depend on the results.
 
     Args:
         runs: from ``runs_frame``, of one task.
@@ -96,16 +93,18 @@ def best_evidence(runs: pd.DataFrame, protocol: str, arm: str = "metaadamw", bas
 
 
 def compare(outcome: pd.DataFrame, protocol: str, arm: str, baseline: str, lower_is_better: bool) -> PairedDifference:
-    """The improvement of one arm over another under a protocol, from a frame that ``outcomes`` made."""
+    """Return the improvement of one arm over another under a protocol, from a frame of ``outcomes``."""
     first, second = by_seed(outcome, protocol, arm, baseline)
     return improvement(first, second, lower_is_better)
 
 
 def near_chance(task: str, outcome: pd.DataFrame) -> bool:
-    """Whether the task has classes, and MetaAdamW's runs under ``paper`` are not five points better than guessing.
+    """Tell whether MetaAdamW's mean accuracy under ``paper`` is less than ``ABOVE_CHANCE`` points above guessing.
+
+    A task without classes is never near chance.
 
     Args:
-        task: which.
+        task: name.
         outcome: from ``outcomes``, of the task and of one profile.
     """
     classes = TASKS[task].classes
@@ -116,15 +115,15 @@ def near_chance(task: str, outcome: pd.DataFrame) -> bool:
 
 
 def power_for_paper(task: str, difference: PairedDifference) -> float:
-    """How likely these pairs are to tell a gain as the paper's on the task from none; NaN with fewer than three."""
+    """Return the power of these pairs to tell the paper's gain on the task from none; NaN with fewer than three."""
     return power(difference, papers_gain(task))
 
 
 def planned_pairs(task: str, runs: pd.DataFrame, protocol: str, profile: str) -> int:
-    """How many pairs of the main study are planned: five as published; of small ones as many as the power asks for.
+    """Return the planned number of pairs of the main study: five as published, as many as the power asks for if small.
 
     Args:
-        task: which.
+        task: name.
         runs: from ``main_runs``, of the task.
         protocol: "paper" or "clean".
         profile: "paper" or "lite".
@@ -138,12 +137,12 @@ def planned_pairs(task: str, runs: pd.DataFrame, protocol: str, profile: str) ->
 
 
 def percent(share: float) -> str:
-    """A share for a table, in whole percent; a dash for NaN."""
+    """Format a share in whole percent, NaN as a dash."""
     return "–" if np.isnan(share) else f"{share:.0%}"
 
 
 def comparison_table(task: str, outcome: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
-    """The paired comparisons of the three arms under both protocols, one row each with its 95 % interval, as text."""
+    """Format the paired comparisons of the three arms under both protocols, a row for each, with 95 % intervals."""
     lower_is_better = TASKS[task].lower_is_better
     rows = []
     for protocol in PROTOCOLS:
@@ -168,7 +167,7 @@ def comparison_table(task: str, outcome: pd.DataFrame, labels: dict[str, str]) -
 
 
 def common_profiles(records: Records, protocol: str = "paper") -> dict[str, str]:
-    """For each task with records the best profile that all ``PAIRS`` of arms can be compared by."""
+    """Return the best profile to compare all ``PAIRS`` of arms by, for each task with records."""
     runs = {name: main_runs(records, name) for name in TASKS}
     return {
         name: min(best_evidence(frame, protocol, arm, baseline) for arm, baseline in PAIRS)  # "lite" < "paper"
@@ -184,20 +183,20 @@ def table_of_tasks(
     protocol: str = "paper",
     profiles: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Table 2 again: for every task the arms' means, the paired improvement, its tests, and the profile it rests on.
+    """Return Table 2 again: for every task the arms' means, the paired improvement, its tests, and its profile.
 
     Args:
         records: of the runs.
         arm, baseline: variants.
         protocol: "paper" or "clean".
-        profiles: by task; None for the best that these two arms can be compared by.
+        profiles: by task; None for the ``best_evidence`` on these two arms.
 
     Returns:
-        Indexed by task: profile, seeds, "planned" (as many as there should be), the two means and standard deviations,
-        "spread" (the ratio of the latter, an ``Estimate``), "difference" (a ``PairedDifference``), "power" (for the
+        Indexed by task: profile, seeds, "planned" (number of pairs), the two means and standard deviations, "spread"
+        (ratio of the standard deviations, an ``Estimate``), "difference" (a ``PairedDifference``), "power" (for the
         paper's gain, with these pairs), "last" (the difference of the last epochs' validation metric), p, p_wilcoxon,
-        p_equivalent, the first and the third after Holm over the tasks (p_holm, p_equivalent_holm), and the
-        improvements by seed.
+        p_equivalent, p and p_equivalent after Holm over the tasks (p_holm, p_equivalent_holm), and the improvements by
+        seed.
 
     Raises:
         ValueError: for an unknown protocol.
@@ -239,8 +238,10 @@ def table_of_tasks(
 
 
 def improvements_frame(table: pd.DataFrame) -> pd.DataFrame:
-    """Every pair of a ``table_of_tasks``, for a figure: task (and how tested), improvement and paper (percent; NaN
-    for a task that the paper lacks)."""
+    """Return every pair of a ``table_of_tasks``, for a figure: task (with its profile), improvement and paper.
+
+    Both are in percent; "paper" is NaN for a task that the paper lacks.
+    """
     return pd.concat(
         pd.DataFrame(
             {
@@ -254,15 +255,15 @@ def improvements_frame(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def time_to_best(records: Iterable[dict[str, Any]], lower_is_better: bool) -> pd.DataFrame:
-    """When MetaAdamW gets to where AdamW is at its best: one row for each pair, those with a failed run left out.
+    """Find the epoch in which MetaAdamW reaches AdamW's best, for each pair without a failed run.
 
     Args:
         records: of one task, and under each protocol of one profile.
         lower_is_better: direction of the metric.
 
     Returns:
-        Indexed by protocol and seed: AdamW's best metric, the epoch it was reached in, MetaAdamW's first epoch that is
-        as good (NaN if none is), and its last one.
+        Indexed by protocol and seed: AdamW's best metric and its epoch, MetaAdamW's first epoch with a metric as good
+        (NaN without one), and MetaAdamW's last epoch.
     """
     sign = 1 if lower_is_better else -1
     rows = []
@@ -280,12 +281,11 @@ def time_to_best(records: Iterable[dict[str, Any]], lower_is_better: bool) -> pd
 
 
 def alphas_and_gains(records: Records, task: str, protocol: str) -> pd.DataFrame:
-    """Whether a gain goes with a group's learning rate: one row for each pair of MetaAdamW and AdamW, and group.
+    """Return gains beside the groups' learning rates: a row for each pair of MetaAdamW and AdamW, and group.
 
     Returns:
         "profile", "seed", "group", "alpha" (the group's mean over MetaAdamW's run), "share" (of the model's parameters
-        that the group holds, in percent) and "gain" (of the pair, in percent). Pairs without a finite result are left
-        out.
+        in the group, percent) and "gain" (of the pair, percent). Pairs without a finite result are left out.
 
     Raises:
         ValueError: for an unknown task or protocol.

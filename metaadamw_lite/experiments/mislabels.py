@@ -1,7 +1,7 @@
-"""Which labels are wrong? How often a model contradicted them while it trained tells, in several ways.
+"""Detection of wrong labels, from the model's outputs on the training samples after every epoch.
 
-``SampleHistory`` looks at every training sample after every epoch. Its ``suspicion`` is one number for each sample and
-method, larger for labels that look wrong; ``detection`` says how well such a ranking finds those that are wrong.
+``SampleHistory`` sums the outputs over the epochs. Its ``suspicion`` is a number for each sample and method, larger for
+labels that look wrong. ``detection`` measures how well this ranking finds the wrong ones.
 """
 
 import math
@@ -19,24 +19,23 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class SampleHistory:
-    """Sums over epochs of what a model says of each of N samples.
+    """Sums over epochs of a model's loss, entropy, margin and so on, for each of N samples.
 
     Args:
         labels: observed labels, (N,).
-        share: the share of samples that "small-loss frequency" takes for clean, which is told it.
+        share: the true share of clean samples, which "small-loss frequency" is given.
     """
 
     def __init__(self, labels: Tensor, share: float) -> None:
         self.labels, self.share = labels.cpu(), share
         count = len(labels)
         names = ("loss", "entropy", "margin", "small_loss", "easy", "hard", "forgotten", "learned")
-        self.sums: dict[str, Tensor] = {name: torch.zeros(count, dtype=torch.float64) for name in names}
-        self.sums["was_right"] = torch.zeros(count, dtype=torch.float64)
-        self.sums["last_loss"] = torch.zeros(count, dtype=torch.float64)
+        zeros = {name: torch.zeros(count, dtype=torch.float64) for name in (*names, "was_right", "last_loss")}
+        self.sums: dict[str, Tensor] = zeros
         self.epochs = 0
 
     def add(self, logits: Tensor, lilaw: LiLAW | None) -> None:
-        """Take in the logits (N, C) after an epoch."""
+        """Add the logits (N, C) after an epoch; ``lilaw`` adds its weights of the samples."""
         z, sums = logits.cpu().double(), self.sums
         log_p = z.log_softmax(dim=1)
         loss = -log_p.gather(1, self.labels[:, None]).squeeze(1)
@@ -60,15 +59,15 @@ class SampleHistory:
         self.epochs += 1
 
     def suspicion(self, weighted: bool) -> dict[str, Array]:
-        """For each method a number for each sample, (N,), larger for a label that looks wrong.
+        """Return a number for each sample, (N,), larger for a label that looks wrong, by method.
 
         Args:
-            weighted: whether there was a LiLAW to ask.
+            weighted: include the methods by LiLAW's weights.
         """
         from cleanlab.rank import get_label_quality_scores  # takes seconds to import
 
         sums, epochs = self.sums, max(1, self.epochs)
-        never = sums["learned"] == 0  # as the authors of forgetting events count it: worse than any that is forgotten
+        never = sums["learned"] == 0  # as the authors of forgetting events count: worse than any forgotten sample
         found = {
             "loss, last epoch": sums["last_loss"],
             "loss, mean": sums["loss"] / epochs,
@@ -85,24 +84,24 @@ class SampleHistory:
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the sums and the number of epochs, for a checkpoint."""
         return {"sums": self.sums, "epochs": self.epochs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.sums = {name: x.cpu() for name, x in state["sums"].items()}  # a checkpoint is loaded to the run's device
         self.epochs = state["epochs"]
 
 
 def detection(scores: Mapping[str, Array], wrong: Array) -> dict[str, dict[str, float]]:
-    """Area under the ROC curve and average precision of each ranking; chance is 0.5 and the share of wrong labels.
+    """Measure each ranking by the area under its ROC curve (chance: 0.5) and average precision (chance: share wrong).
 
     Args:
-        scores: for each method a number for each of N samples, larger for a label that looks wrong.
-        wrong: which labels are wrong, (N,); at least one is and one is not.
+        scores: numbers (N,) by method, larger for a label that looks wrong.
+        wrong: mask of the wrong labels, (N,), with at least one True and one False.
 
     Returns:
-        For each method "auroc" and "auprc"; NaN where a number is not finite.
+        "auroc" and "auprc" by method; NaN if a number is not finite.
     """
     areas = {"auroc": roc_auc_score, "auprc": average_precision_score}
     return {

@@ -1,7 +1,7 @@
 """Multi30k: translate German captions of pictures into English.
 
-Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper; what they leave out is taken from
-the released code (one vocabulary for both languages, no mask on the source's padding, epochs, early stopping).
+Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper. The released code fills their
+gaps (one vocabulary for both languages, no mask on the source's padding, epochs, early stopping).
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaadamw_lite.checks import check_choice
-from metaadamw_lite.experiments.datasets import held_out, hub_table, prepared, read_table
+from metaadamw_lite.experiments.datasets import hub_table, is_held_out, prepared, read_table
 from metaadamw_lite.experiments.etth1 import sinusoidal_positions
 from metaadamw_lite.experiments.task import (
     PROFILES,
@@ -46,31 +46,31 @@ BOS, EOS = 2, 3
 
 
 def synthetic_pairs(pairs: int, seed: int) -> pd.DataFrame:
-    """A stand-in with the columns of Multi30k: the "translation" has the words in reverse, each with a new name."""
+    """Make a stand-in with the columns of Multi30k: the "translation" has the words in reverse, with new names."""
     german = made_up_sentences(pairs, 12, np.random.default_rng(seed))
     english = [" ".join(f"t{word}" for word in reversed(words)) for words in german]
     return pd.DataFrame({"en": english, "de": [" ".join(words) for words in german]})
 
 
 def load(protocol: str, settings: Settings, source: str) -> Data:
-    """Sentences as word numbers, split at white space.
+    """Load sentences as word numbers, split at white space.
 
     ``paper``: one vocabulary, made from the German side, encodes both languages, so that most English words become
-    "<unk>"; the official validation part validates and is what is reported. ``clean``: each language has a vocabulary;
-    about a tenth of the training pairs validates, and the official test part (2016) is the test part.
+    "<unk>". The official validation part validates and is reported. ``clean``: each language has a vocabulary, about a
+    tenth of the training pairs validates, and the official test part (2016) is the test part.
 
     Returns:
         Batches (source, target), each of shape (N, 64), int16, beginning with "<bos>" and ending with "<eos>".
 
     Raises:
         ValueError: for an unknown protocol or source.
-        DataError: if the real data cannot be had, or are not what they should be.
+        DataError: if the real data are missing and cannot be downloaded, or fail their check.
         ImportError: without sacrebleu, under ``clean``.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
     if protocol == "clean":
-        import sacrebleu  # noqa: F401 (BLEU comes last: where it is not installed, say so before hours of training)
+        import sacrebleu  # noqa: F401 (BLEU comes last: fail before hours of training, not after)
     sizes = settings.data.get("words", VOCABULARY), settings.data.get("longest")
     if source == "real":
         parts, words, references = prepared(pairs_of_the_tables, (TRAIN, VALIDATION, TEST), protocol, *sizes)
@@ -96,19 +96,19 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
 def pairs_of_the_tables(
     protocol: str, size: int, longest: int | None
 ) -> tuple[list[Any], dict[str, list[str]], list[str]]:
-    """The pairs of the real data."""
+    """Encode the pairs of the real data, as ``pairs`` does."""
     return pairs(protocol, read_table(TRAIN), read_table(VALIDATION if protocol == "paper" else TEST), size, longest)
 
 
 def pairs(
     protocol: str, train: pd.DataFrame, other: pd.DataFrame, size: int = VOCABULARY, longest: int | None = None
 ) -> tuple[list[Any], dict[str, list[str]], list[str]]:
-    """The parts of a protocol as arrays, the two vocabularies, and the English sentences of the test part.
+    """Encode the parts of a protocol; return arrays, both vocabularies, and the test part's English sentences.
 
     Args:
         protocol: "paper", where ``other`` is the validation part, or "clean", where it is the test part.
         train: the training part, which ``clean`` divides into training and validation.
-        other: the official part that is held out.
+        other: the official held-out part.
         size: at most so many words in a vocabulary.
         longest: only pairs with at most so many words in either language; None for all.
     """
@@ -117,7 +117,7 @@ def pairs(
     if protocol == "paper":
         frames = [train, other]
     else:
-        validates = held_out(train["en"])
+        validates = is_held_out(train["en"])
         frames = [train[~validates], train[validates], other]
     words = {
         language: vocabulary((text.split() for text in frames[0][language]), SPECIALS, size, MIN_FREQ)
@@ -142,7 +142,7 @@ class Translator(nn.Module):
     Args:
         source_words: size of the source vocabulary.
         target_words: size of the target vocabulary; 0 if both languages share the source's vocabulary and embedding,
-            as in the released code. Then the padding of the source is not masked either, as there.
+            as in the released code. Then the padding of the source is not masked, either.
     """
 
     positions: Tensor
@@ -176,19 +176,19 @@ class Translator(nn.Module):
         self.output = nn.Linear(d_model, target_words or source_words)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Scores (N, T, target words) for the words that follow each of the target's, given the source (N, S)."""
+        """Return scores (N, T, target words) of the word after each target word (N, T), given the source (N, S)."""
         memory, padding = self.encode(source)
         scores: Tensor = self.output(self.decode(target, memory, padding))
         return scores
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the encoder makes of the source (N, S), shape (N, S, d), and where the decoder must not look."""
+        """Encode the source (N, S) as (N, S, d), and return it with the mask of its padding, if that is masked."""
         padding = source == PAD if self.mask_padding else None
         h = self._embedded(source, self.embedding)
         return self.transformer.encoder(h, src_key_padding_mask=padding), padding
 
     def decode(self, target: Tensor, memory: Tensor, padding: Tensor | None) -> Tensor:
-        """The decoder's output (N, T, d) for the beginning of the target (N, T)."""
+        """Return the decoder's output (N, T, d) for the beginning of the target (N, T)."""
         h = self._embedded(target, self.target_embedding or self.embedding)
         mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=target.device)
         decoded: Tensor = self.transformer.decoder(
@@ -203,7 +203,7 @@ class Translator(nn.Module):
 
 
 def build(settings: Settings, data: Data) -> nn.Module:
-    """A freshly initialised model."""
+    """Build a freshly initialised model."""
     return Translator(**data.sizes, **settings.model)
 
 
@@ -211,7 +211,7 @@ def build(settings: Settings, data: Data) -> nn.Module:
 
 
 def score(model: nn.Module, batch: Batch) -> Score:
-    """Mean cross-entropy in nats of the target's words, given those before; the metric is its exponential."""
+    """Return the mean cross-entropy in nats of each target word, given those before. The metric is its exponential."""
     source, target = trimmed(batch)
     expected = target[:, 1:].flatten()
     loss = F.cross_entropy(model(source, target[:, :-1]).flatten(0, 1), expected, ignore_index=PAD)
@@ -220,7 +220,7 @@ def score(model: nn.Module, batch: Batch) -> Score:
 
 @torch.no_grad()
 def translate(model: nn.Module, data: Data) -> dict[str, float]:
-    """BLEU (sacrebleu's default, 0 to 100) of the greedy translations of the test part, which only ``clean`` has.
+    """Compute BLEU (sacrebleu's default, 0 to 100) of greedy translations of the test part, which only ``clean`` has.
 
     Returns:
         ``{"bleu": …}``.
@@ -242,7 +242,7 @@ def translate(model: nn.Module, data: Data) -> dict[str, float]:
 
 
 def greedy(model: Translator, source: Tensor) -> Tensor:
-    """The most likely next word, again and again: word numbers (N, T) without "<bos>", for sources (N, S).
+    """Translate sources (N, S) by the likeliest next word, again and again: word numbers (N, T) without "<bos>".
 
     A translation ends with "<eos>", or when it is eight words longer than the longest source.
     """

@@ -1,7 +1,7 @@
-"""Labels made wrong on purpose: how many, which ones, and what they become, all set by a seed.
+"""Labels made wrong on purpose, reproducibly by a seed.
 
-Every injector takes true labels, (N,), and returns them as they will be observed. The share is exact: of N samples, the
-nearest whole number to rate · N changes its label.
+Every injector takes true labels, (N,), and returns observed ones. Exactly round(rate · N) of N samples change their
+label.
 """
 
 import io
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from metaadamw_lite.checks import check_choice, check_seed, check_share
 from metaadamw_lite.experiments.datasets import DataError, file_from
@@ -33,26 +32,26 @@ HUMAN_SOURCE = "https://github.com/UCSC-REAL/cifar-10-100-n/raw/main/data/CIFAR-
 
 
 def symmetric(labels: Array, classes: int, rate: float, seed: int) -> Array:
-    """A share ``rate`` of all samples gets another class, each of the others equally likely.
+    """Give a share ``rate`` of all samples another class, each of the others equally likely.
 
     Raises:
         ValueError: for a rate outside [0, 1], a bad seed, or labels that are no class numbers.
     """
-    rng = _checked(labels, classes, rate, seed)
+    rng = _generator_after_checks(labels, classes, rate, seed)
     chosen = _choose(np.arange(len(labels)), rate, rng)
     shift = rng.integers(1, classes, len(chosen))
-    return _with(labels, chosen, (labels[chosen] + shift) % classes)
+    return _replace_labels(labels, chosen, (labels[chosen] + shift) % classes)
 
 
 def asymmetric(labels: Array, pairs: Mapping[int, int], classes: int, rate: float, seed: int) -> Array:
-    """A share ``rate`` of the samples of each class that has a partner gets the partner's label.
+    """Give a share ``rate`` of the samples of each class with a partner the partner's label.
 
-    So the share of wrong labels in all is smaller: with five of ten classes that have a partner, rate/2.
+    The share of all labels is smaller: rate/2 if five of ten classes have a partner.
 
     Raises:
         ValueError: as ``symmetric`` does, and for a pair that is not two different classes.
     """
-    rng = _checked(labels, classes, rate, seed)
+    rng = _generator_after_checks(labels, classes, rate, seed)
     for a, b in pairs.items():
         if a == b or not (0 <= a < classes and 0 <= b < classes):
             raise ValueError(f"pair {a} → {b}; two different classes from 0 to {classes - 1} are needed")
@@ -60,29 +59,29 @@ def asymmetric(labels: Array, pairs: Mapping[int, int], classes: int, rate: floa
     numbers = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
     partner = np.arange(classes)
     partner[list(pairs)] = list(pairs.values())
-    return _with(labels, numbers, partner[labels[numbers]])
+    return _replace_labels(labels, numbers, partner[labels[numbers]])
 
 
 def instance_dependent(labels: Array, inputs: Array, classes: int, rate: float, seed: int, maps_seed: int) -> Array:
-    """A share ``rate`` of all samples gets a wrong class that depends on what the sample looks like.
+    """Give a share ``rate`` of all samples a wrong class that depends on the sample.
 
-    After Xia et al. (2020, "Part-dependent label noise"): each class has a random linear map from inputs to scores for
-    all classes; a wrong label is drawn from the softmax of a sample's scores without its true class, and how likely a
-    sample is to be wrong varies (normal around the rate, standard deviation 0.1). Here the number of wrong labels is
-    exact, where theirs is so on average.
+    This follows Xia et al. (2020, "Part-dependent label noise"). Each class has a random linear map from inputs to
+    scores of all classes, and a wrong label is drawn from the softmax of a sample's scores without its true class. The
+    chance of a wrong label varies by sample (normal around the rate, standard deviation 0.1). Here the number of wrong
+    labels is exact; theirs is exact on average.
 
     Args:
         labels: true labels, (N,).
-        inputs: (N, ...), numbers of any scale: they are standardised.
-        classes: how many classes there are.
+        inputs: numbers (N, ...) of any scale, which are standardised.
+        classes: number of classes.
         rate: share of wrong labels.
-        seed: of everything random but the maps.
-        maps_seed: of the maps: parts of one data set are wrong alike only if they share these.
+        seed: of all random choices but the maps.
+        maps_seed: of the maps. Parts of one data set have the same kind of noise only if they share the maps.
 
     Raises:
         ValueError: as ``symmetric`` does, and if there is not one input for each label.
     """
-    rng = _checked(labels, classes, rate, seed)
+    rng = _generator_after_checks(labels, classes, rate, seed)
     check_seed(maps_seed)
     if len(inputs) != len(labels):
         raise ValueError(f"{len(inputs)} inputs for {len(labels)} labels; one for each is needed")
@@ -97,19 +96,19 @@ def instance_dependent(labels: Array, inputs: Array, classes: int, rate: float, 
     scores = np.stack([x[i] @ maps[labels[i]] for i in chosen]) if count else np.zeros((0, classes))
     scores[np.arange(count), labels[chosen]] = -np.inf
     gumbel = -np.log(-np.log(rng.random(scores.shape)))  # the largest of scores + gumbel is a draw from the softmax
-    return _with(labels, chosen, (scores + gumbel).argmax(axis=1))
+    return _replace_labels(labels, chosen, (scores + gumbel).argmax(axis=1))
 
 
 def human_labels(name: str, truth: Array) -> Array:
-    """Labels that people gave the 50,000 training images of CIFAR-10 (CIFAR-10N).
+    """Return people's labels of the 50,000 training images of CIFAR-10 (CIFAR-10N).
 
     Args:
-        truth: the true labels of the images in their order, (50,000,), which has to be that of the file.
-        name: one of ``HUMAN_LABELS``: "worse_label" is a wrong one of three wherever there is one (40 % wrong).
+        name: one of ``HUMAN_LABELS``: "worse_label" is a wrong one of three, if there is one (40 % are wrong).
+        truth: the true labels of the images, (50,000,), in the order of the file.
 
     Raises:
         ValueError: for an unknown name.
-        DataError: if the file is missing and cannot be downloaded, is not what it should be, or has another order.
+        DataError: if the file is missing and cannot be downloaded, is broken, or has another order.
     """
     check_choice("human labels", name, HUMAN_LABELS)
     path = file_from(HUMAN_FILE, HUMAN_SOURCE, _download_human)
@@ -146,17 +145,16 @@ def _download_human(part: Path) -> None:
 
 
 def corrupted(data: Data, noise: Mapping[str, Any], classes: int, seed: int) -> Data:
-    """Data whose training and validation labels are made wrong alike; the test part stays as it is.
+    """Make training and validation labels wrong alike, and leave the test part right.
 
     Args:
         data: batches whose second tensor is the label. With "human" noise its labels are wrong already.
-        noise: "kind", one of ``KINDS``; "rate"; for "asymmetric" the "pairs"; "imbalance" if classes are to be thinned
-            first.
-        classes: how many there are, whether or not all are among these labels.
-        seed: of everything random.
+        noise: "kind", one of ``KINDS``; "rate"; "pairs" for "asymmetric"; "imbalance" to thin out classes first.
+        classes: number of classes, also of those without a label here.
+        seed: of all random choices.
 
     Returns:
-        Data whose ``truth`` are the true labels of the training part.
+        The data, with the true labels of the training part as ``truth``.
 
     Raises:
         ValueError: as the injectors do.
@@ -167,14 +165,14 @@ def corrupted(data: Data, noise: Mapping[str, Any], classes: int, seed: int) -> 
     if "imbalance" in noise:
         data = imbalanced(data, noise["imbalance"], classes)
     train, val = (
-        _with_labels(part, _injected(part, noise, classes, 2 * seed + k, 2 * seed))
+        (part[0], torch.from_numpy(_injected(part, noise, classes, 2 * seed + k, 2 * seed)), *part[2:])
         for k, part in enumerate((data.train, data.val))
     )
     return replace(data, train=train, val=val, truth=data.train[1])
 
 
 def imbalanced(data: Data, ratio: float, classes: int) -> Data:
-    """Data with a long tail: of C classes, class c keeps a share ratio^(−c/(C−1)) of its samples; not in the test part.
+    """Give training and validation part a long tail: of C classes, class c keeps a share ratio^(−c/(C−1)).
 
     Raises:
         ValueError: for a ratio below 1, or one that is not finite.
@@ -204,11 +202,7 @@ def _injected(part: Batch, noise: Mapping[str, Any], classes: int, seed: int, ma
     return instance_dependent(labels, part[0].numpy(), classes, rate, seed, maps_seed)
 
 
-def _with_labels(part: Batch, labels: Array) -> tuple[Tensor, ...]:
-    return (part[0], torch.from_numpy(labels), *part[2:])
-
-
-def _checked(labels: Array, classes: int, rate: float, seed: int) -> np.random.Generator:
+def _generator_after_checks(labels: Array, classes: int, rate: float, seed: int) -> np.random.Generator:
     check_seed(seed)
     check_share(rate=rate)
     if classes < 2:
@@ -226,7 +220,7 @@ def _choose(numbers: Array, rate: float, rng: np.random.Generator) -> Array:
     return chosen
 
 
-def _with(labels: Array, chosen: Array, becomes: Array) -> Array:
+def _replace_labels(labels: Array, chosen: Array, becomes: Array) -> Array:
     observed = labels.copy()
     observed[chosen] = becomes
     return observed

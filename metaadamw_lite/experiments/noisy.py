@@ -1,13 +1,11 @@
 """CIFAR-10 and IMDB with labels that are partly wrong: the tasks of the chapters on LiLAW.
 
-Each is a task of the paper with other settings, always under the ``clean`` protocol: training and validation labels are
-wrong alike, the official test part is right and looked at after training. The seed of a run also draws which labels are
-wrong (but for those of people, which are fixed), so repeated runs vary in that, too. Nothing stops a run early, since
-memorising comes late.
+Each is a task of the paper with other settings, under the ``clean`` protocol: training and validation labels are wrong
+alike, and the official test part is right and measured after training. The run's seed also draws the wrong labels
+(people's labels are fixed), so runs vary in these, too. Nothing stops a run early, since models memorise late.
 
-On a CPU (``lite``, with sizes of its own) the model for images is a small convolutional network that can learn 2,000
-images by heart in forty epochs, wrong labels included, and 1,920 reviews are read by the paper's LSTM; the ``paper``
-profile has ResNet-18 and all of CIFAR-10.
+On a CPU (``lite``) a small convolutional network can memorise 2,000 images in forty epochs, wrong labels included, and
+the paper's LSTM reads 1,920 reviews. The ``paper`` profile has ResNet-18 and all of CIFAR-10.
 """
 
 from collections.abc import Mapping
@@ -26,7 +24,7 @@ EPOCHS = {
     "imdb": {"paper": 15, "lite": 15, "smoke": 2},
 }
 LITE_LEARNING_RATE = 2e-3
-"""Of the small network; four times the paper's, so that forty epochs are enough to learn by heart."""
+"""The small network's learning rate, four times the paper's, so that it memorises in forty epochs."""
 
 
 class SmallConvNet(nn.Module):
@@ -48,7 +46,7 @@ class SmallConvNet(nn.Module):
         self.standardised = cifar10.Standardised()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (N, 10) from images (N, 3, H, W) of bytes."""
+        """Return scores (N, 10) of images (N, 3, H, W) of bytes."""
         x = self.standardised(images)
         for stage in self.stages:
             x = stage(x)
@@ -62,17 +60,17 @@ def _build(settings: Settings, data: Data) -> nn.Module:
     return cifar10.build(settings, data)
 
 
-def noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task:
-    """A task with wrong labels.
+def make_noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task:
+    """Return a task with wrong labels.
 
     Args:
         task: CIFAR-10 or IMDB.
-        name: what the kind is called in the task's name, ``TASK-NAMEPERCENT``.
+        name: of the noise, in the task's name ``TASK-NAMEPERCENT``.
         noise: as ``noise.corrupted`` takes it, without the rate.
         percent: the rate, in percent.
 
     Raises:
-        ValueError: for percent that are not an integer from 0 to 100.
+        ValueError: for a ``percent`` that is not an integer from 0 to 100.
     """
     if percent not in range(101):
         raise ValueError(f"percent is {percent}; it must be an integer from 0 to 100")
@@ -88,7 +86,7 @@ def noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task
             return changed
         sizes = {"widths": (16, 32, 64)} if profile == "lite" else {"widths": (4, 4)}
         if profile == "lite":
-            count = 4_000 if "imbalance" in noise else 2_000  # of which about two fifths are left
+            count = 4_000 if "imbalance" in noise else 2_000  # thinning leaves about two fifths
             data |= {"train": count, "val": count // 4, "test": 2_000}
             changed = replace(changed, batch_size=64, meta_every=16, lr=LITE_LEARNING_RATE)
         return replace(changed, model=sizes, data=data)
@@ -99,7 +97,7 @@ def noisy(task: Task, name: str, noise: Mapping[str, Any], percent: int) -> Task
         title=f"{task.title}, {name} {percent} %",
         settings=settings,
         build=_build if task is cifar10.CIFAR10 else task.build,
-        augment=None,  # it would keep a small network from learning by heart
+        augment=None,  # augmentation would keep a small network from memorising
     )
 
 
@@ -107,13 +105,13 @@ _PAIRS = {"kind": "asymmetric", "pairs": tuple(CIFAR10_PAIRS.items())}
 NOISY: dict[str, Task] = {
     task.name: task
     for task in (
-        *(noisy(cifar10.CIFAR10, "symmetric", {"kind": "symmetric"}, percent) for percent in (0, 20, 40, 50)),
-        noisy(cifar10.CIFAR10, "asymmetric", _PAIRS, 40),
-        noisy(cifar10.CIFAR10, "instance", {"kind": "instance"}, 40),
-        noisy(cifar10.CIFAR10, "human", {"kind": "human", "labels": "worse_label"}, 40),
-        noisy(cifar10.CIFAR10, "longtail", {"kind": "symmetric", "imbalance": 10.0}, 40),
-        noisy(imdb.IMDB, "symmetric", {"kind": "symmetric"}, 40),
-        noisy(imdb.IMDB, "asymmetric", {"kind": "asymmetric", "pairs": ((1, 0),)}, 40),
+        *(make_noisy(cifar10.CIFAR10, "symmetric", {"kind": "symmetric"}, percent) for percent in (0, 20, 40, 50)),
+        make_noisy(cifar10.CIFAR10, "asymmetric", _PAIRS, 40),
+        make_noisy(cifar10.CIFAR10, "instance", {"kind": "instance"}, 40),
+        make_noisy(cifar10.CIFAR10, "human", {"kind": "human", "labels": "worse_label"}, 40),
+        make_noisy(cifar10.CIFAR10, "longtail", {"kind": "symmetric", "imbalance": 10.0}, 40),
+        make_noisy(imdb.IMDB, "symmetric", {"kind": "symmetric"}, 40),
+        make_noisy(imdb.IMDB, "asymmetric", {"kind": "asymmetric", "pairs": ((1, 0),)}, 40),
     )
 }
 """Asymmetric noise makes 40 % of each class that has a partner wrong, so about 20 % of all labels."""

@@ -1,21 +1,21 @@
-"""The null test: MetaAdamW with Φ's that no other run has, never trained, and trained.
+"""The null test: MetaAdamW with Φ's of its own, untrained and trained.
 
-How results spread over random Φ's is what a single run with a single Φ has to be set against.
+The spread of results over random Φ's is the yardstick for a single run with a single Φ.
 """
 
 from metaadamw_lite.experiments.variant import Variant, arguments
 
 PHI_SEEDS = range(1000, 1032)
-"""Of Φ's random start; no run has one of them."""
+"""Seeds of Φ's random start, apart from the seeds of all runs."""
 
 
 def frozen_phi(seed: int) -> str:
-    """The name of MetaAdamW with the Φ of a seed, which is never updated."""
+    """Name MetaAdamW with the untrained Φ of a seed."""
     return f"frozen-phi{seed}"
 
 
 def trained_phi(seed: int) -> str:
-    """The name of MetaAdamW with the Φ of a seed, trained as in the paper."""
+    """Name MetaAdamW with the Φ of a seed, trained as in the paper."""
     return f"trained-phi{seed}"
 
 
@@ -23,4 +23,4 @@ NULL = {
     **{frozen_phi(seed): Variant(arguments(seed=seed), updates=False) for seed in PHI_SEEDS},
     **{trained_phi(seed): Variant(arguments(seed=seed)) for seed in PHI_SEEDS},
 }
-"""Weights, batches and dropout keep the run's own seed."""
+"""Weights, batches and dropout follow the run's own seed."""

@@ -23,45 +23,46 @@ from statsmodels.stats.weightstats import DescrStatsW
 CONFIDENCE = 0.95
 
 EQUIVALENT = 1.0
-"""Percent up to which a difference makes no difference."""
+"""Percent up to which a difference counts as none."""
 
 POWER = 0.8
-"""How likely a study is to find the paper's gain, if it is there."""
+"""The planned chance that a study finds the paper's gain, if it is there."""
 
 FEWEST_PAIRS, MOST_PAIRS = 10, 40
-"""Between these ``pairs_needed`` answers: fewer give no interval to rely on, more are not to be had."""
+"""The limits of ``pairs_needed``: fewer pairs give no reliable interval, more take too long."""
 
 ENOUGH_SEEDS = 3
-"""Pairs that an interval needs."""
+"""The fewest pairs with an interval."""
 
 
 def signed(x: float) -> str:
-    """A difference with its sign and one decimal; where that would show nothing, with one digit."""
+    """Format a difference with its sign and one decimal, or one significant digit if it would round to zero."""
     return f"{x:+.1g}" if 0 < abs(x) < 0.05 else f"{x:+.1f}"
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """An improvement over a baseline, paired by seed (positive: better): relative and in percent, unless it says other.
+    """An improvement over a baseline, paired by seed (positive: better).
 
     Attributes:
         mean: over the seeds.
-        low, high: bootstrap interval (BCa) for the mean at 95 % confidence; NaN with fewer than three seeds. From so
-            few pairs it is too narrow: its true coverage is below 90 %.
-        p: of a paired t-test against no difference (of a sign test where all differences are equal); NaN with fewer
-            than three seeds, as all tests and intervals.
-        seeds: how many pairs.
-        p_wilcoxon: of Wilcoxon's signed-rank test; with five pairs it cannot fall below 1/16.
+        low, high: bootstrap interval (BCa) for the mean at 95 % confidence; NaN with fewer than three seeds. With a
+            handful of pairs it is too narrow: its true coverage is below 90 %.
+        p: of a paired t-test against no difference (of a sign test if all differences are equal); NaN with fewer than
+            three seeds, as all tests and intervals.
+        seeds: number of pairs with a result.
+        p_wilcoxon: of Wilcoxon's signed-rank test, at least 1/16 with five pairs.
+        unit: of mean, interval and standard deviation; "%" for relative differences.
         t_low, t_high: Student's interval, which goes with ``p``.
         log_ratio: of an ``improvement``: the mean logarithm of the ratios, times 100 (positive: better). Near zero it
-            is a percentage; a factor of two is 69. With the arms exchanged it only changes its sign, which the mean of
-            relative differences does not: with a large spread each arm can look worse than the other.
+            is a percentage; a factor of two is 69. Exchanging the arms only changes its sign. The mean of relative
+            differences lacks this symmetry: with a large spread each arm can look worse than the other.
         p_log: of a t-test on these logarithms.
         p_equivalent: of two one-sided t-tests (TOST) against a mean outside of ±1 %, the larger of both; NaN in other
             units.
         std: standard deviation over the pairs; NaN with fewer than two.
-        lost: pairs that do not count, since a run of theirs has no finite result. With any, nothing is decided: those
-            that are left may be left because they went well.
+        lost: number of pairs with a run without a finite result. With any, nothing is decided, since the others may be
+            left because they went well.
     """
 
     mean: float
@@ -88,51 +89,51 @@ class PairedDifference:
         return f"{self.mean_text} {self.unit} {self.interval}{student}, {seeds}{lost}"
 
     def reversed(self) -> "PairedDifference":
-        """The same for the claim that the baseline is the better one: everything with the other sign."""
+        """Return the difference with the other sign, for the claim that the baseline is better."""
         t_low, t_high, log_ratio = -self.t_high, -self.t_low, -self.log_ratio
         low, high = -self.high, -self.low
         return replace(self, mean=-self.mean, low=low, high=high, t_low=t_low, t_high=t_high, log_ratio=log_ratio)
 
     @property
     def pairs(self) -> int:
-        """How many pairs were run, those that are lost included."""
+        """The number of pairs, lost ones included."""
         return self.seeds + self.lost
 
     @property
     def mean_text(self) -> str:
-        """The mean for a table."""
+        """The mean, as text."""
         return signed(self.mean)
 
     @property
     def log_text(self) -> str:
-        """The log ratio for a table."""
+        """The log ratio, as text."""
         return signed(self.log_ratio)
 
     @property
     def interval(self) -> str:
-        """The bootstrap interval in the unit, or that there are too few seeds for one."""
+        """The bootstrap interval, as text; "[no interval]" with too few seeds."""
         return "[no interval]" if np.isnan(self.low) else f"[{signed(self.low)}, {signed(self.high)}]"
 
     @property
     def one_more(self) -> str:
-        """Where a single further pair would fall, with 95 % confidence, or a dash: Student's prediction interval.
+        """Student's 95 % prediction interval for one further pair, as text; a dash with too few seeds.
 
-        A result from one pair, as the paper's, is to be compared with this and not with an interval for a mean. (For
-        differences that are normal; from so few pairs nobody can see whether they are.)
+        The paper's results, from one pair each, compare with this interval and not with that of a mean. It assumes
+        normal differences, which a handful of pairs cannot confirm.
         """
         half = (self.t_high - self.t_low) / 2 * math.sqrt(self.seeds + 1)
         return "–" if np.isnan(half) else f"[{signed(self.mean - half)}, {signed(self.mean + half)}]"
 
     @property
     def t_interval(self) -> str:
-        """Student's interval in the unit, or a dash."""
+        """Student's interval, as text; a dash with too few seeds."""
         return "–" if np.isnan(self.low) else f"[{signed(self.t_low)}, {signed(self.t_high)}]"
 
 
 def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool) -> PairedDifference:
-    """The improvement of an arm over a baseline, both indexed by seed; seeds that one of them lacks do not count.
+    """Return the improvement of an arm over a baseline, both indexed by seed, from the seeds of both.
 
-    Each pair's difference is taken relative to its baseline run, as in the paper's Table 2.
+    Each pair's difference is relative to its baseline run, as in the paper's Table 2.
     """
     difference = paired_difference(improvements_by_seed(arm, baseline, lower_is_better), "%")
     pairs = pairs_by_seed(arm, baseline).dropna()
@@ -144,8 +145,8 @@ def improvement(arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_
 
 
 def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDifference:
-    """The mean of some differences, one for each seed, with its interval and tests; NaN is a pair that is lost."""
-    values = np.sort(differences.dropna().to_numpy()) + 0.0  # which makes 0 of −0; the bootstrap minds the order
+    """Return the mean of differences, one for each seed, with its interval and tests; NaN is a lost pair."""
+    values = np.sort(differences.dropna().to_numpy()) + 0.0  # + 0.0 turns −0 into 0; the bootstrap depends on the order
     low = high = t_low = t_high = p = p_equivalent = p_wilcoxon = float("nan")
     if len(values) >= ENOUGH_SEEDS and np.ptp(values) <= 1e-12 * np.abs(values).max():  # no spread but rounding
         low = high = t_low = t_high = float(values.mean())  # no t-test is defined without any: sign tests
@@ -179,14 +180,14 @@ def paired_difference(differences: "pd.Series[float]", unit: str) -> PairedDiffe
 
 
 def pairs_by_seed(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> pd.DataFrame:
-    """The seeds that both have, a column for each; NaN where a run has no finite result."""
+    """Pair two arms by seed: the columns "arm" and "baseline" for the seeds of both, NaN for no finite result."""
     return pd.concat([arm.rename("arm"), baseline.rename("baseline")], axis=1, join="inner").astype(float)
 
 
 def improvements_by_seed(
     arm: "pd.Series[float]", baseline: "pd.Series[float]", lower_is_better: bool
 ) -> "pd.Series[float]":
-    """The improvement of each pair in percent, by seed."""
+    """Return the improvement of each pair in percent, by seed."""
     pairs = pairs_by_seed(arm, baseline)
     return percent_gain(pairs["arm"], pairs["baseline"], lower_is_better)
 
@@ -201,12 +202,12 @@ def percent_gain(arm: Results, baseline: Any, lower_is_better: bool) -> Results:
 
 
 def p_value(p: float) -> str:
-    """A p-value for a table; a dash where there was no test."""
+    """Format a p-value; NaN, without a test, is a dash."""
     return "–" if np.isnan(p) else "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def corrected(differences: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Some ``PairedDifference``, with ``p`` and ``p_equivalent`` after Holm's correction, for ``verdict.judge``.
+    """Return some ``PairedDifference`` with ``p`` and ``p_equivalent`` after Holm's correction, for ``verdict.judge``.
 
     Tests of a difference are one family, tests of equivalence another.
     """
@@ -217,15 +218,15 @@ def corrected(differences: "pd.Series[Any]") -> "pd.Series[Any]":
 
 
 def holm(p_values: "pd.Series[float]") -> "pd.Series[float]":
-    """The p-values of a family of tests after Holm's correction; NaN stay NaN and do not count."""
-    # That of statsmodels collects garbage at each call, which was most of the time that a table took.
+    """Correct the p-values of a family of tests by Holm's method; NaN stay NaN and do not count."""
+    # statsmodels' own collects garbage at each call, which took most of the time of a table.
     ordered = p_values.dropna().sort_values()
     return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p_values.index)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % bootstrap interval; a dash where there are too few pairs for one."""
+    """A number with its 95 % interval; NaN, with too few pairs, is shown as a dash."""
 
     value: float
     low: float
@@ -238,15 +239,14 @@ class Estimate:
 
 
 def over_tasks(improvements: "dict[str, pd.Series[float]]") -> dict[str, Estimate]:
-    """What many tasks say together, from the improvements (percent, by seed) of each.
+    """Summarise many tasks by the improvements (percent, by seed) of each.
 
-    Intervals come from a bootstrap that is stratified by task: it draws seeds anew within each (Agarwal et al., 2021).
-    A task with a single pair widens no interval.
+    Intervals come from a bootstrap stratified by task, which draws seeds anew within each (Agarwal et al., 2021). A
+    task with a single pair widens no interval.
 
     Returns:
-        "interquartile mean" of all improvements (that of their middle half), in percent, and "probability of
-        improvement": that a pair drawn at random from a task drawn at random is better than its baseline, ties counting
-        half.
+        "interquartile mean" of all improvements (the mean of their middle half), in percent, and "probability of
+        improvement": the chance that a random pair of a random task is better than its baseline, ties counting half.
     """
     groups = [x.to_numpy() for x in improvements.values() if len(x)]
     many, alone = ([g for g in groups if (len(g) > 1) == more] for more in (True, False))  # one pair cannot be redrawn
@@ -264,7 +264,7 @@ def over_tasks(improvements: "dict[str, pd.Series[float]]") -> dict[str, Estimat
 
 
 def _bootstrapped(samples: Sequence["np.ndarray[Any, Any]"], statistic: Callable[..., float]) -> tuple[float, float]:
-    """The 95 % bootstrap interval (percentiles) of a statistic of some samples, each of which is drawn from anew."""
+    """Return the 95 % bootstrap interval (percentiles) of a statistic of some samples, each drawn from anew."""
     interval = stats.bootstrap(
         samples,
         statistic,
@@ -281,11 +281,11 @@ def _bootstrapped(samples: Sequence["np.ndarray[Any, Any]"], statistic: Callable
 
 
 def power(difference: PairedDifference, gain: float) -> float:
-    """How likely the t-test of these pairs is to tell a mean of ``gain`` from zero, if their spread is the true one.
+    """Return the chance that these pairs' t-test tells a mean of ``gain`` from zero, if their spread is the true one.
 
     Args:
         difference: the pairs at hand.
-        gain: in the unit of ``difference``; its sign does not matter. NaN where none is named.
+        gain: in the unit of ``difference``, of any sign; NaN for none.
 
     Returns:
         The power at p < 0.05, two-sided and without a correction; NaN with fewer than three pairs or without a gain.
@@ -296,10 +296,10 @@ def power(difference: PairedDifference, gain: float) -> float:
 
 
 def pairs_needed(first: "pd.Series[float]", gain: float) -> int:
-    """How many pairs tell a mean of ``gain`` from zero with a power of 80 %, by the spread of the first ones.
+    """Return how many pairs tell a mean of ``gain`` from zero with a power of 80 %, by the spread of the first ones.
 
     Args:
-        first: their differences; NaN is a pair that is lost.
+        first: differences of the first pairs; NaN is a lost pair.
         gain: in the same unit.
 
     Returns:
@@ -311,27 +311,27 @@ def pairs_needed(first: "pd.Series[float]", gain: float) -> int:
 
 
 def _power(std: float, gain: float, pairs: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """The power of a paired t-test for each number of pairs."""
-    effect = min(abs(gain) / std if std else math.inf, 6.0)  # from which three pairs have a power of 0.995
+    """Return the power of a paired t-test for each number of pairs."""
+    effect = min(abs(gain) / std if std else math.inf, 6.0)  # at 6, three pairs have a power of 0.995
     solver, error = TTestPower(), 1 - CONFIDENCE
     both = solver.power(effect, pairs, error)
     right = solver.power(effect, pairs, error / 2, alternative="larger")
-    # Far out, scipy has no number for the part with the wrong sign, which is nothing there.
+    # For large effects scipy returns NaN for the part with the wrong sign, which is negligible.
     return np.asarray(np.where(np.isnan(both), right, both))
 
 
-# ---------------------------------------------------------------- spread, and where it comes from
+# ---------------------------------------------------------------- spread and its sources
 
 
 def spread_ratio(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> Estimate:
-    """How many times the standard deviation over seeds of an arm is that of a baseline.
+    """Return the ratio of an arm's standard deviation over seeds to a baseline's.
 
     Args:
-        arm, baseline: results by seed; only seeds with two finite ones count.
+        arm, baseline: results by seed; only seeds with two finite results count.
 
     Returns:
-        The ratio with Pitman's and Morgan's interval, which is exact for normal pairs and minds that the arms are
-        correlated; NaN with fewer than three pairs, or without any spread in one of them.
+        The ratio with Pitman's and Morgan's interval, which is exact for normal pairs and allows for the arms'
+        correlation; NaN with fewer than three pairs, or without any spread in one arm.
     """
     pairs = pairs_by_seed(arm, baseline).dropna()
     n = len(pairs)
@@ -339,7 +339,7 @@ def spread_ratio(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> Estim
         return Estimate(math.nan, math.nan, math.nan)
     x, y = (pairs[name] / pairs[name].std() for name in ("arm", "baseline"))
     ratio = float(pairs["arm"].std() / pairs["baseline"].std())
-    # It holds the ratios ω by which arm / ω + baseline and arm / ω − baseline have no correlation that a test sees.
+    # The interval holds the ratios ω for which a test finds no correlation of arm / ω ± baseline.
     t = stats.t.ppf((1 + CONFIDENCE) / 2, n - 2)
     wide = 1 + 2 * max(0.0, 1 - float(x.corr(y)) ** 2) * t**2 / (n - 2)
     factor = math.sqrt(wide + math.sqrt(wide**2 - 1))
@@ -347,20 +347,20 @@ def spread_ratio(arm: "pd.Series[float]", baseline: "pd.Series[float]") -> Estim
 
 
 def share_of_phi(gains: pd.DataFrame) -> Estimate:
-    """Which share of the variance of gains is Φ's, from runs in which every Φ meets every run seed.
+    """Return Φ's share of the variance of gains, from runs of every Φ with every run seed.
 
-    The mixed model gain = run seed (fixed) + Φ (random) + rest (random), by a two-way analysis of variance. Two run
-    seeds cannot tell how much run seeds vary, so the share is that of the variance among runs of one seed.
+    The mixed model is gain = run seed (fixed) + Φ (random) + rest (random), by a two-way analysis of variance. Two run
+    seeds cannot show the spread over run seeds, so the share is that of the variance among runs of one seed.
 
     Args:
-        gains: a row for each Φ, a column for each run seed. A Φ with a run that is lost does not count.
+        gains: a row for each Φ, a column for each run seed. A Φ with a lost run does not count.
 
     Returns:
-        The intraclass correlation (Shrout and Fleiss, 1979: ICC(3, 1)) with its exact interval for normal effects. Zero
-        where Φ makes no difference; below zero if chance has it so.
+        The intraclass correlation (Shrout and Fleiss, 1979: ICC(3, 1)) with its exact interval for normal effects.
+        Zero means that Φ makes no difference; chance may bring it below zero.
 
     Raises:
-        ValueError: with fewer than two whole rows, or than two columns.
+        ValueError: with fewer than two whole rows or two columns.
     """
     whole = gains.dropna()
     rows, columns = whole.shape
@@ -376,27 +376,22 @@ def share_of_phi(gains: pd.DataFrame) -> Estimate:
     return Estimate(value, low, high)
 
 
-def gains_over_mean(results: pd.DataFrame, baseline: "pd.Series[float]", lower_is_better: bool) -> pd.DataFrame:
-    """The gain of each run in percent over the mean of a baseline's runs, shaped as ``results``."""
-    return percent_gain(results, baseline.mean(), lower_is_better)
-
-
 def share_as_good(results: pd.DataFrame, baseline: "pd.Series[float]", lower_is_better: bool, gain: float) -> Estimate:
-    """Which share of the runs of random Φ's gains at least so much over the mean of a baseline's runs.
+    """Return the share of random Φ's runs that gain at least ``gain`` over the mean of a baseline's runs.
 
     Args:
-        results: a row for each Φ, a column for each run seed; NaN for a run without a finite result, which is not good.
+        results: a row for each Φ, a column for each run seed. NaN, for no finite result, counts as no gain.
         baseline: the results of the baseline's runs.
         lower_is_better: direction of the metric.
-        gain: of the paper, in percent.
+        gain: the paper's, in percent.
 
     Returns:
-        The share. Its interval holds the exact one (Clopper and Pearson; all runs of a Φ count as one) and that of a
-        bootstrap which draws Φ's and the baseline's runs anew.
+        The share. Its interval spans the exact one (Clopper and Pearson; all runs of a Φ count as one) and that of a
+        bootstrap over Φ's and the baseline's runs.
     """
 
     def share(phis: "np.ndarray[Any, Any]", runs: "np.ndarray[Any, Any]") -> float:
-        gains = gains_over_mean(results.iloc[phis], baseline.iloc[runs], lower_is_better)
+        gains = percent_gain(results.iloc[phis], baseline.iloc[runs].mean(), lower_is_better)
         return float((gains >= gain).to_numpy().mean())
 
     samples = np.arange(len(results)), np.arange(len(baseline))
@@ -406,7 +401,7 @@ def share_as_good(results: pd.DataFrame, baseline: "pd.Series[float]", lower_is_
 
 
 def exact_share(count: float, of: int) -> Estimate:
-    """A share with its exact interval (Clopper and Pearson)."""
+    """Return a share with its exact interval (Clopper and Pearson)."""
     low, high = proportion_confint(count, of, 1 - CONFIDENCE, method="beta")
     return Estimate(count / of, float(low), float(high))
 
@@ -414,20 +409,19 @@ def exact_share(count: float, of: int) -> Estimate:
 def best_of(
     results: pd.DataFrame, baseline: "pd.Series[float]", lower_is_better: bool, draws: int
 ) -> tuple[Estimate, Estimate]:
-    """The largest gain that so many draws of a random Φ have: what a search among them finds by itself.
+    """Return the largest gain among k draws of a random Φ, which a search among Φ's finds by chance alone.
 
     Args:
         results, baseline, lower_is_better: as for ``share_as_good``; a run without a finite result is not drawn.
         draws: k, with replacement.
 
     Returns:
-        The mean of the best of k and its 95th percentile, in percent, with intervals from a bootstrap that draws Φ's
-        and the baseline's runs anew. No draw is better than the best run, so with k near the number of runs both are
-        rather too small.
+        The mean of the best of k and its 95th percentile, in percent, with intervals from a bootstrap over Φ's and the
+        baseline's runs. No draw beats the best run, so both are too small if k is near the number of runs.
     """
 
     def best(phis: "np.ndarray[Any, Any]", runs: "np.ndarray[Any, Any]") -> tuple[float, float]:
-        gains = gains_over_mean(results.iloc[phis], baseline.iloc[runs], lower_is_better).to_numpy().ravel()
+        gains = percent_gain(results.iloc[phis], baseline.iloc[runs].mean(), lower_is_better).to_numpy().ravel()
         values = np.sort(gains[~np.isnan(gains)])
         at_most = (np.arange(len(values) + 1) / len(values)) ** draws  # the best of k lies among the first so many
         return float(values @ np.diff(at_most)), float(values[np.searchsorted(at_most[1:], 0.95)])
@@ -444,15 +438,15 @@ def best_of(
 
 
 def median_time(times: "pd.Series[float]", reached: "pd.Series[bool]") -> Estimate:
-    """The time by which half of some runs have reached a target; runs that end before they do are censored there.
+    """Return the time by which half of some runs have reached a target; other runs are censored at their end.
 
     Args:
-        times: when each run reached the target, or when it ended without.
-        reached: which of the two.
+        times: time of each run until it reached the target, or ended without.
+        reached: mask of the runs that reached it.
 
     Returns:
-        Kaplan and Meier's median with its 95 % interval (log-log); infinite where a half is never reached, NaN for all
-        without any run, or with a time that is NaN.
+        Kaplan and Meier's median with its 95 % interval (log-log). It is infinite if half is never reached, and all NaN
+        without any run or with a time of NaN.
     """
     if times.empty or times.isna().any():
         return Estimate(math.nan, math.nan, math.nan)

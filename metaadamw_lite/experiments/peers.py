@@ -1,6 +1,6 @@
-"""Optimizers that do without a searched rate or schedule, from their own packages and at their own defaults.
+"""Optimizers without a searched rate or schedule, from their own packages, at the packages' defaults.
 
-The settings of a task say nothing here: rate, decay and moments are those that each package chooses.
+The rate, decay and moments in a task's settings are not used.
 """
 
 from importlib import import_module

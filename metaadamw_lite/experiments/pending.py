@@ -1,8 +1,8 @@
-"""Cells whose evidence is not recorded yet: a note in the place of their tables and pictures.
+"""Notes in place of tables and pictures whose evidence is not recorded yet.
 
-A chapter offers choices, such as a profile, of which some have no records. The cell that finds this out raises
-``NotRecordedError``; without its variables the cells that build on it cannot run either. ``PendingCells`` lets all of
-them show which command makes the records, and lets every other cell of the chapter run.
+A chapter offers choices, such as a profile, and some have no records. The first cell without records raises
+``NotRecordedError``, and cells that need its variables cannot run, either. ``PendingCells`` makes these cells show the
+command that makes the records, and lets every other cell run.
 """
 
 import ast
@@ -19,18 +19,18 @@ _GUARD = "_pending_cells"
 
 
 class PendingCells(ast.NodeTransformer):
-    """Guard every cell that is run from now on against evidence that is missing.
+    """Guard every further cell against missing evidence.
 
-    IPython gives each cell to ``visit_Module``, which puts it into a ``with`` block over this object. Where the block
-    ends in a ``NotRecordedError``, or in a ``NameError`` for a variable that such a cell would have assigned, the cell
-    shows the note and counts as done. Any other error goes on.
+    IPython gives each cell to ``visit_Module``, which puts it into a ``with`` block over this object. If the block ends
+    in a ``NotRecordedError``, or in a ``NameError`` for a variable of a guarded cell, the cell shows the note and
+    counts as done. Any other error goes on.
 
     Args:
-        shell: IPython's, whose cells are guarded.
+        shell: the IPython shell of the notebook.
     """
 
     def __init__(self, shell: InteractiveShell) -> None:
-        self.shown: Any = None  # by the cell that runs now
+        self.shown: Any = None  # the output of the running cell
         self._variables: dict[str, Any] = shell.user_ns
         self._assigned: set[str] = set()
         self._notes: dict[str, str] = {}
@@ -56,7 +56,7 @@ class PendingCells(ast.NodeTransformer):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        """End a cell: whether it ended for want of records."""
+        """End a cell; return True if it ended for want of records."""
         note = str(error) if isinstance(error, NotRecordedError) else None
         if isinstance(error, NameError):
             note = self._notes.get(error.name or "")
@@ -64,7 +64,7 @@ class PendingCells(ast.NodeTransformer):
             for name in self._assigned:
                 self._notes.pop(name, None)
             return False
-        for name in self._assigned:  # what an earlier choice left there must not pass for this one's
+        for name in self._assigned:  # values of an earlier choice must not pass for this one's
             self._variables.pop(name, None)
             self._notes[name] = note
         self.shown = Markdown(f"*{note}*")  # type: ignore[no-untyped-call]
@@ -72,7 +72,7 @@ class PendingCells(ast.NodeTransformer):
 
 
 def _assigned(node: ast.AST) -> Iterator[str]:
-    """The variables that some code assigns, those inside its functions and comprehensions aside."""
+    """Yield the variables that some code assigns, except inside its functions and comprehensions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.ClassDef):
             yield child.name

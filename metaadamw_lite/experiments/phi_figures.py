@@ -1,26 +1,25 @@
 """Figures of the studies of random, constant and learned factors, from the tables of ``phi_report``."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from metaadamw_lite.experiments.figures import means_and_bars
 from metaadamw_lite.experiments.paired import ENOUGH_SEEDS, EQUIVALENT, Estimate
 
 BLUE, ORANGE = sns.color_palette("colorblind", 2)
 
 
 def plot_null(gains: Mapping[str, pd.DataFrame], papers: Mapping[str, float]) -> Figure:
-    """The gains of random, untrained Φ's over AdamW, a panel for each task; a dot is a run.
+    """Draw the gains of random, untrained Φ's over AdamW, a panel for each task and a dot for each run.
 
     Args:
-        gains: by title from ``phi_report.null_gains``.
-        papers: by title the paper's gain in percent.
+        gains: from ``phi_report.null_gains``, by title.
+        papers: the paper's gain in percent, by title.
     """
     figure, axes = plt.subplots(len(gains), 1, figsize=(7.2, 1.5 * len(gains) + 0.5), squeeze=False)
     for ax, (title, table) in zip(axes[:, 0], gains.items(), strict=True):
@@ -36,11 +35,11 @@ def plot_null(gains: Mapping[str, pd.DataFrame], papers: Mapping[str, float]) ->
 
 
 def plot_best_of(curve: Mapping[int, Estimate], logged: int, papers: float) -> Figure:
-    """The expected gain of the best of k random Φ's over k, with its 95 % interval.
+    """Draw the expected gain of the best of k random Φ's over k, with its 95 % interval.
 
     Args:
-        curve: by k from ``paired.best_of``.
-        logged: how many runs are logged.
+        curve: from ``paired.best_of``, by k.
+        logged: number of logged runs.
         papers: the paper's gain in percent.
     """
     figure, ax = plt.subplots(figsize=(6.0, 3.4))
@@ -59,7 +58,7 @@ def plot_best_of(curve: Mapping[int, Estimate], logged: int, papers: float) -> F
 
 
 def plot_alpha_and_gain(table: pd.DataFrame) -> Figure:
-    """The gain of random, untrained Φ's over the mean α that they give.
+    """Draw the gains of random, untrained Φ's over their mean α.
 
     Args:
         table: from ``phi_report.null_alphas``.
@@ -77,16 +76,19 @@ def plot_alpha_and_gain(table: pd.DataFrame) -> Figure:
 
 
 def plot_differences(table: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
-    """The mean differences of ``phi_report.compare_rows`` with Student's 95 % intervals, a row for each variant.
+    """Draw the mean differences of ``phi_report.compare_rows`` with Student's 95 % intervals, a row for each variant.
 
     Args:
         table: with a ``PairedDifference`` in each cell; those with too few pairs for an interval are left out.
-        columns: by column of the table the label of its axis; a panel for each.
+        columns: labels of the panels' axes, by column of the table.
     """
     height = 0.32 * len(table) + 1.3
     figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns) + 1.6, height), sharey=True, squeeze=False)
     for ax, (column, label) in zip(axes[0], columns.items(), strict=True):
-        _draw(ax, table[column])
+        rows = {k: d for k, d in enumerate(table[column]) if d is not None and d.seeds >= ENOUGH_SEEDS}
+        if rows:
+            mean, bars = means_and_bars(rows.values())
+            ax.errorbar(mean, list(rows), xerr=bars, fmt="o", color=BLUE, capsize=3)
         ax.axvspan(-EQUIVALENT, EQUIVALENT, color="grey", alpha=0.15)
         ax.axvline(0, color="black", linewidth=0.7)
         ax.set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
@@ -95,17 +97,8 @@ def plot_differences(table: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
     return figure
 
 
-def _draw(ax: Axes, differences: "pd.Series[Any]") -> None:
-    rows = [(k, d) for k, d in enumerate(differences) if d is not None and d.seeds >= ENOUGH_SEEDS]
-    if not rows:
-        return
-    at = [k for k, _ in rows]
-    mean, low, high = (np.array([getattr(d, name) for _, d in rows]) for name in ("mean", "t_low", "t_high"))
-    ax.errorbar(mean, at, xerr=[mean - low, high - mean], fmt="o", color=BLUE, capsize=3)
-
-
 def plot_dose(table: pd.DataFrame) -> Figure:
-    """How far Φ moved against what that gained, over its untrained twin and over AdamW at its best constant rate.
+    """Draw gains over the movement of α: over the untrained twin, and over AdamW at its best constant rate.
 
     Args:
         table: from ``phi_report.dose_table``; variants whose α did not move are left out.
@@ -119,10 +112,8 @@ def plot_dose(table: pd.DataFrame) -> Figure:
             rows = table[(log == logarithmic) & table[column].notna()]
             if rows.empty:
                 continue
-            mean, low, high = (
-                np.array([getattr(d, name) for d in rows[column]]) for name in ("mean", "t_low", "t_high")
-            )
-            bars = np.nan_to_num([mean - low, high - mean])
+            mean, bars = means_and_bars(rows[column])
+            bars = np.nan_to_num(bars)
             ax.errorbar(rows["moved"], mean, yerr=bars, fmt=marker, color=colour, capsize=2, label=kind, alpha=0.8)
         ax.axhline(0, color="black", linewidth=0.7)
         ax.set(xscale="log", xlabel="largest change of α by meta-learning (log scale)", title=column)
@@ -132,11 +123,11 @@ def plot_dose(table: pd.DataFrame) -> Figure:
 
 
 def plot_transfer(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
-    """The mean gain over AdamW of a Φ that was trained on one task (column) and frozen on another (row).
+    """Draw the mean gain over AdamW of a Φ that was trained on one task (column) and frozen on another (row).
 
     Args:
         table: from ``phi_report.transfer_table``.
-        titles: by task.
+        titles: titles of the tasks, by name.
     """
     means = table.map(lambda d: np.nan if d is None else d.mean).astype(float)
     means = means.rename(index=titles, columns=titles)

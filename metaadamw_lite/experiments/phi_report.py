@@ -1,4 +1,4 @@
-"""Tables of the studies that ask what the factors do: random, constant or learned (``studies.STUDIES_OF_PHI``).
+"""Tables of the studies of random, constant and learned factors (``studies.STUDIES_OF_PHI``).
 
 All of them are of small whole runs (``lite``) under the paper's protocol. A gain is the relative difference of two
 runs' best validation metrics in percent; positive is better.
@@ -19,10 +19,10 @@ from metaadamw_lite.experiments.ladder import LADDER
 from metaadamw_lite.experiments.null import PHI_SEEDS, frozen_phi, trained_phi
 from metaadamw_lite.experiments.paired import (
     ENOUGH_SEEDS,
+    MOST_PAIRS,
     Estimate,
     PairedDifference,
     best_of,
-    corrected,
     improvement,
     percent_gain,
     share_as_good,
@@ -31,26 +31,25 @@ from metaadamw_lite.experiments.paired import (
 from metaadamw_lite.experiments.records import Records, papers_gain
 from metaadamw_lite.experiments.released import released_log
 from metaadamw_lite.experiments.replay import REPLAY
-from metaadamw_lite.experiments.studies import SEARCH_SEEDS, best_variant, search_runs
+from metaadamw_lite.experiments.studies import best_variant, search_runs
 from metaadamw_lite.experiments.transfer import TRANSFER_TASKS, transfer_from
-from metaadamw_lite.experiments.verdict import Verdict, judge
+from metaadamw_lite.experiments.verdict import Verdict, judge, judge_family
 
 
 def small_runs(records: Records, task: str) -> pd.DataFrame:
-    """The small whole runs of a task under the paper's protocol, from ``frames.outcomes``; without those of searches.
+    """Return a task's small whole runs under the paper's protocol, without those of searches, with their outcomes.
 
     Raises:
         ValueError: for an unknown task.
     """
-    small = [r for r in records.of(task) if (r["run"]["profile"], r["run"]["protocol"]) == ("lite", "paper")]
+    small = main_report.reported_records(records, task, "lite", range(MOST_PAIRS))
     if not small:
         return pd.DataFrame(columns=["protocol", "variant", "seed", "outcome"])
-    runs = frames.outcomes(frames.runs_frame(small))
-    return runs[~runs["seed"].isin(SEARCH_SEEDS)]
+    return frames.outcomes(frames.runs_frame(small))
 
 
 def best_adamw(records: Records, task: str) -> str | None:
-    """AdamW at the constant rate that the search on small runs found; None while the search is not complete."""
+    """Return AdamW at the best constant rate of the search on small runs, or None while the search is incomplete."""
     return best_variant(search_runs(task, "paper", "lite"), records)
 
 
@@ -58,12 +57,13 @@ def compare_rows(records: Records, task: str, columns: Mapping[str, Mapping[str,
     """Compare arms pair by pair, a family of tests for each column.
 
     Args:
-        task: whose small whole runs are compared.
-        columns: by column and row the arm and its baseline.
+        records: of all runs.
+        task: name.
+        columns: arm and baseline, by column and row.
 
     Returns:
-        For each column its ``PairedDifference`` s, and under "<column>, verdict" what they say of "it is better" after
-        Holm's correction over the column. Rows without any pair are left out; so are cells, which are None.
+        A ``PairedDifference`` in each cell, and under "<column>, verdict" the verdicts on "it is better" after Holm's
+        correction over the column. A cell without pairs is None, a row without pairs is left out.
 
     Raises:
         ValueError: for an unknown task.
@@ -73,9 +73,7 @@ def compare_rows(records: Records, task: str, columns: Mapping[str, Mapping[str,
     for column, rows in columns.items():
         found = {row: main_report.compare(runs, "paper", *arms, lower_is_better) for row, arms in rows.items()}
         kept = pd.Series({row: d for row, d in found.items() if d.pairs}, dtype=object, name=column)
-        after = corrected(kept)
-        says = [judge(d, c) for d, c in zip(kept, after, strict=True)]
-        parts += [kept, pd.Series(says, index=kept.index, dtype=object, name=f"{column}, verdict")]
+        parts += [kept, judge_family(kept).rename(f"{column}, verdict")]
     table = pd.concat(parts, axis=1) if parts else pd.DataFrame()
     order = [row for row in dict.fromkeys(row for rows in columns.values() for row in rows) if row in table.index]
     return table.reindex(order).astype(object).where(lambda t: t.notna(), None)
@@ -85,10 +83,11 @@ def compare_rows(records: Records, task: str, columns: Mapping[str, Mapping[str,
 
 
 def null_results(records: Records, task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:
-    """The best validation metrics of random Φ's.
+    """Return the best validation metrics of random Φ's.
 
     Args:
-        task: which.
+        records: of all runs.
+        task: name.
         name: ``null.frozen_phi`` or ``null.trained_phi``.
 
     Returns:
@@ -98,7 +97,10 @@ def null_results(records: Records, task: str, name: Callable[[int], str] = froze
     Raises:
         ValueError: for an unknown task.
     """
-    runs = small_runs(records, task)
+    return _null_results(small_runs(records, task), name)
+
+
+def _null_results(runs: pd.DataFrame, name: Callable[[int], str]) -> pd.DataFrame:
     rows = {phi: frames.by_seed(runs, "paper", name(phi))[0] for phi in PHI_SEEDS}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("phi")
     recorded = pd.Series({phi: len(row) for phi, row in rows.items()})
@@ -107,43 +109,38 @@ def null_results(records: Records, task: str, name: Callable[[int], str] = froze
 
 
 def null_gains(records: Records, task: str, name: Callable[[int], str] = frozen_phi) -> pd.DataFrame:
-    """The gains of random Φ's over AdamW with the same run seed, shaped as ``null_results``."""
-    results = null_results(records, task, name)
-    (adamw,) = frames.by_seed(small_runs(records, task), "paper", "adamw")
-    return percent_gain(results, adamw.reindex(results.columns), _lower(task))
-
-
-def _lower(task: str) -> bool:
-    return TASKS[task].lower_is_better
+    """Return the gains of random Φ's over AdamW with the same run seed, shaped as ``null_results``."""
+    runs = small_runs(records, task)
+    results, (adamw,) = _null_results(runs, name), frames.by_seed(runs, "paper", "adamw")
+    return percent_gain(results, adamw.reindex(results.columns), TASKS[task].lower_is_better)
 
 
 def logged_runs(task: str) -> int:
-    """How many runs of MetaAdamW on a task the released code's logs have; one that stands there twice counts once."""
+    """Count the different runs of MetaAdamW on a task in the released code's logs."""
     return len(released_log(task))
 
 
 def null_distribution(records: Records, task: str, name: Callable[[int], str] = frozen_phi) -> "dict[str, Estimate]":
-    """Where the paper's gain lies among those of random Φ's, and what a search among them finds by itself.
+    """Locate the paper's gain among those of random Φ's, and compute the best of a search among them.
 
     Args:
-        task, name: as for ``null_results``.
+        records, task, name: as for ``null_results``.
 
     Returns:
-        "share of Φ": of the variance of gains; "share as good": of the runs that gain at least as much as the paper's;
-        "best of k" for k = 1 and the number of logged runs: the expected gain (percent) of the best of k draws; and
-        "95th percentile" of the best of that many. Each with its 95 % interval, which minds that AdamW's runs are a
-        sample, too.
+        "share of Φ" in the variance of gains; "share as good": share of the runs that gain at least as much as the
+        paper's; "best of k" for k = 1 and the number of logged runs: the expected gain (percent) of the best of k
+        draws; and "95th percentile" of the best of the latter. Each has a 95 % interval that allows for the spread of
+        AdamW's runs, too.
 
     Raises:
         ValueError: for an unknown task, or with fewer than two Φ's that have a result with each of two run seeds.
     """
-    results = null_results(records, task, name)
-    (adamw,) = frames.by_seed(small_runs(records, task), "paper", "adamw")
-    logged = logged_runs(task)
-    (mean, _), (best, high) = (best_of(results, adamw, _lower(task), k) for k in (1, logged))
+    runs, lower_is_better, logged = small_runs(records, task), TASKS[task].lower_is_better, logged_runs(task)
+    results, (adamw,) = _null_results(runs, name), frames.by_seed(runs, "paper", "adamw")
+    (mean, _), (best, high) = (best_of(results, adamw, lower_is_better, k) for k in (1, logged))
     return {
-        "share of Φ": share_of_phi(null_gains(records, task, name)),
-        "share as good": share_as_good(results, adamw, _lower(task), papers_gain(task)),
+        "share of Φ": share_of_phi(percent_gain(results, adamw.reindex(results.columns), lower_is_better)),
+        "share as good": share_as_good(results, adamw, lower_is_better, papers_gain(task)),
         "best of 1": mean,
         f"best of {logged}": best,
         "95th percentile": high,
@@ -151,15 +148,15 @@ def null_distribution(records: Records, task: str, name: Callable[[int], str] = 
 
 
 def null_alphas(records: Records, task: str) -> pd.DataFrame:
-    """Whether the gain of a random Φ goes with the learning rate that it gives.
+    """Return the gains of random Φ's beside their learning rates.
 
     Returns:
         A row for each recorded run of an untrained Φ with a finite gain: "phi", "seed", "gain", and "alpha", the mean α
         of the run, in which a group counts by its parameters.
     """
     names = {frozen_phi(phi): phi for phi in PHI_SEEDS}
-    runs = [r for r in records.of(task) if r["run"]["variant"] in names and r["run"]["profile"] == "lite"]
-    factors = frames.factors_frame(runs)
+    small = main_report.reported_records(records, task, "lite", range(MOST_PAIRS))
+    factors = frames.factors_frame(r for r in small if r["run"]["variant"] in names)
     gains = null_gains(records, task).rename_axis(columns="seed").melt(ignore_index=False, value_name="gain").dropna()
     if factors.empty:
         return pd.DataFrame(columns=["phi", "seed", "gain", "alpha"])
@@ -170,7 +167,7 @@ def null_alphas(records: Records, task: str) -> pd.DataFrame:
 
 
 def rank_correlation(table: pd.DataFrame, x: str, y: str) -> Estimate:
-    """Spearman's correlation of the Φ's means of two columns of ``null_alphas``, with a 95 % bootstrap interval."""
+    """Correlate the Φ's means of two columns of ``null_alphas`` by Spearman, with a 95 % bootstrap interval."""
     means = table.groupby("phi")[[x, y]].mean()
 
     def spearman(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> float:
@@ -189,13 +186,14 @@ def rank_correlation(table: pd.DataFrame, x: str, y: str) -> Estimate:
 
 
 def trained_against_untrained(records: Records, task: str) -> pd.DataFrame:
-    """Each fresh Φ trained as published against the same Φ untrained; one row, paired over Φ's and run seeds.
+    """Compare each fresh Φ trained as published with the same Φ untrained.
 
     Returns:
-        As ``compare_rows``, with the column "difference"; a pair is a Φ, with the mean over its run seeds.
+        One row as of ``compare_rows``, with the column "difference". A pair is a Φ, with the mean over its run seeds.
     """
-    trained, frozen = (null_results(records, task, name).mean(axis=1) for name in (trained_phi, frozen_phi))
-    d = improvement(trained, frozen, _lower(task))
+    runs = small_runs(records, task)
+    trained, frozen = (_null_results(runs, name).mean(axis=1) for name in (trained_phi, frozen_phi))
+    d = improvement(trained, frozen, TASKS[task].lower_is_better)
     return pd.DataFrame({"difference": [d], "difference, verdict": [judge(d)]}, index=["trained Φ"])
 
 
@@ -203,11 +201,11 @@ def trained_against_untrained(records: Records, task: str) -> pd.DataFrame:
 
 
 def ladder_table(records: Records, task: str) -> pd.DataFrame:
-    """Each rung against AdamW, against AdamW at its best constant rate, and against the rung below.
+    """Compare each rung with AdamW, with AdamW at its best constant rate, and with the rung below.
 
     Returns:
-        As ``compare_rows``: the columns "over AdamW", "over the best AdamW" (where its search is complete) and "over
-        the rung below".
+        As ``compare_rows``: the columns "over AdamW", "over the best AdamW" (once its search is complete) and "over the
+        rung below".
     """
     rungs, best = list(LADDER), best_adamw(records, task)
     columns = {"over AdamW": {rung: (rung, "adamw") for rung in rungs}}
@@ -218,11 +216,11 @@ def ladder_table(records: Records, task: str) -> pd.DataFrame:
 
 
 def dose_table(records: Records, task: str) -> pd.DataFrame:
-    """How far a dose moved Φ, and what that gained.
+    """Compare each dose with its untrained twin, and measure its movement of α.
 
     Returns:
-        As ``compare_rows``: the columns "over its twin" and "over the best AdamW" (where its search is complete); and
-        "moved", the largest change of a group's α by meta-learning in a run, the median over the runs.
+        As ``compare_rows``: the columns "over its twin" and "over the best AdamW" (once its search is complete); and
+        "moved", the largest change of a group's α by meta-learning in a run, as the median over the runs.
     """
     best = best_adamw(records, task)
     columns = {"over its twin": {variant: (variant, twin) for variant, twin in TWINS.items()}}
@@ -241,7 +239,7 @@ def dose_table(records: Records, task: str) -> pd.DataFrame:
 
 
 def replay_table(records: Records, task: str) -> pd.DataFrame:
-    """AdamW with a run's own factors, held constant or as one schedule, against AdamW and against that run.
+    """Compare AdamW with a run's own factors, held constant or as one schedule, with AdamW and with that run.
 
     Returns:
         As ``compare_rows``, a row for each source and each of its replays: the columns "over AdamW" and "over the
@@ -261,7 +259,7 @@ def replay_table(records: Records, task: str) -> pd.DataFrame:
 
 
 def circularity_table(records: Records, task: str) -> pd.DataFrame:
-    """A Φ whose loss says nothing of training, against the one that has the loss itself.
+    """Compare a Φ whose loss has nothing to do with training with a Φ that has the published loss.
 
     Returns:
         As ``compare_rows``: the column "over the loss itself".
@@ -270,11 +268,11 @@ def circularity_table(records: Records, task: str) -> pd.DataFrame:
 
 
 def transfer_table(records: Records, tasks: Sequence[str] = TRANSFER_TASKS) -> pd.DataFrame:
-    """A Φ that was trained on one task, frozen on another, against AdamW.
+    """Compare a Φ that was trained on one task and frozen on another with AdamW.
 
     Returns:
-        A row for each task that Φ is used on, a column for each that it was trained on: a ``PairedDifference``, or None
-        without a pair.
+        A row for each task that uses Φ, a column for each task that trained it: a ``PairedDifference``, or None without
+        a pair.
     """
     rows = {}
     for task in tasks:

@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":
-    """A bar as ``tqdm(iterable, **options)`` makes it, for wherever this runs."""
+    """Make a bar as ``tqdm(iterable, **options)`` does, for a terminal or a notebook."""
     return (_CellBar if _in_kernel() else tqdm)(iterable, **options)
 
 
 def _in_kernel() -> bool:
-    """Whether a Jupyter kernel runs this (a notebook, Colab, papermill); IPython in a terminal has none."""
+    """Tell whether a Jupyter kernel runs this (a notebook, Colab, papermill); IPython in a terminal has none."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
@@ -22,8 +22,8 @@ def _in_kernel() -> bool:
 class _CellBar(tqdm):  # type: ignore[misc]
     """A bar that is one output of its cell and changes in place.
 
-    ``tqdm.auto`` needs widgets, or writes to stderr, which fails the book. Once closed, a bar only says how far it
-    came: times would make each executed notebook another one.
+    ``tqdm.auto`` needs widgets, or writes to stderr, which fails the book. A closed bar shows only its count, since
+    times would change the notebook with each execution.
     """
 
     def __init__(self, iterable: Iterable[Any] | None, **options: Any) -> None:

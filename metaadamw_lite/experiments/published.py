@@ -1,8 +1,8 @@
-"""The released optimizer itself as an arm, from a clone of the authors' repository that the user names.
+"""The released optimizer itself as an arm, from the user's clone of the authors' repository.
 
-None of its code is here. ``METAADAMW_REFERENCE`` is the folder of the clone; the commands take it as ``--reference``,
-too. ``Released`` is what stands between that code and our training: the same batches, random numbers that leave ours as
-they are, double differentiation also through attention, and records like those of the other arms.
+None of its code is here. ``METAADAMW_REFERENCE``, or ``--reference`` of the commands, is the folder of the clone.
+``Released`` adapts that code to our training: the same batches, random numbers apart from ours, double differentiation
+also through attention, and records like those of the other arms.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from metaadamw_lite import MetaAdamW
 from metaadamw_lite.experiments.records import expanded_folder
 from metaadamw_lite.experiments.task import Settings
-from metaadamw_lite.experiments.variant import Variant, of_both
+from metaadamw_lite.experiments.variant import Variant, adamw_arguments
 from metaadamw_lite.features import FeatureConfig
 from metaadamw_lite.folded import in_one_buffer
 from metaadamw_lite.groups import ModulationGroup
@@ -29,14 +29,14 @@ from metaadamw_lite.modulator import Modulation
 from metaadamw_lite.surroundings import same_random_numbers
 
 VARIABLE = "METAADAMW_REFERENCE"
-"""Of the environment: the folder of the clone."""
+"""The environment variable with the folder of the clone."""
 
 
 def reference() -> Path:
-    """The clone that the environment names.
+    """Return the folder of the clone.
 
     Raises:
-        ValueError: without ``METAADAMW_REFERENCE``, or if it is no folder.
+        ValueError: without ``METAADAMW_REFERENCE``, or if that is no folder.
     """
     path = os.environ.get(VARIABLE, "")
     if not path:
@@ -45,10 +45,10 @@ def reference() -> Path:
 
 
 def released_class(path: Path) -> Any:
-    """The class of the released optimizer.
+    """Import the class of the released optimizer.
 
     Raises:
-        FileNotFoundError: if there is no such code at ``path``.
+        FileNotFoundError: if ``path`` has no such code.
     """
     if not (path / "experiments" / "meta_adamw.py").exists():
         raise FileNotFoundError(f"{path} has no experiments/meta_adamw.py; clone the authors' repository there")
@@ -58,7 +58,7 @@ def released_class(path: Path) -> Any:
 
 
 def their_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
-    """The released optimizer's arguments that stand for some of MetaAdamW's (Table 4)."""
+    """Translate arguments of MetaAdamW (Table 4) into the released optimizer's."""
     priorities = ours.get("huw_priorities", (1.0, 1.0, 1.0))
     version = ours.get("feature_version", "basic")
     named = ("attn_layers", "attn_hidden_dim", "attn_heads", "use_feature_gating", "meta_lr", "meta_weight_decay")
@@ -85,7 +85,7 @@ class TheirPhi(nn.Module):
         self.encoder, self.output = encoder, output
 
     def forward(self, features: Tensor) -> Modulation:
-        """The factors (ranges of width 1) from features (G, D)."""
+        """Return the factors (ranges of width 1) from features (G, D)."""
         alpha, beta, lambda1, lambda2 = torch.sigmoid(self.output(self.encoder(features.unsqueeze(1)).squeeze(1))).T
         return Modulation(0.5 + alpha, 0.5 + beta, lambda1, lambda2)
 
@@ -105,21 +105,21 @@ class TheirWeights(nn.Module):
 
 
 class ViewsOfAnyOrder(TorchFunctionMode):
-    """Let ``view`` be ``reshape``: that code flattens gradients by it, which channels-last ones refuse."""
+    """Replace ``view`` by ``reshape``: the released code flattens gradients, and channels-last ones refuse ``view``."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the function, or ``reshape`` in its place."""
+        """Call the function, or ``reshape`` in place of ``view``."""
         return (Tensor.reshape if func is Tensor.view else func)(*args, **(kwargs or {}))
 
 
 class Released(MetaAdamW):
-    """The released optimizer, from outside like MetaAdamW.
+    """The released optimizer with the interface of MetaAdamW.
 
     Args:
-        model: whose parameters are trained.
-        theirs: makes the released optimizer for it.
+        model: the model to train.
+        theirs: makes the released optimizer for the model.
         seed: of Φ's random start, which theirs draws from torch's own generator.
         arguments: of AdamW; MetaAdamW's own are not used.
     """
@@ -133,7 +133,7 @@ class Released(MetaAdamW):
             self.theirs._build_groups(everything)
             self.theirs._build_attention_module(len(self.theirs.group_indices), everything[0].device)
         self.modulator = TheirPhi(self.theirs._attention_encoder, self.theirs._output_proj)  # type: ignore[assignment]
-        in_one_buffer(self.modulator)  # so that a resumed run rounds as the first one
+        in_one_buffer(self.modulator)  # so that a resumed run rounds like the first
         self.huw = None if self.theirs.huw is None else TheirWeights(self.theirs.huw)  # type: ignore[assignment]
         self._seen: list[Tensor] = []
         original = self.theirs._compute_scaling_factors
@@ -148,7 +148,7 @@ class Released(MetaAdamW):
 
     @property
     def groups(self) -> list[ModulationGroup]:
-        """Their groups; the names are those of the optimizer's first group criteria and a number."""
+        """Their groups, with numbers for names: ``released/0`` and so on."""
         if not hasattr(self, "theirs"):
             return super().groups
         params = self.theirs.all_params
@@ -159,7 +159,7 @@ class Released(MetaAdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """A step of theirs."""
+        """Take a step of theirs."""
         with ViewsOfAnyOrder():
             loss = self.theirs.step(closure)
         self.alpha, self.beta = self._seen
@@ -167,7 +167,7 @@ class Released(MetaAdamW):
 
     @torch.no_grad()
     def features(self) -> Tensor:
-        """What their Φ would see now, (G, D)."""
+        """Compute their Φ's present features, (G, D)."""
         theirs, rows = self.theirs, []
         t_norm = theirs._get_t_norm(theirs.all_params[0].device)
         with ViewsOfAnyOrder():
@@ -188,9 +188,9 @@ class Released(MetaAdamW):
         also: Any = (),
         double_backward: bool = False,
     ) -> MetaLosses:
-        """A meta-update of theirs. Of its losses only the total is known.
+        """Make a meta-update of theirs, and return its total loss; the other losses are unknown (NaN).
 
-        It asks for pairs of inputs and targets: a batch of ours goes through as the first of a pair.
+        Theirs asks for pairs of inputs and targets, so a batch of ours becomes the first of a pair.
         """
 
         def unpacked(model: nn.Module, batch: Any) -> Tensor:
@@ -203,7 +203,10 @@ class Released(MetaAdamW):
         return MetaLosses(float(total), *[float("nan")] * 3)
 
     def state_dict(self) -> dict[str, Any]:
-        """Their moments, Φ, gates, uncertainty weights and step count; their own loading of a state fails with HUW."""
+        """Return their moments, Φ, gates, uncertainty weights and step count.
+
+        Their own ``load_state_dict`` fails with HUW.
+        """
         theirs = self.theirs
         parts = {"modulator": self.modulator, "huw": self.huw}
         return {
@@ -213,10 +216,10 @@ class Released(MetaAdamW):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
+        """Restore a state from ``state_dict``."""
         torch.optim.Optimizer.load_state_dict(self.theirs, state_dict["adamw"])
         for state in self.theirs.state.values():
-            state["step"] = int(state["step"])  # torch's loading makes tensors of them, which round otherwise
+            state["step"] = int(state["step"])  # torch loads them as tensors, which round differently
         self.param_groups = self.theirs.param_groups
         self.theirs._step_count = state_dict["t"]
         self.modulator.load_state_dict(state_dict["modulator"])
@@ -231,9 +234,9 @@ class _NoTargets:
 _NO_TARGETS = _NoTargets()
 
 
-def released(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> MetaAdamW:
-    """The released optimizer with a task's settings."""
-    theirs, common = released_class(reference()), of_both(settings)
+def make_released(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> MetaAdamW:
+    """Make the released optimizer with a task's settings."""
+    theirs, common = released_class(reference()), adamw_arguments(settings)
 
     def make() -> Any:
         arguments = their_arguments(settings.metaadamw)
@@ -243,7 +246,7 @@ def released(model: nn.Module, settings: Settings, total_steps: int, seed: int) 
 
 
 RELEASED = {
-    "released": Variant(make=released),
-    "released-frozen": Variant(make=released, updates=False),
+    "released": Variant(make=make_released),
+    "released-frozen": Variant(make=make_released, updates=False),
 }
-"""The released optimizer, trained and never updated."""
+"""The released optimizer with Φ trained, and with Φ untrained."""

@@ -1,7 +1,7 @@
-"""What a run leaves behind: one JSON file, written whole or not at all.
+"""Records of runs: one JSON file each, written whole or not at all.
 
-``data/results/TASK/VARIANT/PROTOCOL-PROFILE-seedN.json``. A run with a record is done; beside it, while the run is
-going on, lie its checkpoint (``.ckpt``) and its lock (``.lock``), which are not part of the results.
+``data/results/TASK/VARIANT/PROTOCOL-PROFILE-seedN.json``. A run with a record is done. During the run its checkpoint
+(``.ckpt``) and its lock (``.lock``) lie there; they are no part of the results.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from metaadamw_lite.checks import check_choice, check_seed
 from metaadamw_lite.experiments.task import PROFILES, PROTOCOLS, SOURCES
 
 Record = dict[str, Any]
-"""A run's record, as ``write_record`` wrote it."""
+"""The content of a run's JSON file."""
 
 FORMAT = 2
 _MACHINE_ERRORS = (
@@ -35,20 +35,20 @@ _MACHINE_ERRORS = (
     getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
 )
 _MACHINE_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "CUDA error", "CUBLAS_", "CUDNN_")
-"""What plain RuntimeErrors say that are the machine's fault: of memory on a CPU, and of libraries on a GPU."""
+"""Words in plain RuntimeErrors of the machine: too little memory on a CPU, libraries on a GPU."""
 
 
 def checkout() -> Path | None:
-    """The checkout that the current directory is in, the first folder up with ``data/paper``; None outside one."""
+    """Return the checkout around the current directory: the first folder up with ``data/paper``. None outside one."""
     here = Path.cwd().resolve()
     return next((folder for folder in (here, *here.parents) if (folder / "data" / "paper").is_dir()), None)
 
 
 def repository() -> Path:
-    """The checkout with the paper's tables and the committed records: the current directory's, or else the package's.
+    """Return the checkout with the paper's tables and the committed records: the current directory's, or the package's.
 
     Raises:
-        FileNotFoundError: outside a checkout, by a package that is not in one.
+        FileNotFoundError: if neither the current directory nor the package is in a checkout.
     """
     package = Path(__file__).resolve().parents[2]
     folder = checkout() or (package if (package / "data" / "paper").is_dir() else None)
@@ -61,32 +61,34 @@ def repository() -> Path:
 
 
 def paper_table(number: int) -> pd.DataFrame:
-    """A table of the paper: 2, 4 and 5 indexed by task, 1 by parameter, 3 by factor and value (as printed, text)."""
+    """Read a table of the paper: 2, 4 and 5 by task, 1 by parameter, 3 by factor and value (both text, as printed)."""
     index = {1: ["parameter"], 3: ["factor", "value"]}.get(number, ["task"])
     dtype = str if number in (1, 3) else None
     return pd.read_csv(repository() / "data" / "paper" / f"table{number}.csv", index_col=index, dtype=dtype)
 
 
 def papers_gain(task: str) -> float:
-    """By how many percent MetaAdamW improves on AdamW in the paper's Table 2; NaN for a task that the paper lacks."""
+    """Return MetaAdamW's improvement on AdamW in the paper's Table 2, in percent; NaN for a task that it lacks."""
     return float(paper_table(2)["improvement_percent"].get(task, math.nan))
 
 
 def default_results() -> Path:
-    """Where records are unless told otherwise: ``data/results`` of the ``checkout``, or of the current directory."""
+    """Return the default folder of records: ``data/results`` of the ``checkout``, or of the current directory."""
     folder = checkout() or Path()
-    return (Path() if folder == Path.cwd().resolve() else folder) / "data" / "results"  # short, for messages
+    return (
+        (Path() if folder == Path.cwd().resolve() else folder) / "data" / "results"
+    )  # relative and short, for messages
 
 
 def expanded(path: str | Path, name: str) -> Path:
-    """A path as somebody typed it, with "~" or "~user" replaced by the home folder.
+    """Expand "~" or "~user" in a typed path.
 
     Args:
         path: as typed.
-        name: what it is called, for messages.
+        name: of the option or variable, for messages.
 
     Raises:
-        ValueError: if it is empty, or that home folder is not known.
+        ValueError: for an empty path, or an unknown home folder.
     """
     if not str(path):
         raise ValueError(f"{name} is '', which is no path")
@@ -97,10 +99,10 @@ def expanded(path: str | Path, name: str) -> Path:
 
 
 def expanded_folder(path: str | Path, name: str) -> Path:
-    """``expanded``, for a folder that is there or can be made.
+    """Expand the path of a folder that exists or can be made, as ``expanded`` does.
 
     Raises:
-        ValueError: also if something else is in its place or above it: a file, or a link to nothing.
+        ValueError: also if a file or a broken link is in its place or above it.
     """
     folder = expanded(path, name)
     there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), None)
@@ -110,7 +112,7 @@ def expanded_folder(path: str | Path, name: str) -> Path:
 
 
 class NotRecordedError(FileNotFoundError):
-    """A page is to show runs or measurements that have no record yet.
+    """The runs or measurements of a page have no record yet.
 
     Args:
         made_by: the command that makes the records.
@@ -121,12 +123,12 @@ class NotRecordedError(FileNotFoundError):
 
 
 class RecordError(ValueError):
-    """A record that is not what it should be: edited by hand, truncated, or of another run."""
+    """A record is broken: edited by hand, truncated, or of another run."""
 
 
 @dataclass(frozen=True)
 class RunKey:
-    """Which run it is; two runs with the same key are the same run.
+    """The identity of a run; runs with the same key are the same run.
 
     Raises:
         ValueError: for an unknown profile, protocol or data source, or a negative seed.
@@ -149,12 +151,12 @@ class RunKey:
 
     @property
     def stem(self) -> str:
-        """The record's file name without its ending; stand-in data shows in it unless the profile says so already."""
+        """The record's file name without its ending; "synthetic" marks made-up data, except in the profile "smoke"."""
         stand_in = "synthetic-" if self.source == "synthetic" and self.profile != "smoke" else ""
         return f"{self.protocol}-{self.profile}-{stand_in}seed{self.seed}"
 
     def path(self, results: Path, ending: str = ".json") -> Path:
-        """Where the record (or, by another ending, the checkpoint or the lock) lies."""
+        """Return the path of the record, or of the checkpoint (".ckpt") or the lock (".lock")."""
         return results / self.task / self.variant / (self.stem + ending)
 
     def __str__(self) -> str:
@@ -162,7 +164,11 @@ class RunKey:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment it is either absent, as before, or whole."""
+    """Write a file by replacing it at once, so that it is never half written.
+
+    Raises:
+        OSError: if it cannot be written; the file before stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -180,7 +186,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_record(record: Record, key: RunKey, results: Path) -> Path:
-    """Write the record of a run and return its path. What is not finite becomes null."""
+    """Write the record of a run and return its path. Numbers that are not finite become null."""
     path = key.path(results)
     content = {"format": FORMAT, "run": asdict(key), **_finite(record)}
     content["digest"] = _digest(content)
@@ -192,9 +198,8 @@ def read_record(path: Path) -> Record:
     """Read a record.
 
     Raises:
-        RecordError: if it is not JSON, lacks a part, was changed after it was written, or says that it is another run
-            than its path says.
-        OSError: if it cannot be read, which says nothing of what is in it.
+        RecordError: if it is not JSON, lacks a part, was changed after it was written, or has another run's path.
+        OSError: if it cannot be read, whatever its content.
     """
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
@@ -214,12 +219,12 @@ def read_record(path: Path) -> Record:
 
 
 def _digest(content: Record) -> str:
-    """SHA-256 of a record's content, in whatever order its parts are: against slips, not against forgers."""
+    """Return SHA-256 of a record's content, whatever the order of its parts: against slips, not against forgers."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_records(results: Path, task: str | None = None) -> list[Record]:
-    """All records below a folder, of one task or of all, in the order of their paths; ``strays`` are passed over.
+    """Read all records below a folder, of one task or of all, in the order of their paths, without ``strays``.
 
     Raises:
         RecordError, OSError: as ``read_record`` does.
@@ -229,9 +234,9 @@ def read_records(results: Path, task: str | None = None) -> list[Record]:
 
 
 class Records:
-    """The records of a folder, each read once, when it is first asked for.
+    """The records of a folder, each read once, at its first use.
 
-    What is written afterwards is not seen; a new one sees it.
+    Records written later are missing here; a new ``Records`` reads them.
 
     Args:
         path: the folder; None for ``data/results`` of the checkout.
@@ -247,14 +252,14 @@ class Records:
 
     @classmethod
     def holding(cls, records: Iterable[Record]) -> "Records":
-        """Records that are at hand, of any tasks, in place of those of a folder."""
+        """Hold records in memory, of any tasks, in place of those of a folder."""
         held, records = cls(Path()), list(records)
         for task in _tasks():
             held._keep(task, [record for record in records if record["run"]["task"] == task])
         return held
 
     def of(self, task: str) -> list[Record]:
-        """A task's records that were made from real data, in the order of their paths. Not to be changed.
+        """Return a task's records from real data, in the order of their paths. Do not change them.
 
         Raises:
             ValueError: for an unknown task.
@@ -266,7 +271,7 @@ class Records:
         return self._by_task[task]
 
     def get(self, key: RunKey) -> Record | None:
-        """A run's record; None where there is none.
+        """Return a run's record, or None without one.
 
         Raises:
             RecordError, OSError: as ``read_record`` does.
@@ -282,9 +287,9 @@ class Records:
 
 
 def strays(results: Path) -> list[Path]:
-    """Files and folders among the records that belong to no run: copies, hidden files, notes, folders named like one.
+    """List files and folders among the records that belong to no run: copies, hidden files, notes, wrong folders.
 
-    Of a folder that belongs to no task or variant only itself is listed.
+    The content of a folder without task or variant is not listed.
     """
     found, folders = [], [results] if results.is_dir() else []
     while folders:
@@ -305,8 +310,8 @@ _FILE = re.compile(
 
 
 def _is_place_of_run(place: Path) -> bool:
-    """Whether TASK, TASK/VARIANT or TASK/VARIANT/FILE has the names of a task, a variant of it and a file of a run."""
-    from metaadamw_lite.experiments import lope_study  # which need this module
+    """Tell whether TASK, TASK/VARIANT or TASK/VARIANT/FILE names a task, a variant and a file of a run."""
+    from metaadamw_lite.experiments import lope_study  # imports this module
     from metaadamw_lite.experiments.variants import VARIANTS
 
     task, *variant = place.parts[:2]
@@ -318,19 +323,19 @@ def _is_place_of_run(place: Path) -> bool:
 
 
 def _tasks() -> list[str]:
-    """The names of all tasks."""
-    from metaadamw_lite.experiments import NOISY, TASKS, lope_study  # which need this module
+    """Return the names of all tasks."""
+    from metaadamw_lite.experiments import NOISY, TASKS, lope_study  # import this module
 
     return [*TASKS, *NOISY, *lope_study.NOISE]
 
 
 def is_the_machines_fault(error: Exception) -> bool:
-    """Whether an error says nothing of the run: no memory, a full disk, no GPU, a missing package."""
+    """Tell errors of the machine from errors of the run: no memory, a full disk, no GPU, a missing package."""
     return isinstance(error, _MACHINE_ERRORS) or any(words in str(error) for words in _MACHINE_WORDS)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions and source revision, for the record."""
+    """Return device, versions and source revision, for the record."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
@@ -351,7 +356,7 @@ def _processor() -> str:
 
 
 def _revision() -> str | None:
-    """The commit of the source, with "+" if the package was changed since; None outside a checkout."""
+    """Return the commit of the source, with "+" if the package was changed since; None outside a checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -372,7 +377,7 @@ def _revision() -> str | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let ``peak_memory_mib`` count from now on, where the system can do that (CUDA, Linux)."""
+    """Restart the measurement of ``peak_memory_mib``, on systems that can (CUDA, Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -381,7 +386,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Largest memory since the reset: allocated on the GPU, or resident in this process; None if it cannot be told."""
+    """Return the peak memory since the reset: allocated on the GPU, or resident in this process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

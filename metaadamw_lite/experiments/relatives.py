@@ -1,4 +1,4 @@
-"""How the studies of LiLAW and LoPE are judged: paired differences, Holm's correction over a table, and verdicts.
+"""Verdicts of the studies of LiLAW and LoPE: paired differences, Holm's correction over a table, and verdicts by it.
 
 ``lilaw_report`` and ``lope_report`` have the tables and figures of each.
 """
@@ -15,28 +15,28 @@ from metaadamw_lite.experiments.verdict import NEVER, Verdict
 
 
 def study_records(records: Records, study: Sequence[RunKey]) -> list[Record]:
-    """The records of a study's runs, task by task."""
+    """Return the records of a study's runs, task by task."""
     keys, tasks = set(study), dict.fromkeys(key.task for key in study)
     return [record for task in tasks for record in records.of(task) if RunKey(**record["run"]) in keys]
 
 
 def points_above(first: "pd.Series[float]", second: "pd.Series[float]") -> PairedDifference:
-    """How many points the first is above the second, both indexed by seed."""
+    """Return the first minus the second in points, both indexed by seed."""
     pairs = paired.pairs_by_seed(first, second)
     return paired_difference(pairs["arm"] - pairs["baseline"], "points")
 
 
 def corrected_table(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.DataFrame:
-    """A table with a column "difference", with p after Holm's correction over its rows, and the verdicts by that.
+    """Add "p_holm", corrected over the rows of a table, and the verdicts by it.
 
     Args:
-        table: with any columns beside that one.
-        control: rows that are no part of the question; they are neither corrected nor counted.
+        table: with a column "difference" of ``PairedDifference``.
+        control: rows apart from the question, which are neither corrected nor counted.
     """
     asked = ~table.index.isin(list(control))
     after = table["difference"].copy()
     after[asked] = paired.corrected(after[asked])
-    verdicts = [judge(d, c) for d, c in zip(table["difference"], after, strict=True)]
+    verdicts = [judge_when_complete(d, c) for d, c in zip(table["difference"], after, strict=True)]
     p_holm = after.map(lambda d: d.p).where(asked)
     return table.assign(p_holm=p_holm, verdict=pd.Series(verdicts, index=table.index, dtype=object))
 
@@ -54,15 +54,15 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def student(difference: PairedDifference) -> str:
-    """A mean with Student's interval, since one by bootstrap is far too narrow for three pairs."""
+    """Format a mean with Student's interval, since the bootstrap's is far too narrow for three pairs."""
     if not difference.seeds:
         return "–"
     enough = difference.seeds >= paired.ENOUGH_SEEDS
     return f"{difference.mean_text} {difference.t_interval if enough else difference.interval}"
 
 
-def judge(difference: PairedDifference, correction: PairedDifference) -> Verdict:
-    """The verdict on "it is better" by corrected p-values, once all seeds that were planned are there."""
+def judge_when_complete(difference: PairedDifference, correction: PairedDifference) -> Verdict:
+    """Judge "it is better" by corrected p-values, once all planned seeds are there."""
     planned = len(FEW_SEEDS)
     if difference.pairs < planned:
         return Verdict(NEVER, f"{difference.seeds} of {planned} seeds")

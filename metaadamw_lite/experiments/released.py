@@ -1,7 +1,7 @@
-"""What the logs in the released code's comments say: single runs of MetaAdamW, each with all of its settings.
+"""The logs in the released code's comments: single runs of MetaAdamW, each with all of its settings.
 
-They are more than the paper's Table 3 prints. They tell which run stands behind each of its numbers, and hold pairs of
-runs that differ in one setting only. ``data/paper/released_log.csv`` has them as facts; none of that code is here.
+They hold more runs than the paper's Table 3, among them the run behind each of its numbers, and pairs of runs that
+differ in one setting only. ``data/paper/released_log.csv`` has them as facts; none of that code is here.
 """
 
 from itertools import combinations
@@ -29,12 +29,12 @@ SETTINGS = {
     "lambdas": "λ₁, λ₂",
     "objective": "objective",
 }
-"""Columns of ``released_log`` and what tables call them. The time column of Φ's features depends on the limit of
+"""Columns of ``released_log`` and their names in tables. The time column of Φ's features depends on the limit of
 epochs, and the loss weights belong to the objective."""
 
 
 def released_log(task: str) -> pd.DataFrame:
-    """The logged runs of a task, as the log has them (text), in its order; a run that stands there twice is kept once.
+    """Return the different logged runs of a task, as text, in the log's order.
 
     Returns:
         A row for each run: "value" (best validation metric, as printed), "best_epoch", and the columns of ``SETTINGS``.
@@ -52,9 +52,9 @@ def released_log(task: str) -> pd.DataFrame:
 
 
 def different_settings(first: "pd.Series[Any]", second: "pd.Series[Any]") -> list[str]:
-    """In which of the ``SETTINGS`` two runs of a ``released_log`` differ.
+    """List the ``SETTINGS`` in which two runs of a ``released_log`` differ.
 
-    Where both have a head for each column, as everywhere in Table 4, the number of heads is no setting of its own.
+    If both have a head for each column, as everywhere in Table 4, the number of heads is no setting of its own.
     """
     names = [name for name in SETTINGS if first[name] != second[name]]
     head_for_each_column = all(run["features"].endswith(f"({run['attn_heads']})") for run in (first, second))
@@ -62,12 +62,12 @@ def different_settings(first: "pd.Series[Any]", second: "pd.Series[Any]") -> lis
 
 
 def one_setting_apart() -> pd.DataFrame:
-    """All pairs of logged runs of a task that differ in one setting.
+    """Return all pairs of logged runs of a task that differ in one setting.
 
     Returns:
         A row for each pair, in the log's order: "task", "setting" (as in tables), "first", "second" (its two values),
         "value_first", "value_second" (the runs' metrics, as printed), "change": from the first to the second, in
-        percent of the first (negative is worse), and "of_gain": the size of that over the task's gain in Table 2.
+        percent of the first (negative is worse), and "of_gain": its size over the task's gain in Table 2.
     """
     gains: Any = paper_table(2)["improvement_percent"]
     rows = []
@@ -85,13 +85,13 @@ def one_setting_apart() -> pd.DataFrame:
 
 
 def behind_table3() -> pd.DataFrame:
-    """The logged run behind each number of Table 3, and how it differs from the task's published best run.
+    """Find the logged run behind each number of Table 3, and its differences from the task's published best run.
 
-    A run is known by its result; where two have the same, it is the one that differs less.
+    The result identifies a run. Of runs with the same result, the one with fewer differences counts.
 
     Returns:
-        A row for each number of an ablation: "task", "row" (factor and value), "number" (as printed), "settings" (how
-        many differ; missing where no logged run has the number) and "which" (their names and the run's values).
+        A row for each number of an ablation: "task", "row" (factor and value), "number" (as printed), "settings" (the
+        number of differences; missing without a logged run of that result) and "which" (their names and values).
     """
     printed: Any = paper_table(3)
     rows = []
@@ -115,7 +115,7 @@ def behind_table3() -> pd.DataFrame:
 
 
 def statement(pairs: pd.DataFrame) -> str:
-    """What the pairs say about three claims of section 4.3, and what a single group achieves (Markdown).
+    """Describe the pairs' evidence on three claims of section 4.3, and the gain of a single group (Markdown).
 
     Args:
         pairs: from ``one_setting_apart``.

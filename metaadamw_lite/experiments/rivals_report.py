@@ -10,31 +10,31 @@ import pandas as pd
 from metaadamw_lite.experiments import TASKS, frames, main_report
 from metaadamw_lite.experiments.budget import LEARNED, SEARCHES, searched_as
 from metaadamw_lite.experiments.departures import DEPARTED
-from metaadamw_lite.experiments.paired import PairedDifference, corrected, improvement, median_time, power
+from metaadamw_lite.experiments.paired import PairedDifference, improvement, median_time, power
 from metaadamw_lite.experiments.peers import PEERS
 from metaadamw_lite.experiments.published import RELEASED
 from metaadamw_lite.experiments.records import Records, papers_gain
 from metaadamw_lite.experiments.studies import best_variant, search_runs
 from metaadamw_lite.experiments.variants import learning_rates
-from metaadamw_lite.experiments.verdict import judge
+from metaadamw_lite.experiments.verdict import judge_family
 
 TRAINED_RELEASE = "released against released-frozen"
 
 
 def published_table(records: Records, task: str) -> pd.DataFrame:
-    """What each departure of the released code is worth, and the released optimizer itself, in small whole runs.
+    """Compare each departure of the released code, and the released optimizer itself, in small whole runs.
 
     Returns:
-        A row for each variant that has runs: "difference" (against MetaAdamW as the paper has it, a
-        ``PairedDifference``; positive is better), "adamw" (the same against AdamW), "verdict" on whether it is better
-        than MetaAdamW, after Holm's correction over the rows, and "power" to tell a gain like the paper's from none. A
-        last row, ``TRAINED_RELEASE``, has the released optimizer against itself without updates.
+        A row for each variant with runs: "difference" (against the paper's MetaAdamW, a ``PairedDifference``; positive
+        is better), "adamw" (the same against AdamW), "verdict" on "it is better than MetaAdamW", after Holm's
+        correction over the rows, and "power" to tell a gain like the paper's from none. The last row,
+        ``TRAINED_RELEASE``, compares the released optimizer with itself without meta-updates.
 
     Raises:
         ValueError: for an unknown task.
     """
     columns = ["difference", "adamw", "verdict", "power"]
-    runs = main_report.reported(records, task, "lite")
+    runs = main_report.reported_records(records, task, "lite")
     if not runs:
         return pd.DataFrame(columns=columns)
     outcome, lower_is_better = frames.outcomes(frames.runs_frame(runs)), TASKS[task].lower_is_better
@@ -51,16 +51,16 @@ def published_table(records: Records, task: str) -> pd.DataFrame:
 
 
 def budget_table(records: Records, task: str) -> pd.DataFrame:
-    """Every arm after the same search, and the peers, in small whole runs with seeds that no search has seen.
+    """Compare every arm after the same search, and the peers, in small whole runs with seeds apart from the searches.
 
     Returns:
-        A row for each arm with each schedule whose search is done, and for each peer that has runs: "variant",
-        "learning_rate" (the best; NaN for a peer), "edge" (it is the largest or smallest one tried), "difference"
-        (against AdamW at its best constant rate, a ``PairedDifference``; None for that row itself), "verdict" after
-        Holm's correction over the rows, "power" to tell a gain like the paper's from none, "alike" (against AdamW with
-        the same schedule; None where that is the row itself, or there is none), and, from ``time_to_target`` with the
-        best that the median run of that AdamW reaches: "reached" (how many runs, of how many), "steps" and "seconds"
-        (``Estimate``s of the median).
+        A row for each arm with each schedule whose search is done, and for each peer with runs: "variant",
+        "learning_rate" (the best; NaN for a peer), "edge" (the rate is the largest or smallest of the search),
+        "difference" (against AdamW at its best constant rate, a ``PairedDifference``; None for that row itself),
+        "verdict" after Holm's correction over the rows, "power" to tell a gain like the paper's from none, and "alike"
+        (against AdamW with the same schedule; None for that row itself, or without one). From ``time_to_target``, with
+        the median best metric of AdamW at its best constant rate as target: "reached" (runs of runs), "steps" and
+        "seconds" (``Estimate``s of the median).
 
     Raises:
         ValueError: for an unknown task, or while the search for AdamW's constant rate is not complete.
@@ -74,7 +74,7 @@ def budget_table(records: Records, task: str) -> pd.DataFrame:
     baseline = "adamw, constant"
     if baseline not in chosen:
         raise ValueError(f"the search for AdamW's rate on {task} is not complete: `sweep budget/lite` makes it")
-    runs, lower_is_better = main_report.reported(records, task, "lite"), TASKS[task].lower_is_better
+    runs, lower_is_better = main_report.reported_records(records, task, "lite"), TASKS[task].lower_is_better
     outcome = frames.outcomes(frames.runs_frame(runs))
     chosen |= {name: (name, math.nan) for name in (*PEERS, LEARNED) if (outcome["variant"] == name).any()}
     by_name = {name: frames.by_seed(outcome, "paper", variant)[0] for name, (variant, _) in chosen.items()}
@@ -101,17 +101,17 @@ def budget_table(records: Records, task: str) -> pd.DataFrame:
 
 
 def time_to_target(records: Iterable[dict[str, Any]], target: float, lower_is_better: bool) -> pd.DataFrame:
-    """When each run first has a validation metric as good as a target.
+    """Find the time at which each run first has a validation metric as good as a target.
 
     Args:
         records: of one task.
-        target: the metric to be reached.
+        target: the metric to reach.
         lower_is_better: direction of the metric.
 
     Returns:
         A row for each run: "variant", "seed", "reached", and "steps" and "seconds" of training (of the processor,
-        without evaluation) until then, or until the run ended where it never is as good. Records that have no time of
-        the processor, as the oldest and those of a GPU, have NaN seconds.
+        without evaluation) until then, or until the end of a run that never reaches it. Seconds are NaN for records
+        without the processor's time, such as the oldest.
     """
     sign = 1 if lower_is_better else -1
     rows = []
@@ -127,10 +127,9 @@ def time_to_target(records: Iterable[dict[str, Any]], target: float, lower_is_be
 
 
 def _judged(table: pd.DataFrame, task: str) -> pd.DataFrame:
-    """The table with "verdict" on "it is better", after Holm's correction, and "power" for the paper's gain."""
+    """Add "verdict" on "it is better", after Holm's correction, and "power" for the paper's gain."""
     tested = table["difference"].dropna()
-    after: list[PairedDifference] = [*corrected(tested)]
-    says = [judge(d, c) for d, c in zip(tested, after, strict=True)]
-    verdicts = pd.Series(says, index=tested.index, dtype=object)
     powers = pd.Series([power(d, papers_gain(task)) for d in tested], index=tested.index, dtype=float)
-    return table.assign(verdict=verdicts.reindex(table.index, fill_value="–"), power=powers.reindex(table.index))
+    return table.assign(
+        verdict=judge_family(tested).reindex(table.index, fill_value="–"), power=powers.reindex(table.index)
+    )

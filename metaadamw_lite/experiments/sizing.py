@@ -1,8 +1,8 @@
-"""Is the ``lite`` profile small and whole? AdamW alone answers, in the runs that its learning rate is searched by.
+"""Is the ``lite`` profile small and whole? The search for AdamW's learning rate answers.
 
-A size is judged before any comparison, so no record of MetaAdamW is read here. Three things are asked of a task: that
-its validation loss has flattened when early stopping ends a run, that the best learning rate lies inside the searched
-grid, and that the metric is far from that of a guess that looks at no input.
+A size is judged before any comparison, so no record of MetaAdamW is read here. A task must pass three checks: its
+validation loss has flattened when early stopping ends a run, the best learning rate lies inside the searched grid, and
+the metric is far from that of a guess that ignores the input.
 """
 
 import math
@@ -22,16 +22,16 @@ from metaadamw_lite.experiments.variants import at_learning_rate, learning_rate,
 
 
 class Guess(NamedTuple):
-    """How well a guess does on the part of the data that is reported: the task's metric, and the mean loss."""
+    """The task's metric and mean loss of a guess, on the reported part of the data."""
 
     metric: float
     loss: float
 
 
 def guess(task: Task, data: Data) -> Guess:
-    """What can be had without looking at the input: the most frequent class, the mean, or the frequencies of words.
+    """Guess without the input: the most frequent class, the mean, or the frequencies of words.
 
-    The loss of classes is that of equal chances. Words are counted in the training part, each once more than it occurs.
+    The loss of classes is that of equal chances. Words are counted in the training part, plus one each.
     """
     part = data.val if data.test is None else data.test
     if task.classes is not None:
@@ -49,26 +49,26 @@ def guess(task: Task, data: Data) -> Guess:
 
 
 def late_fall(losses: list[float], start: float) -> float:
-    """The share of a loss's fall, from ``start`` to its best epoch, that the last third of the epochs have made."""
+    """Return the last third of the epochs' share in a loss's fall from ``start`` to the best epoch."""
     early = min(losses[: math.ceil(len(losses) * 2 / 3)])
     return (early - min(losses)) / (start - min(losses))
 
 
 def sizing_table(results: Path, profile: str = "lite") -> pd.DataFrame:
-    """One row for each task and protocol whose search has at least one record.
+    """Return a row for each task and protocol whose search has at least one record.
 
-    Columns: how many runs of the search there are; the most epochs that a run at the paper's rate or a higher one has
-    taken, and the cap; the mean ``late_fall`` from a guess, at the paper's rate and at the best one; the best rate, and
-    whether it lies inside the grid (both empty while the search goes on); and the best epoch's metric on validation, at
-    the best rate (until then, at the paper's), and that of the guess. There are no seconds: those of the records tell
-    how busy the machine was.
+    Columns: "runs" of the search; "epochs", the most of a run at the paper's rate or a higher one, and their "cap"; the
+    mean ``late_fall`` from a guess, at the paper's rate and at the best one; the "best rate", and whether it lies
+    "inside" the grid (both empty until the search is complete); the "metric" of the best epoch on validation, at the
+    best rate (until then, at the paper's), and that of the "guess". Seconds are left out, since they depend on the
+    machine's load.
 
     Args:
         results: folder of the records.
-        profile: whose search it is; the guesses of "smoke" are made from synthetic data.
+        profile: profile of the search; the guesses of "smoke" are made from synthetic data.
 
     Raises:
-        DataError: if the data, which the guesses are made from, cannot be had.
+        DataError: if the data of the guesses are missing and cannot be downloaded.
     """
     rows = [_row(task, protocol, profile, results) for task in TASKS.values() for protocol in PROTOCOLS]
     found = [row for row in rows if row]

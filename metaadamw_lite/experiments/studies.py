@@ -1,4 +1,4 @@
-"""Which runs belong together, and making all that have no record yet."""
+"""The runs of each study, and a sweep that makes the missing ones."""
 
 import math
 import os
@@ -38,8 +38,8 @@ from metaadamw_lite.experiments.task import PROTOCOLS
 from metaadamw_lite.experiments.training import (
     RunInProgressError,
     abandoned,
+    check_settings_match,
     forget_abandoned,
-    made_with,
     pick_device,
     run,
     run_settings,
@@ -51,21 +51,21 @@ from metaadamw_lite.experiments.variants import (
     SEEDS,
     VARIANTS,
     WEIGHTED,
-    arm_of,
     at_learning_rate,
-    differs,
+    changes_settings,
+    equal_arm,
     learning_rates,
 )
 
 FEW_SEEDS = range(3)
-"""Of ``lilaw`` and ``lope``, which have many arms and kinds of noise, and of ``dose`` and ``transfer``."""
+"""Seeds of studies with many arms: ``lilaw``, ``lope``, ``dose`` and ``transfer``."""
 NULL_SEEDS = range(2)
-"""Of ``null``, for each of its many Φ's."""
+"""Seeds of ``null``, for each of its many Φ's."""
 LADDER_SEEDS = range(10)
 DEPARTURE_TASKS = ("wikitext2", "etth1")
-"""Where every departure is tried."""
+"""The tasks with runs of every departure."""
 SEARCH_SEEDS = range(100, 102)
-"""For the search of a learning rate; no run that is reported has one of them."""
+"""Seeds of the searches for a learning rate, apart from those of all reported runs."""
 
 STUDIES = {
     "main": "Table 2, Table 5 and figures 1 to 5: every task, arm and protocol",
@@ -87,24 +87,23 @@ STUDIES = {
 }
 STUDIES_OF_PAPER = ("main", "baseline", "ablation")
 STUDIES_OF_PHI = ("null", "ladder", "dose", "replay", "circularity", "transfer")
-"""Of random, constant and learned factors: in the profile "lite" only, under the paper's protocol."""
+"""Studies of random, constant and learned factors, in the profile "lite" only, under the paper's protocol."""
 STUDIES_OF_RIVALS = ("published", "budget")
-"""What else could be in MetaAdamW's place: in the profile "lite" only, under the paper's protocol."""
+"""Studies of alternatives to MetaAdamW, in the profile "lite" only, under the paper's protocol."""
 STUDIES_OF_RELATIVES = ("lilaw", "together", "lope")
 SENSITIVITY_TASK = "cifar10-symmetric40"
 TOGETHER = ("adamw", "metaadamw", "adamw-lilaw", "metaadamw-lilaw")
 GPU_RUN_BYTES = 6 * 2**30
-"""Memory of a GPU that a run may need; so many of them share it."""
+"""Memory of a GPU for one run, which limits the number of runs at a time."""
 
 
 def study_runs(study: str, results: Path | Records, tasks: Sequence[str] | None = None) -> list[RunKey]:
-    """The runs of a study, in the order in which they are wanted: whole comparisons first, seed by seed.
+    """Return the runs of a study, in the order of a sweep: whole comparisons first, seed by seed.
 
     Args:
-        study: the name of one of ``STUDIES``, all but "smoke" with "/paper" or "/lite" for one profile only
+        study: a name of ``STUDIES``, except for "smoke" also with "/paper" or "/lite" for one profile
             (``STUDIES_OF_PHI`` and ``STUDIES_OF_RIVALS`` have only "/lite").
-        results: the records, or their folder: the second half of ``baseline``, the runs with the best learning rate,
-            is known only when its search is done.
+        results: the records, or their folder. A complete search adds the runs at its best learning rate.
         tasks: only these; None for all.
 
     Raises:
@@ -121,13 +120,13 @@ def study_runs(study: str, results: Path | Records, tasks: Sequence[str] | None 
 
 
 def _profiles(name: str) -> list[str]:
-    """The profiles that a study has runs of."""
+    """Return the profiles of a study's runs."""
     lite_only = name in (*STUDIES_OF_PHI, *STUDIES_OF_RIVALS)
     return ["smoke"] if name == "smoke" else ["lite"] if lite_only else ["paper", "lite"]
 
 
 def tasks_of(name: str) -> list[str]:
-    """The tasks that a study has runs of."""
+    """Return the tasks of a study's runs."""
     if name in ("all", "smoke"):
         return [*TASKS, *NOISY, *NOISE]
     few = {name: ["wikitext2", "etth1", "cifar10"] for name in ("null", "ladder", "circularity")}
@@ -136,7 +135,7 @@ def tasks_of(name: str) -> list[str]:
 
 
 def _main(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
-    """The first seeds of all tasks; then, of small runs, as many as the power asks for, the cheapest task first."""
+    """Yield the first seeds of all tasks, then the further seeds of small runs by power, the cheapest task first."""
     for seed in SEEDS:
         for task in tasks:
             for protocol in PROTOCOLS:
@@ -161,18 +160,18 @@ def _main(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunK
 
 
 def seeds_by_power(task: str, first: "pd.Series[float]") -> dict[str, range]:
-    """The seeds of the small runs of the main study that tell the paper's gain from none with a power of 80 %.
+    """Return the main study's seeds of small runs, which tell the paper's gain from none with a power of 80 %.
 
     Args:
-        task: whose gain.
+        task: name.
         first: the gains of MetaAdamW over AdamW in percent in the pairs of the first five seeds, under ``paper``.
 
     Returns:
-        By protocol: 10 to 40 under ``paper``, half as many under ``clean``; the first five while one is missing, and
-        of a task that the paper lacks.
+        By protocol: 10 to 40 seeds under ``paper``, half as many under ``clean``. The first five while one is missing,
+        and for a task that the paper lacks.
 
     Raises:
-        FileNotFoundError: outside a checkout, where the paper's gain is not at hand.
+        FileNotFoundError: outside a checkout, which has the paper's gain.
     """
     gain = papers_gain(task)
     if len(first) < len(SEEDS) or math.isnan(gain):
@@ -182,14 +181,14 @@ def seeds_by_power(task: str, first: "pd.Series[float]") -> dict[str, range]:
 
 
 def _metric(record: dict[str, Any]) -> float:
-    """The best validation metric of a run; NaN for one that failed or has no finite epoch."""
+    """Return the best validation metric of a run, or NaN for one that failed or has no finite epoch."""
     metric = None if record["status"] == "failed" or record["best"] is None else record["best"]["metric"]
     return math.nan if metric is None else float(metric)
 
 
 def _baseline(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
-    """The search, and for each one that is done, the runs with the best rate and the seeds of the main study."""
-    for protocol in reversed(PROTOCOLS):  # under ``clean`` the search cannot see what is reported: that comes first
+    """Yield each search, and after a complete one the runs at its best rate with the main study's seeds."""
+    for protocol in reversed(PROTOCOLS):  # ``clean`` first, since its search cannot see the reported test part
         for task in tasks:
             search = search_runs(task, protocol, profile)
             yield from search
@@ -199,7 +198,7 @@ def _baseline(profile: str, tasks: Sequence[str], results: Records) -> Iterator[
 
 
 def search_runs(task: str, protocol: str, profile: str, arm: str = "adamw", schedule: str = "constant") -> list[RunKey]:
-    """The runs that the learning rate of an arm with a schedule is chosen by."""
+    """Return the runs that choose the learning rate of an arm with a schedule."""
     return [
         RunKey(task, searched_as(arm, schedule, lr), protocol, profile, seed)
         for seed in SEARCH_SEEDS
@@ -208,7 +207,7 @@ def search_runs(task: str, protocol: str, profile: str, arm: str = "adamw", sche
 
 
 def best_variant(search: Sequence[RunKey], results: Path | Records) -> str | None:
-    """The variant with the best mean validation metric over the runs of a search, or None while one has no record.
+    """Return the variant with the best mean validation metric of a search, or None while a run has no record.
 
     A variant with a run that failed, or has no finite epoch, is not chosen.
     """
@@ -228,12 +227,12 @@ def _ablation(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey
     for seed in SEEDS:
         for task in tasks:
             for variant in (*ARMS[:2], *ABLATIONS):
-                if variant in ARMS or differs(TASKS[task].settings(profile), variant):
+                if variant in ARMS or changes_settings(TASKS[task].settings(profile), variant):
                     yield RunKey(task, variant, "paper", profile, seed)
 
 
 def _null(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
-    """Φ by Φ, so that the spread over the Φ's is known before all are run; the arms are those of ``main``."""
+    """Yield the arms of ``main``, then Φ by Φ, so that the spread over Φ's shows before all are run."""
     for seed in NULL_SEEDS:
         yield from (RunKey(task, arm, "paper", profile, seed) for task in tasks for arm in ARMS)
     for phi in PHI_SEEDS:
@@ -243,7 +242,7 @@ def _null(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
 
 
 def _ladder(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
-    """AdamW and the rungs, then AdamW at its best rate where that is known from ``baseline``."""
+    """Yield AdamW and the rungs, then AdamW at its best rate once ``baseline`` has found it."""
     for seed in LADDER_SEEDS:
         for task in tasks:
             yield from (RunKey(task, variant, "paper", profile, seed) for variant in ("adamw", *LADDER))
@@ -254,30 +253,30 @@ def _ladder(profile: str, tasks: Sequence[str], results: Records) -> Iterator[Ru
 
 
 def _dose(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
-    """On WikiText-2 every variant and its untrained twin; elsewhere ``EVERYWHERE``, beside the arms."""
+    """Yield every variant and its untrained twin on WikiText-2, ``EVERYWHERE`` on other tasks, beside the arms."""
     for seed in FEW_SEEDS:
         for task in sorted(tasks, key=lambda t: t != "wikitext2"):
             chosen = TWINS if task == "wikitext2" else ("metaadamw", *EVERYWHERE)
             variants = dict.fromkeys(("adamw", *(v for variant in chosen for v in (TWINS[variant], variant))))
-            here = [v for v in variants if arm_of(TASKS[task].settings(profile), v) in (None, v)]
+            here = [v for v in variants if equal_arm(TASKS[task].settings(profile), v) in (None, v)]
             yield from (RunKey(task, variant, "paper", profile, seed) for variant in here)
 
 
 def _replay(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
-    """The sources beside AdamW, and the replays of those that are recorded."""
+    """Yield the sources beside AdamW, and the replays of recorded sources."""
     runs = _sources_first(REPLAY, profile, tasks, results, SEEDS)
     return (key for key in runs if key.variant not in ENDS or key.task in WITH_ENDS)
 
 
 def _transfer(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
-    """Φ trained on each task, beside AdamW, then frozen on each."""
+    """Yield Φ trained on each task, beside AdamW, then frozen on each."""
     return _sources_first(TRANSFER, profile, tasks, results, FEW_SEEDS)
 
 
 def _sources_first(
     variants: Iterable[str], profile: str, tasks: Sequence[str], results: Records, seeds: Iterable[int]
 ) -> Iterator[RunKey]:
-    """AdamW and the sources of some variants; and the runs of these variants whose source has left factors."""
+    """Yield AdamW, the sources of some variants, and the runs of these variants whose source has recorded factors."""
     seeds = list(seeds)
     runs = [RunKey(task, variant, "paper", profile, seed) for seed in seeds for task in tasks for variant in variants]
     sources = {key: _source(key) for key in runs}
@@ -301,7 +300,7 @@ def _circularity(profile: str, tasks: Sequence[str], _: Records) -> Iterator[Run
 
 
 def _published(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
-    """Departures on two tasks, and U5 where it is one; then the released optimizer on all; beside the arms."""
+    """Yield the arms, departures on two tasks, U5 where it changes a run, then the released optimizer on all tasks."""
     for seed in SEEDS:
         for task in tasks:
             settings = TASKS[task].settings(profile)
@@ -313,7 +312,7 @@ def _published(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKe
 
 
 def _budget(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
-    """Task by task: the peers, the searches, and the best rate of each search that is done, with fresh seeds."""
+    """Yield, task by task, the peers, the searches, and the best rate of each complete search with fresh seeds."""
     for task in tasks:
         yield from (RunKey(task, variant, "paper", profile, seed) for seed in SEEDS for variant in (*PEERS, LEARNED))
         for arm, schedule in SEARCHES:
@@ -346,7 +345,7 @@ def _lope(profile: str, tasks: Sequence[str], _: Records) -> Iterator[RunKey]:
 
 
 def _all(profile: str, tasks: Sequence[str], results: Records) -> Iterator[RunKey]:
-    """Every run once; those of the released optimizer only where its code is at hand."""
+    """Yield every run once, those of the released optimizer only if its code is at hand."""
     studies = [name for name in _RUNS if name not in ("all", "smoke") and profile in _profiles(name)]
     wanted = ((name, [task for task in tasks if task in tasks_of(name)]) for name in studies)
     runs = dict.fromkeys(key for name, known in wanted for key in _RUNS[name](profile, known, results))
@@ -404,11 +403,11 @@ _RUNS = {
 
 
 def missing(runs: Sequence[RunKey], results: Path | Records) -> list[RunKey]:
-    """Those that have no record.
+    """Return the runs without a record.
 
     Raises:
         RecordError: for a file that is no record.
-        ValueError: for a record that was made with other settings than those of its task and profile.
+        ValueError: for a record with other settings than those of its task and profile.
     """
     records = _records(results)
     return [key for key in runs if _record_of(key, records) is None]
@@ -420,7 +419,7 @@ def _records(results: Path | Records) -> Records:
 
 def _record_of(key: RunKey, records: Records) -> Record | None:
     record = records.get(key)
-    return None if record is None else made_with(run_settings(key), record, key.path(records.path))
+    return None if record is None else check_settings_match(run_settings(key), record, key.path(records.path))
 
 
 def sweep(
@@ -432,27 +431,26 @@ def sweep(
     device: str = "auto",
     progress: bool = True,
 ) -> list[RunKey]:
-    """Make all runs of a study that have no record, several at once, and return those that could not be made.
+    """Make all missing runs of a study, several at once, and return those that could not be made.
 
-    Killed at any moment, the next call goes on where this one was. Several sweeps may work on one study: a run that
-    another process is at is left to it, and looked at again at the end. A run that diverges, or whose training fails,
-    leaves a record that says so.
+    After a kill at any moment the next call goes on from there. Several sweeps may work on one study: each leaves a run
+    in progress to its process, and checks it at the end. A run that diverges or fails leaves a record with that status.
 
     Args:
         study, results, tasks: as ``study_runs`` takes them.
-        jobs: runs at a time; by default one for each core, as many as fit on the GPU, or one for each thread of the
+        jobs: runs at a time; by default one for each core, within the GPU's memory, or one for each thread of the
             cluster's workers.
         scheduler: address of a Dask scheduler to send the runs to, instead of processes on this machine. Its workers
             must see ``results`` under the same path.
-        device: where the runs compute, as ``run`` takes it; on a CPU each has one thread.
-        progress: show a bar over the runs of the study, with the time that is left.
+        device: as ``run`` takes it; on a CPU each run has one thread.
+        progress: show a bar over the runs of the study, with the remaining time.
 
     Raises:
         ValueError: for an unknown study, profile or task, for fewer jobs than one, or for a device that this machine
             does not have.
-        RecordError: if what lies in a record's place is no record.
-        OSError: if nothing can be written in ``results``, the scheduler does not answer, or a worker is killed before
-            it begins a run.
+        RecordError: if a file in a record's place is no record.
+        OSError: if ``results`` cannot be written to, the scheduler does not answer, or a worker is killed before it
+            begins a run.
     """
     check_count(jobs=1 if jobs is None else jobs)
     if scheduler is None:  # else each worker picks its own
@@ -465,7 +463,7 @@ def sweep(
     todo = missing(runs, results)
     if todo:
         results.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=results):  # a folder that is only for reading is better known before any run
+        with tempfile.TemporaryFile(dir=results):  # a read-only folder fails here, before any run
             pass
     with (
         _workers(scheduler, jobs, device) as outcomes,
@@ -479,7 +477,8 @@ def sweep(
             now = set(todo)
             later = missing([key for key in study_runs(study, default_results(), tasks) if key not in now], results)
             seconds = expected_seconds([*todo, *later], results)
-            bar.write(f"{study}: {len(todo)} runs to make now, {len(later)} later, {duration(seconds, at_a_time)}")
+            estimate = format_duration(seconds, at_a_time)
+            bar.write(f"{study}: {len(todo)} runs to make now, {len(later)} later, {estimate}")
         while todo:
             for key in todo:
                 forget_abandoned(key, results)  # of sweeps before this one
@@ -510,9 +509,9 @@ def sweep(
 
 
 def expected_seconds(runs: Sequence[RunKey], results: Path) -> float | None:
-    """How long some runs will take, one after the other: each as the mean recorded run of its task and profile.
+    """Estimate the seconds of some runs, one after the other, each as long as the mean run of its task and profile.
 
-    Where the folder has none of a task and profile the committed records are asked. None if they have none, either.
+    The means come from the folder, or from the committed records without a run there. None if one is in neither.
     """
     wanted = {(key.task, key.profile) for key in runs}
     seconds = recorded_seconds(results, {task for task, _ in wanted})
@@ -522,7 +521,7 @@ def expected_seconds(runs: Sequence[RunKey], results: Path) -> float | None:
 
 
 def recorded_seconds(results: Path, tasks: Iterable[str]) -> dict[tuple[str, str], float]:
-    """The seconds of the mean recorded run of some tasks, by task and profile."""
+    """Return the mean seconds of recorded runs of some tasks, by task and profile."""
     seconds: dict[tuple[str, str], list[float]] = {}
     for task in tasks:
         for record in read_records(results, task):
@@ -531,20 +530,20 @@ def recorded_seconds(results: Path, tasks: Iterable[str]) -> dict[tuple[str, str
     return {where: fmean(of_runs) for where, of_runs in seconds.items()}
 
 
-def duration(seconds: float | None, at_a_time: int) -> str:
-    """An estimate for a person."""
+def format_duration(seconds: float | None, at_a_time: int) -> str:
+    """Format an estimate of ``expected_seconds`` for a person."""
     if seconds is None:
         return "for how long is not known: not every task has a recorded run of this profile"
     return f"about {seconds / at_a_time / 3600:.1f} hours with {at_a_time} at a time, going by the recorded runs"
 
 
 Outcome = tuple[RunKey, str | None]
-"""A run, and what went wrong, if anything."""
+"""A run, and its error, if any."""
 _BUSY, _KILLED = "busy", "a worker was killed"
 
 
-def _one(key: RunKey, results: Path, device: str, wait: bool) -> Outcome:
-    """One run in a worker. An error must not end the other runs."""
+def _run_one(key: RunKey, results: Path, device: str, wait: bool) -> Outcome:
+    """Make one run in a worker, and return its error, so that the other runs go on."""
     try:
         run(key, results, device, progress=False, wait=wait)
     except RunInProgressError:
@@ -555,7 +554,7 @@ def _one(key: RunKey, results: Path, device: str, wait: bool) -> Outcome:
 
 
 def runs_at_a_time(device: str) -> int:
-    """One for each core that this process may use; on a GPU no more than its free memory holds."""
+    """Return the number of usable cores, on a GPU within its free memory."""
     cores = int(joblib.cpu_count())
     if torch.device(device).type != "cuda":
         return cores
@@ -567,7 +566,7 @@ def runs_at_a_time(device: str) -> int:
 def _workers(
     scheduler: str | None, jobs: int | None, device: str
 ) -> Iterator[Callable[[list[RunKey], Path, bool], Iterator[Outcome]]]:
-    """Processes on this machine (joblib), or a Dask cluster; yields what has some runs made there, as they come."""
+    """Yield a function that executes runs, here or on a Dask cluster, and returns outcomes as they finish."""
     if scheduler is None:
         count = jobs or runs_at_a_time(device)
 
@@ -576,7 +575,7 @@ def _workers(
             parallel = joblib.Parallel(  # with one worker joblib would make the runs in this process
                 n_jobs=max(2, needed), pre_dispatch=needed, return_as="generator_unordered", batch_size=1
             )
-            yield from parallel(joblib.delayed(_one)(key, results, device, wait) for key in todo)
+            yield from parallel(joblib.delayed(_run_one)(key, results, device, wait) for key in todo)
 
         with joblib.parallel_config(backend="loky", initializer=_end_with, initargs=(os.getpid(),)):
             yield here
@@ -585,13 +584,13 @@ def _workers(
 
         with Client(scheduler) as client:  # type: ignore[no-untyped-call]
             client.wait_for_workers(1, timeout=60)
-            yield lambda todo, results, wait: _on_cluster(client, jobs, todo, results, device, wait)
+            yield lambda todo, results, wait: _run_on_cluster(client, jobs, todo, results, device, wait)
 
 
-def _on_cluster(
+def _run_on_cluster(
     client: Any, jobs: int | None, todo: list[RunKey], results: Path, device: str, wait: bool
 ) -> Iterator[Outcome]:
-    """What becomes of some runs on a Dask cluster. A run whose worker is killed again and again is given up."""
+    """Execute runs on a Dask cluster, and yield their outcomes; a run whose workers are killed repeatedly fails."""
     from dask.distributed import KilledWorker, as_completed
 
     waiting = list(reversed(todo))
@@ -601,7 +600,7 @@ def _on_cluster(
     def fill() -> None:
         while waiting and len(keys) < (jobs or max(1, sum(client.nthreads().values()))):
             key = waiting.pop()
-            future = client.submit(_one, key, results, device, wait, pure=False)
+            future = client.submit(_run_one, key, results, device, wait, pure=False)
             keys[future] = key
             running.add(future)  # type: ignore[no-untyped-call]
 
@@ -615,7 +614,7 @@ def _on_cluster(
 
 
 def _end_with(parent: int) -> None:
-    """Let this worker end when the process that began it is gone, however it went; a thread looks once a second."""
+    """End this worker once its parent process is gone; a thread checks that every second."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -625,14 +624,14 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def ends(runs: Sequence[RunKey], results: Path | Records) -> "Counter[str]":
-    """How many of some runs ended in which way ("finished", "stopped early", "diverged", "failed")."""
+def count_endings(runs: Sequence[RunKey], results: Path | Records) -> "Counter[str]":
+    """Count the endings of recorded runs: "finished", "stopped early", "diverged", "failed"."""
     records = _records(results)
     return Counter(record["status"] for key in runs if (record := _record_of(key, records)) is not None)
 
 
 def status(results: Path | Records, studies: Sequence[str] = STUDIES_OF_PAPER) -> pd.DataFrame:
-    """How many runs of some studies have a record: a row for each study and profile, a column for each task.
+    """Count the recorded runs of some studies: a row for each study and profile, a column for each task.
 
     Args:
         results: the records, or their folder.
@@ -654,7 +653,7 @@ def costs(results: Path | Records) -> pd.DataFrame:
     where a task has no such run. A run that two studies share counts in both.
     """
     rows, records = {}, _records(results)
-    seconds = recorded_seconds(records.path, tasks_of("smoke"))  # which has all tasks
+    seconds = recorded_seconds(records.path, tasks_of("smoke"))  # "smoke" has all tasks
     for name in STUDIES:
         for profile in _profiles(name):
             study = name if profile == "smoke" else f"{name}/{profile}"
@@ -682,10 +681,12 @@ def status_lines(study: str, results: Path) -> str:
         keys = [k for k in runs if (k.task, k.protocol, k.profile, k.variant) == (task, protocol, profile, variant)]
         left = missing(keys, records)
         note = f"missing seeds {', '.join(str(k.seed) for k in left)}" if left else "complete"
-        bad = [f"{n} {status}" for status, n in ends(keys, records).items() if status in ("diverged", "failed")]
+        bad = [
+            f"{n} {status}" for status, n in count_endings(keys, records).items() if status in ("diverged", "failed")
+        ]
         rows.append((task, protocol, profile, variant, f"{len(keys) - len(left)}/{len(keys)}", "; ".join([note, *bad])))
     left = missing(runs, records)
     cost = f"{len(left)} of {len(runs)} runs are missing"
     if left:
-        cost += f": {duration(expected_seconds(left, results), 1)}"
+        cost += f": {format_duration(expected_seconds(left, results), 1)}"
     return f"{tabulate(rows, tablefmt='plain', disable_numparse=True)}\n{cost}"

@@ -1,4 +1,4 @@
-"""What a task is, and which settings a run of it has."""
+"""The dataclasses of tasks, settings and data, and helpers that tasks share."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,32 +13,32 @@ PROFILES = ("smoke", "lite", "paper")
 PROTOCOLS = ("paper", "clean")
 SOURCES = ("real", "synthetic")
 SCHEDULES = ("constant", "cosine", "warmup-linear")
-"""Of the learning rate, over all steps of a run: a cosine falls to zero; the last rises for 30 % and falls to zero."""
+"""Schedules of the learning rate over all steps of a run. The last rises for 30 % of them, then falls to zero."""
 
 Batch = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that defines a run, apart from task, variant, protocol and seed.
+    """The definition of a run, apart from task, variant, protocol and seed.
 
     Attributes:
-        epochs: at most so many passes over the training data.
+        epochs: the most passes over the training data.
         batch_size: samples a step.
-        patience: stop after so many epochs in a row without an improvement; None to train all epochs.
-        min_delta: by how much the validation loss must fall to count as an improvement.
-        lr, weight_decay, betas, eps: of AdamW and MetaAdamW alike.
+        patience: epochs in a row without an improvement that stop a run; None to train all epochs.
+        min_delta: the fall of the validation loss that counts as an improvement.
+        lr, weight_decay, betas, eps: arguments of AdamW and MetaAdamW alike.
         meta_every: K_meta, steps from one meta-update to the next.
-        meta_per_epoch: about how many meta-updates an epoch has with it (a factor of Table 3).
-        warmup_epochs: the first epoch that has meta-updates. Table 1 calls it "warmup epochs (before meta)"; in the
-            released code, whose reading this is, the value 1 means that meta-updates begin in the first epoch.
+        meta_per_epoch: about the number of meta-updates an epoch (a factor of Table 3).
+        warmup_epochs: the first epoch with meta-updates. Table 1 calls it "warmup epochs (before meta)". The released
+            code reads it so: with the value 1 meta-updates begin in the first epoch.
         metaadamw: further arguments of ``MetaAdamW`` (Table 4).
         model: the model's sizes.
-        data: how much of the data is used (empty for all), and under "noise" how its labels are made wrong.
+        data: sizes of the data (empty for all), and under "noise" the injected label noise.
         lilaw: arguments of ``LiLAW``; None for samples of equal weight.
-        schedule: of the learning rate: one of ``SCHEDULES``.
-        scheduled_epochs: of a profile: so many epochs has a run whose learning rate follows a schedule; None for
-            ``epochs``. The change of a variant reads it, and the settings of a run have None.
+        schedule: one of ``SCHEDULES``.
+        scheduled_epochs: of a profile: the epochs of a run with a schedule; None for ``epochs``. The change of a
+            variant reads it, and the settings of a run have None.
     """
 
     epochs: int
@@ -67,12 +67,12 @@ class Data:
     Attributes:
         train: for the steps, and for the batches B₁ and B₂ of the meta-update.
         val: for early stopping and the meta-objective.
-        test: looked at once, after training; None under the paper's protocol, which has no such part.
-        source: what the samples are, for records and plots: a file name, or "synthetic".
+        test: measured once, after training; None under the paper's protocol.
+        source: name of the data, for records and plots; "synthetic" for made-up ones.
         sizes: arguments of the model that the data decide, such as the size of the vocabulary.
-        words: the target vocabulary in the order of its numbers, where the task translates.
-        references: the test part's target sentences, where the task translates.
-        truth: the true labels of the training part, where those in ``train`` are partly wrong.
+        words: the target vocabulary in the order of its numbers, if the task translates.
+        references: the test part's target sentences, if the task translates.
+        truth: the true labels of the training part, if those in ``train`` are partly wrong.
     """
 
     train: Batch
@@ -85,7 +85,7 @@ class Data:
     truth: Tensor | None = None
 
     def to(self, device: torch.device) -> "Data":
-        """The same samples on a device."""
+        """Copy the samples to a device."""
 
         def moved(part: Batch) -> Batch:
             return tuple(x.to(device) for x in part)
@@ -96,12 +96,12 @@ class Data:
 
 
 class Score(NamedTuple):
-    """How a model does on a batch.
+    """A model's result on a batch.
 
     Attributes:
-        loss: mean over the batch's terms, differentiable.
-        terms: how many predictions the batch holds: samples or, for text, tokens.
-        correct: how many of them are right; None where that makes no sense.
+        loss: mean over the batch's terms, a differentiable scalar.
+        terms: number of predictions in the batch: samples or, for text, tokens.
+        correct: number of right predictions; None without classes.
     """
 
     loss: Tensor
@@ -110,7 +110,7 @@ class Score(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """How a model does on a part of the data: mean loss over terms, and the task's metric."""
+    """A model's result on a part of the data: mean loss over terms, and the task's metric."""
 
     loss: float
     metric: float
@@ -129,11 +129,11 @@ class Task:
         settings: from a profile to its settings.
         load: from protocol, settings and source ("real" or "synthetic") to the data.
         build: from settings and data to a model; initial weights follow torch's global generator.
-        score: how a model does on a batch; its loss is what training minimises.
+        score: from a model and a batch to the ``Score``, whose loss training minimises.
         metric_of: from mean loss and share of correct predictions to the metric.
-        classes: C, how many classes there are; None where there are none.
-        inputs_and_labels: from a batch to what the model takes and the labels (N,), where the model returns logits
-            (N, C); None where there are no classes.
+        classes: C, the number of classes; None without classes.
+        inputs_and_labels: from a batch to the inputs of a model that returns logits (N, C), and the labels (N,); None
+            without classes.
         augment: random changes to a training batch, drawn from the generator; None for none.
         translate: from a trained model and the data to further figures about the test part ("bleu"), or None.
     """
@@ -154,35 +154,35 @@ class Task:
     translate: Callable[[nn.Module, Data], dict[str, float]] | None = None
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The scalar that training minimises."""
+        """Return the scalar that training minimises."""
         return self.score(model, batch).loss
 
 
 def classification_score(logits: Tensor, labels: Tensor) -> Score:
-    """Mean cross-entropy in nats, and how many labels (N,) have the largest of their logits (N, C)."""
+    """Score logits (N, C) by labels (N,): the mean cross-entropy in nats, and the number of right predictions."""
     return Score(F.cross_entropy(logits, labels), len(labels), (logits.argmax(dim=1) == labels).sum())
 
 
-# What ``Task.metric_of`` may be: functions of the mean loss and the share of correct predictions.
+# Functions for ``Task.metric_of``, of the mean loss and the share of correct predictions.
 
 
 def mean_squared_error(loss: float, _: float) -> float:
-    """The loss itself."""
+    """Return the loss itself."""
     return loss
 
 
 def perplexity(loss: float, _: float) -> float:
-    """The exponential of the mean cross-entropy in nats; infinite where that overflows."""
+    """Return the exponential of the mean cross-entropy in nats, or infinity on overflow."""
     return math.exp(loss) if loss < 700 else math.inf if not math.isnan(loss) else math.nan
 
 
 def accuracy(_: float, correct: float) -> float:
-    """The share of correct predictions."""
+    """Return the share of correct predictions."""
     return correct
 
 
 def part_of(samples: Batch, count: int | None) -> Batch:
-    """``count`` samples, drawn the same way each time; all, in their order, for None."""
+    """Draw ``count`` samples, the same each time; None returns all, in their order."""
     if count is None:
         return samples
     chosen = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(0))[:count]

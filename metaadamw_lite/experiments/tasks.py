@@ -8,4 +8,4 @@ from metaadamw_lite.experiments.task import Task
 from metaadamw_lite.experiments.wikitext2 import WIKITEXT2
 
 TASKS: dict[str, Task] = {task.name: task for task in (ETTH1, WIKITEXT2, MULTI30K, CIFAR10, IMDB)}
-"""By name, in the order of the paper."""
+"""The tasks by name, in the order of the paper."""

@@ -1,11 +1,10 @@
 """One run, from the seed to the record.
 
 All arms of a comparison are paired by seed: with the same seed they start from the same weights, see the same batches
-in the same order and draw the same dropout masks. That holds because every source of randomness is seeded from the
-run's seed alone (with epoch and purpose, where it is drawn from again and again), because a meta-update leaves the
-random number generators as it found them, and because a run computes on one CPU thread: how many there are decides in
-which order sums are added up. It also makes a run that was killed go on to the same result from the checkpoint of its
-last whole epoch.
+in the same order and draw the same dropout masks. Three things ensure this. Every source of randomness is seeded from
+the run's seed alone (with epoch and purpose, if it is used repeatedly). A meta-update leaves the random number
+generators as it found them. A run computes on one CPU thread, since the number of threads decides the order of sums.
+So a killed run also goes on to the same result, from the checkpoint of its last whole epoch.
 """
 
 import contextlib
@@ -48,13 +47,13 @@ from metaadamw_lite.experiments.records import (
     write_record,
 )
 from metaadamw_lite.experiments.task import SCHEDULES, Batch, Measured, Score, Settings, Task
-from metaadamw_lite.experiments.variants import VARIANTS, changed
+from metaadamw_lite.experiments.variants import VARIANTS, apply_variant
 
 EVALUATION_BATCH = 256
 LOOKS_PER_EPOCH = 10
-_EACH = partial(F.cross_entropy, reduction="none")
+_SAMPLE_LOSSES = partial(F.cross_entropy, reduction="none")
 _ONE_RUN = threading.Lock()
-"""torch's random number generator is the whole process's; two runs in threads of one would draw from it in turns."""
+"""torch has one random number generator a process; two runs in its threads would draw from it in turns."""
 
 
 class RunInProgressError(RuntimeError):
@@ -69,30 +68,30 @@ def run(
     settings: Settings | LoPESettings | None = None,
     wait: bool = False,
 ) -> dict[str, Any]:
-    """Make one run and write its record; if it has one already, read that.
+    """Make one run and write its record, or read the record if there is one.
 
     Args:
-        key: which run.
+        key: the run.
         results: folder of the records; None for ``default_results()``.
-        device: as torch names it, or "auto": a GPU where there is one, else the CPU.
+        device: as torch names it, or "auto": a GPU if there is one, else the CPU.
         progress: show a progress bar.
-        settings: the task's, instead of those of the key's profile; for trying things out, with another ``results``.
-            Those of an adaptation (tasks "lope-…") are ``LoPESettings``.
-        wait: if another process is at this run, wait until it is done with it.
+        settings: the task's, in place of the key's profile, for trials with another ``results``. Those of an adaptation
+            (tasks "lope-…") are ``LoPESettings``.
+        wait: wait for another process that makes this run.
 
     Returns:
         The record. Its status is "finished", "stopped early", "diverged" (a loss was not finite) or "failed" (training
         raised an error that is not the machine's fault).
 
     Raises:
-        ValueError: for an unknown task, variant or device, settings of another kind of task, a variant that the task
-            or its protocol does not go with, settings other than those that the record was made with, or a variant that
-            is made from another run's record where that is missing.
-        RunInProgressError: if another process is at this run.
-        RecordError: if what lies in the record's place is no record.
-        DataError: if the data cannot be had, or are not what they should be.
-        ImportError: if a package that the run needs is not installed.
-        OSError: if a file cannot be read or written. This and what else is the machine's fault leaves no record.
+        ValueError: for an unknown task, variant or device, settings of another kind of task, a variant that does not
+            fit the task or its protocol, settings other than those of the record, or a variant whose source has no
+            record.
+        RunInProgressError: if another process makes this run.
+        RecordError: if a file in the record's place is no record.
+        DataError: if the data are missing and cannot be downloaded, or fail their check.
+        ImportError: if a package of the run is not installed.
+        OSError: if a file cannot be read or written. Faults of the machine, like this one, leave no record.
     """
     mine = run_settings(key, settings)
     folder = default_results() if results is None else results
@@ -102,15 +101,15 @@ def run(
             return lope_study.make(key, mine, device, progress)
         return _Run(_task(key), key, mine, folder, device, *_source(key, folder, settings)).make(progress)
 
-    return made_with(mine, _recorded(key, folder, device, wait, make), key.path(folder))
+    return check_settings_match(mine, _read_or_make(key, folder, device, wait, make), key.path(folder))
 
 
 def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -> Settings | LoPESettings:
-    """The settings of a run: those of its task and profile, or others that are given, with its variant's change.
+    """Return the settings of a run: those of its task and profile, or the given ones, with its variant's change.
 
     Raises:
-        ValueError: for an unknown task or variant, settings of another kind of task, or a variant that the task or its
-            protocol does not go with.
+        ValueError: for an unknown task or variant, settings of another kind of task, or a variant that does not fit the
+            task or its protocol.
     """
     check_choice("task", key.task, (*TASKS, *NOISY, *lope_study.NOISE))
     if key.task in lope_study.NOISE:
@@ -124,17 +123,17 @@ def run_settings(key: RunKey, settings: Settings | LoPESettings | None = None) -
         check_choice("protocol (of a task with wrong labels)", key.protocol, ("clean",))
     if isinstance(settings, LoPESettings):
         raise ValueError(f"settings are LoPESettings; {key.task} needs Settings")
-    mine = changed(settings or task.settings(key.profile), key.variant)
+    mine = apply_variant(settings or task.settings(key.profile), key.variant)
     if mine.lilaw is not None and task.inputs_and_labels is None:
         raise ValueError(f"optimizer is {key.variant!r}, but {key.task} has no classes, which LiLAW needs")
     return mine
 
 
 def _source(key: RunKey, results: Path, settings: Settings | LoPESettings | None) -> list[dict[str, Any]]:
-    """The record that a run's optimizer is made from, in a list; none where the variant has no source.
+    """Return the record that a run's optimizer is made from, in a list; an empty one for a variant without source.
 
     Raises:
-        ValueError: if the variant has one, and its run has no record or was made with other settings.
+        ValueError: if the source has no record, or one with other settings.
     """
     source = VARIANTS[key.variant].source
     if source is None:
@@ -143,24 +142,26 @@ def _source(key: RunKey, results: Path, settings: Settings | LoPESettings | None
     path = other.path(results)
     if not path.is_file():
         raise ValueError(f"{key} needs the record of {other}, which {results} does not have; make that run first")
-    return [made_with(run_settings(other, settings if other.task == key.task else None), read_record(path), path)]
+    return [
+        check_settings_match(run_settings(other, settings if other.task == key.task else None), read_record(path), path)
+    ]
 
 
 def _task(key: RunKey) -> Task:
     return TASKS.get(key.task) or NOISY[key.task]
 
 
-def made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The record, if it was made with these settings; one that lacks a newer setting was made with its default.
+def check_settings_match(settings: Settings | LoPESettings, record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the record if it was made with these settings; a record without a newer setting has its default.
 
     Raises:
-        ValueError: if it was made with others.
+        ValueError: if it was made with other settings.
     """
-    asked = _plain(asdict(settings))
+    asked = _as_json(asdict(settings))
     key = RunKey(**record["run"])
     if key.task in lope_study.NOISE:
         asked |= lope_study.circumstances(key)
-    defaults = {field.name: _plain(field.default) for field in fields(settings) if field.default is not MISSING}
+    defaults = {field.name: _as_json(field.default) for field in fields(settings) if field.default is not MISSING}
     made = {name: record["settings"].get(name, defaults.get(name, asked[name])) for name in asked}
     other = [name for name in asked if made[name] != asked[name]]
     if other:
@@ -173,7 +174,7 @@ def made_with(settings: Settings | LoPESettings, record: dict[str, Any], path: P
 
 
 def pick_device(name: str) -> str:
-    """The device of this name; for "auto" a GPU where there is one, else the CPU.
+    """Return the device of this name; for "auto" a GPU if there is one, else the CPU.
 
     Raises:
         ValueError: for a device that torch does not know or this machine does not have.
@@ -181,17 +182,17 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros((), device=name).item()  # which a device that only knows shapes ("meta") cannot give
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        torch.zeros((), device=name).item()  # fails on a device of shapes only ("meta")
+    except (RuntimeError, AssertionError) as error:  # AssertionError from a torch built without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device is {name!r}, which cannot be used here ({reason})") from error
     return name
 
 
-def _recorded(
+def _read_or_make(
     key: RunKey, results: Path, device: str, wait: bool, make: Callable[[torch.device], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The record of a run, which is made first if there is none."""
+    """Read the record of a run, after making the run if there is none."""
     path = key.path(results)
     if path.is_file():
         return read_record(path)
@@ -205,14 +206,14 @@ def _recorded(
             try:
                 for leftover in path.parent.glob(f"{key.stem}.*.part"):  # of a process that was killed while it wrote
                     leftover.unlink()
-                if not path.exists():  # it may have been finished while we came here
+                if not path.exists():  # another process may have finished it meanwhile
                     with _ONE_RUN, _one_cpu_thread():
                         record = make(place)
                     write_record(record, key, results)
                     key.path(results, ".ckpt").unlink(missing_ok=True)
             finally:
-                # It stays where a process is killed: ``abandoned``. Whoever waits for it is not fooled by a new file of
-                # that name, since filelock looks whether the one that it has locked is still there.
+                # A killed process leaves the lock, which ``abandoned`` detects. A new file of that name is safe for
+                # waiting processes, since filelock checks that the file it has locked is still there.
                 key.path(results, ".lock").unlink(missing_ok=True)
     except Timeout:
         raise RunInProgressError(f"{key} is being made by another process (lock {lock.lock_file})") from None
@@ -230,11 +231,11 @@ def _one_cpu_thread() -> Iterator[None]:
 
 
 ENDING_SECONDS = 2
-"""For so long a process that was killed may still be about to end."""
+"""The longest time that a killed process takes to end."""
 
 
 def abandoned(key: RunKey, results: Path) -> bool:
-    """Whether a process began this run and is gone: it has no record, and a lock that nobody holds."""
+    """Tell whether a process began this run and is gone: a lock that no process holds, and no record."""
     path = key.path(results, ".lock")
     if not path.exists():
         return False
@@ -246,7 +247,7 @@ def abandoned(key: RunKey, results: Path) -> bool:
 
 
 def forget_abandoned(key: RunKey, results: Path) -> None:
-    """Take away the lock of a process that is gone."""
+    """Remove the lock of a process that is gone."""
     path = key.path(results, ".lock")
     if path.exists():
         with contextlib.suppress(Timeout), FileLock(path).acquire(blocking=False):
@@ -256,23 +257,22 @@ def forget_abandoned(key: RunKey, results: Path) -> None:
 def make_optimizer(
     variant: str, model: nn.Module, settings: Settings, total_steps: int, seed: int, *source: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """The optimizer of a variant, with the settings that are the variant's. Φ's random start follows the run's seed,
-    unless the variant has another's.
+    """Make the optimizer of a variant. Φ's random start follows the run's seed, unless the variant has its own.
 
     Args:
         variant: one of ``VARIANTS``.
-        model, settings, total_steps, seed: of the run.
-        source: the record that the optimizer is made from, where the variant has a source.
+        model, settings, total_steps, seed: of the run; the settings include the variant's change.
+        source: the record that the optimizer is made from, if the variant has a source.
     """
     return VARIANTS[variant].make(model, settings, total_steps, seed, *source)
 
 
 WARM_UP = 0.3
-"""Share of a run's steps in which the learning rate rises, where the schedule has a warm-up."""
+"""Share of a run's steps in which the learning rate rises, in a schedule with a warm-up."""
 
 
 def schedule_of(optimizer: torch.optim.Optimizer, name: str, steps: int) -> CosineAnnealingLR | LambdaLR | None:
-    """The schedule of the learning rate over ``steps`` steps; None for a constant one.
+    """Make the schedule of the learning rate over ``steps`` steps; None for a constant one.
 
     Raises:
         ValueError: for an unknown name.
@@ -287,31 +287,31 @@ def schedule_of(optimizer: torch.optim.Optimizer, name: str, steps: int) -> Cosi
 
 
 def switch_weights(optimizer: torch.optim.Optimizer, training: bool) -> None:
-    """Let an optimizer that has two sets of weights (Schedule-Free) put in those to train, or those to evaluate."""
+    """Switch an optimizer with two sets of weights (Schedule-Free) to those for training, or for evaluation."""
     switch = getattr(optimizer, "train" if training else "eval", None)
     if switch is not None:
         switch()
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:
-    """A seed of its own for each purpose in each epoch of a run."""
+    """Derive a seed for each purpose in each epoch of a run."""
     return int(np.random.SeedSequence([seed, epoch, *purpose.encode()]).generate_state(1)[0])
 
 
 def shuffled_batches(samples: Batch, size: int, seed: int) -> list[Tensor]:
-    """The sample numbers of one epoch's batches, in an order that depends on ``seed`` alone. The last may be short."""
+    """Shuffle an epoch's sample numbers by ``seed`` alone, and split them into batches; the last may be short."""
     order = torch.randperm(len(samples[0]), generator=torch.Generator().manual_seed(seed))
     return list(torch.split(order.to(samples[0].device), size))
 
 
 def pick(samples: Batch, numbers: Tensor) -> Batch:
-    """The samples with these numbers."""
+    """Return the samples with these numbers."""
     return tuple(x[numbers] for x in samples)
 
 
 @torch.no_grad()
 def measure(task: Task, model: nn.Module, samples: Batch) -> Measured:
-    """The task's loss in eval mode, averaged over all terms of some samples, and its metric."""
+    """Measure the task's loss in eval mode, averaged over all terms of some samples, and its metric."""
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=samples[0].device)
     terms, correct = torch.zeros_like(loss), torch.zeros_like(loss)
@@ -322,11 +322,11 @@ def measure(task: Task, model: nn.Module, samples: Batch) -> Measured:
         correct += 0 if score.correct is None else score.correct
     mean = float(loss / terms)
     metric = task.metric_of(mean, float(correct / terms)) if math.isfinite(mean) else math.nan
-    return Measured(mean, metric)  # a model that gives no numbers has no accuracy either
+    return Measured(mean, metric)  # a model whose loss is not finite has no accuracy, either
 
 
 class _Stopwatch:
-    """Adds up the seconds of many short pieces of work on a device, without making the device wait for Python."""
+    """Sum of the seconds of many short pieces of work on a device, measured without making the device wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -353,7 +353,7 @@ class _Stopwatch:
 
 
 class _Run:
-    """The state of a run between its epochs, which is what a checkpoint holds."""
+    """The state of a run between its epochs, as a checkpoint holds it."""
 
     def __init__(
         self,
@@ -381,7 +381,7 @@ class _Run:
         self.phi_at_start = copy.deepcopy(self.optimizer.modulator) if isinstance(self.optimizer, MetaAdamW) else None
         self.schedule = schedule_of(self.optimizer, settings.schedule, settings.epochs * self.steps_per_epoch)
         self.lilaw: LiLAW | None = None
-        if settings.lilaw is not None:  # which warms up for one epoch
+        if settings.lilaw is not None:  # LiLAW warms up for one epoch
             self.lilaw = LiLAW(**settings.lilaw, warmup_steps=self.steps_per_epoch).to(device)
         self.samples: SampleHistory | None = None
         if self.data.truth is not None:
@@ -391,7 +391,7 @@ class _Run:
         self.best_weights: dict[str, Tensor] = {}
         self.meta_updates = 0
         self.history: dict[str, list[dict[str, Any]]] = {"epochs": [], "meta_updates": [], "trace": [], "lilaw": []}
-        self.environments = [environment(device)]  # of each process that had a part in the run, if they differ
+        self.environments = [environment(device)]  # of the processes of the run, as long as they differ
 
     def make(self, progress: bool) -> dict[str, Any]:
         """Train until the last epoch, an early stop or a loss that is not finite; return the record."""
@@ -415,7 +415,7 @@ class _Run:
                 return self._record("failed") | {"error": f"{type(error).__name__}: {error}"}
 
     def _status(self) -> str:
-        """Whether to go on: "running", "finished" (all epochs), "stopped early" or "diverged"."""
+        """Return "running", "finished" (all epochs), "stopped early" or "diverged"."""
         epochs = self.history["epochs"]
         if epochs and not all(math.isfinite(epochs[-1][k]) for k in ("train_loss", "val_loss")):
             return "diverged"
@@ -449,11 +449,11 @@ class _Run:
                 self.schedule.step()
             if self.lilaw is not None:
                 with in_meta.running():
-                    self._weigh(t, self.lilaw, looking=t % look_every == 0)
+                    self._update_lilaw(t, self.lilaw, looking=t % look_every == 0)
             summed += score.loss.detach().double() * score.terms
             terms += score.terms
 
-            # A look at the loss makes a GPU wait for Python, so there are only a few in an epoch.
+            # Reading the loss makes a GPU wait for Python, so only a few steps an epoch do it.
             looking = t % look_every == 0
             if looking and not math.isfinite(value := score.loss.item()):
                 break
@@ -466,7 +466,7 @@ class _Run:
                         self._meta_update(t, self.optimizer, meta_batches)
             bar.update()
             if looking:
-                bar.set_postfix(self._figures(value), refresh=False)
+                bar.set_postfix(self._progress_figures(value), refresh=False)
 
         train_loss = float(summed / terms)
         switch_weights(self.optimizer, training=False)
@@ -488,7 +488,7 @@ class _Run:
                 "metric": val.metric,
                 "seconds": round(time.perf_counter() - started, 3),
                 "train_seconds": round(train_seconds, 3),
-                "cpu_seconds": round(cpu_seconds, 3),  # of training; no other process's work lengthens it
+                "cpu_seconds": round(cpu_seconds, 3),  # of training, whatever other processes do
                 "step_seconds": round(in_step.seconds(), 3),
                 "meta_seconds": round(in_meta.seconds(), 3),
             }
@@ -496,15 +496,15 @@ class _Run:
         )
 
     def _training_batches(self, epoch: int, purpose: str) -> Iterator[Batch]:
-        """The batches of one pass over the training data; order and augmentation depend on seed and purpose alone."""
+        """Yield the batches of a pass over the training data, ordered and augmented by seed and purpose alone."""
         seed = derived_seed(self.key.seed, epoch, purpose)
         generator = torch.Generator().manual_seed(derived_seed(self.key.seed, epoch, f"augment {purpose}"))
         for numbers in shuffled_batches(self.data.train, self.settings.batch_size, seed):
             batch = pick(self.data.train, numbers)
             yield batch if self.task.augment is None else self.task.augment(batch, generator)
 
-    def _figures(self, loss: float) -> dict[str, str]:
-        """What a person watches beside the progress bar."""
+    def _progress_figures(self, loss: float) -> dict[str, str]:
+        """Return the figures beside the progress bar."""
         figures = {"loss": f"{loss:.4g}"}
         if self.history["epochs"]:
             figures["val"] = f"{self.history['epochs'][-1]['metric']:.4g}"
@@ -514,36 +514,36 @@ class _Run:
             figures["α"] = f"{self.optimizer.alpha.min():.2f}–{self.optimizer.alpha.max():.2f}"
         return figures
 
-    # ------------------------------------------------------------ weights of samples, and labels that are wrong
+    # ------------------------------------------------------------ weights of samples, and wrong labels
 
     def _training_score(self, model: nn.Module, batch: Batch) -> Score:
-        """What is descended; with LiLAW the weighted loss."""
+        """Score a training batch, with LiLAW by the weighted loss."""
         if self.lilaw is None:
             return self.task.score(model, batch)
         inputs, labels = self._split(batch)
         logits = model(*inputs)
-        if not torch.isfinite(logits).all():  # LiLAW refuses these; here they mean that training diverges
+        if not torch.isfinite(logits).all():  # LiLAW refuses them, and training diverges
             return Score(logits.sum() * math.nan, len(labels))
-        return Score(self.lilaw.loss(logits, labels, _EACH), len(labels))
+        return Score(self.lilaw.loss(logits, labels, _SAMPLE_LOSSES), len(labels))
 
     def _split(self, batch: Batch) -> tuple[Batch, Tensor]:
-        assert self.task.inputs_and_labels is not None  # ``run`` has seen to that
+        assert self.task.inputs_and_labels is not None  # checked by ``run_settings``
         return self.task.inputs_and_labels(batch)
 
-    def _weigh(self, t: int, lilaw: LiLAW, looking: bool) -> None:
-        """A step of α, δ and β on the next validation batch."""
+    def _update_lilaw(self, t: int, lilaw: LiLAW, looking: bool) -> None:
+        """Take a step of α, δ and β on the next validation batch."""
         inputs, labels = self._split(self._val_batch(t))
-        with contextlib.suppress(NotFiniteError):  # then α, δ and β rest; whether training goes on its loss decides
-            lilaw.meta_step(self.model, (*inputs, labels), _EACH)
+        with contextlib.suppress(NotFiniteError):  # skip this update; the training loss decides whether to stop
+            lilaw.meta_step(self.model, (*inputs, labels), _SAMPLE_LOSSES)
         if looking:
             scalars = {name: round(getattr(lilaw, name).item(), 5) for name in ("alpha", "delta", "beta")}
             self.history["lilaw"].append({"step": t, **scalars})
 
     @torch.no_grad()
     def _look_at_samples(self, samples: SampleHistory) -> dict[str, float | None] | None:
-        """What the model makes of the training labels, right and wrong; None where there are no such samples.
+        """Return the shares of wrong labels memorised and recovered, and of right ones learned; None without samples.
 
-        None for all of it where a logit is not finite: then training diverges, whatever the validation part says.
+        The result is None if a logit is not finite: then training diverges, whatever the validation loss.
         """
         self.model.eval()
         parts = torch.split(torch.arange(len(self.data.train[0]), device=self.device), EVALUATION_BATCH)
@@ -567,12 +567,12 @@ class _Run:
     # ------------------------------------------------------------ meta-updates
 
     def _meta_batches(self, epoch: int) -> Iterator[tuple[Batch, Batch]]:
-        """B₁ and B₂ from two shuffles of the training data that are fresh in every epoch."""
+        """Yield B₁ and B₂ from two shuffles of the training data, fresh in every epoch."""
         while True:
             yield from zip(self._training_batches(epoch, "B1"), self._training_batches(epoch, "B2"), strict=True)
 
     def _val_batch(self, k: int) -> Batch:
-        """The k-th validation batch, in order, from the beginning again after the last."""
+        """Return the k-th validation batch, in order, beginning again after the last."""
         numbers = torch.split(torch.arange(len(self.data.val[0]), device=self.device), self.settings.batch_size)
         return pick(self.data.val, numbers[k % len(numbers)])
 
@@ -583,7 +583,7 @@ class _Run:
             val_batch = self._val_batch(self.meta_updates)
             losses = optimizer.update_attention(self.model, batch1, batch2, self._training_loss, val_batch)
             entry |= losses._asdict()
-        except NotFiniteError as error:  # it belongs in the record
+        except NotFiniteError as error:  # the record keeps it
             entry["error"] = str(error)
         self.meta_updates += 1
         entry |= self._movement(optimizer)
@@ -593,9 +593,9 @@ class _Run:
         return self._training_score(model, batch).loss
 
     def _movement(self, optimizer: MetaAdamW) -> dict[str, Any]:
-        """How far Φ is from its random start: in weights, in log σ², and in the factors it gives.
+        """Measure the distance of Φ from its random start, in weights and factors, and return log σ².
 
-        The distance in weights is relative to the norm of the start; infinite where that is zero.
+        The distance in weights is relative to the norm of the start, and infinite if that is zero.
         """
         assert self.phi_at_start is not None
         with torch.no_grad():
@@ -624,7 +624,7 @@ class _Run:
         torch.save(
             {
                 "run": asdict(self.key),
-                "settings": _plain(asdict(self.settings)),
+                "settings": _as_json(asdict(self.settings)),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": None if self.schedule is None else self.schedule.state_dict(),
@@ -643,14 +643,14 @@ class _Run:
         """Go on from the checkpoint, if there is one.
 
         Raises:
-            ValueError: if it is not whole, of another run, or of one with other settings.
+            ValueError: if the checkpoint is broken, of another run, or of one with other settings.
         """
         if not self.checkpoint.exists():
             return
         try:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             run, settings = state["run"], state["settings"]
-        except Exception as error:  # whatever torch makes of what lies there
+        except Exception as error:  # torch raises errors of any kind for a broken file
             if is_the_machines_fault(error):
                 raise
             raise ValueError(
@@ -658,7 +658,7 @@ class _Run:
             ) from error
         if run != asdict(self.key):
             raise ValueError(f"{self.checkpoint} is of the run {RunKey(**run)}; delete it to start this one afresh")
-        if settings != _plain(asdict(self.settings)):
+        if settings != _as_json(asdict(self.settings)):
             raise ValueError(f"{self.checkpoint} is of a run with other settings; delete it to start this one afresh")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -687,7 +687,7 @@ class _Run:
                 "val": len(self.data.val[0]),
                 "test": 0 if self.data.test is None else len(self.data.test[0]),
             },
-            "settings": _plain(asdict(self.settings)),
+            "settings": _as_json(asdict(self.settings)),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "best": None if best is None else {k: best[k] for k in ("epoch", "val_loss", "metric")},
             "test": None,
@@ -700,11 +700,11 @@ class _Run:
         if self.sources:
             (record["source"],) = self.sources
         if self.samples is not None:
-            record |= self._found_wrong(None if status == "failed" else self.samples)
+            record |= self._detection(None if status == "failed" else self.samples)
         if self.lilaw is not None:
             record["lilaw"] = self.history["lilaw"]
-        if self.data.test is not None and finite and status != "failed":  # what failed may fail again
-            if self.samples is not None:  # memorised labels show in the last epoch, not in the one that validates best
+        if self.data.test is not None and finite and status != "failed":  # a failed run may fail again here
+            if self.samples is not None:  # memorising shows in the last epoch, not in the best
                 record["last"] = measure(self.task, self.model, self.data.test)._asdict()
             self.model.load_state_dict(self.best_weights)
             test = measure(self.task, self.model, self.data.test)
@@ -723,8 +723,8 @@ class _Run:
                 record["phi"] = [float(f"{value:.8g}") for value in phi.tolist()]
         return record
 
-    def _found_wrong(self, samples: SampleHistory | None) -> dict[str, Any]:
-        """How many labels are wrong, and how well each method finds them, unless ``samples`` is None."""
+    def _detection(self, samples: SampleHistory | None) -> dict[str, Any]:
+        """Count the wrong labels, and measure how well each method finds them, unless ``samples`` is None."""
         assert self.data.truth is not None
         wrong = (self.data.train[1] != self.data.truth).cpu().numpy()
         found: dict[str, Any] = {"wrong_labels": int(wrong.sum()), "detection": None}
@@ -734,8 +734,8 @@ class _Run:
         return found
 
 
-def _plain(x: Any) -> Any:
-    """Settings as JSON knows them, so that a stored copy compares equal."""
+def _as_json(x: Any) -> Any:
+    """Turn settings into JSON's types, so that a stored copy compares equal."""
     if isinstance(x, dict):
-        return {k: _plain(y) for k, y in x.items()}
-    return [_plain(y) for y in x] if isinstance(x, Sequence) and not isinstance(x, str) else x
+        return {k: _as_json(y) for k, y in x.items()}
+    return [_as_json(y) for y in x] if isinstance(x, Sequence) and not isinstance(x, str) else x

@@ -1,4 +1,4 @@
-"""Does a trained Φ know anything about other tasks? ``ladder-phi`` as it ends on one task, frozen on another."""
+"""Does a trained Φ help on other tasks? ``ladder-phi``, trained on one task and frozen on another."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,13 +13,13 @@ from metaadamw_lite.experiments.task import Settings
 from metaadamw_lite.experiments.variant import Variant
 
 TRANSFER_TASKS = ("wikitext2", "etth1", "cifar10", "imdb")
-"""Between each two of them, and from each to itself."""
+"""Tasks that train Φ, and tasks that use it."""
 
 
 def _trained(
     model: nn.Module, settings: Settings, total_steps: int, seed: int, record: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """MetaAdamW with the Φ that the recorded run ended with.
+    """Make MetaAdamW with the last Φ of the recorded run.
 
     Raises:
         ValueError: if the record has no Φ, since the run failed.
@@ -36,7 +36,7 @@ def _trained(
 
 
 def transfer_from(task: str) -> str:
-    """The name of MetaAdamW with the Φ that was trained on a task."""
+    """Name MetaAdamW with the Φ that was trained on a task."""
     return f"transfer-from-{task}"
 
 

@@ -13,7 +13,7 @@ from metaadamw_lite.experiments.variants import SEEDS, learning_rate, learning_r
 
 
 def searched(records: Records, task: str, protocol: str, profile: str) -> pd.DataFrame:
-    """The runs of the search for AdamW's learning rate: lr, seed, best metric."""
+    """Return the runs of the search for AdamW's learning rate: lr, seed, best metric."""
     search = search_runs(task, protocol, profile)
     runs = runs_frame(records.of(task))
     mine = runs[(runs["protocol"] == protocol) & (runs["profile"] == profile)]
@@ -22,13 +22,13 @@ def searched(records: Records, task: str, protocol: str, profile: str) -> pd.Dat
 
 
 def tuned_table(records: Records) -> pd.DataFrame:
-    """MetaAdamW at the paper's settings against AdamW with a searched learning rate; a row for each search done.
+    """Compare MetaAdamW at the paper's settings with AdamW at its best learning rate, a row for each complete search.
 
     Returns:
-        Indexed by task, protocol and profile: learning_rate (the best), edge (it is the largest or smallest one tried),
-        tuned (AdamW at that rate against AdamW at the paper's, None where they are the same), difference (MetaAdamW
-        against the former), both a ``PairedDifference``, worse (in how many pairs it is worse), and p_holm, corrected
-        over the rows. Empty as long as no search is complete.
+        Indexed by task, protocol and profile: learning_rate (the best), edge (the rate is the largest or smallest of
+        the search), tuned (AdamW at that rate against AdamW at the paper's, None if they are the same), difference
+        (MetaAdamW against AdamW at that rate), both a ``PairedDifference``, worse (number of pairs in which MetaAdamW
+        is worse), and p_holm, corrected over the rows. Empty until a search is complete.
     """
     rows = {}
     for name, task in TASKS.items():
@@ -38,7 +38,7 @@ def tuned_table(records: Records) -> pd.DataFrame:
                 best = best_variant(search_runs(name, protocol, profile), records)
                 if best is None:
                     continue
-                fresh = runs["seed"].isin(SEEDS)  # not those that the rate was chosen with
+                fresh = runs["seed"].isin(SEEDS)  # apart from the seeds of the search
                 outcome = outcomes(runs[fresh & (runs["profile"] == profile)])
                 rate = learning_rate(best)
                 arm, tuned = by_seed(outcome, protocol, "metaadamw", best)

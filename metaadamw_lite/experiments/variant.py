@@ -1,4 +1,4 @@
-"""What a variant of an experiment is: a change to a task's settings, and the optimizer that trains with them."""
+"""Variants: a change to a task's settings, and the optimizer that trains with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,11 +13,11 @@ from metaadamw_lite.experiments.task import Settings
 
 Change = Callable[[Settings], Settings]
 Maker = Callable[..., torch.optim.Optimizer]
-"""Makes the optimizer from (model, settings, total_steps, seed), in this order, and the record of the source if any."""
+"""A function of (model, settings, total_steps, seed), and the source's record if any, that makes the optimizer."""
 
 
-def of_both(settings: Settings) -> dict[str, Any]:
-    """The arguments that AdamW and MetaAdamW share."""
+def adamw_arguments(settings: Settings) -> dict[str, Any]:
+    """Return the arguments that AdamW and MetaAdamW share."""
     return {
         "lr": settings.lr,
         "betas": settings.betas,
@@ -26,23 +26,23 @@ def of_both(settings: Settings) -> dict[str, Any]:
     }
 
 
-def of_metaadamw(settings: Settings, total_steps: int, seed: int) -> dict[str, Any]:
-    """All arguments of MetaAdamW. Φ's random start follows the run's seed, unless the settings have another."""
-    return {**of_both(settings), "seed": seed, **settings.metaadamw, "total_steps": total_steps}
+def metaadamw_arguments(settings: Settings, total_steps: int, seed: int) -> dict[str, Any]:
+    """Return all arguments of MetaAdamW. Φ's random start follows the run's seed, unless the settings have another."""
+    return {**adamw_arguments(settings), "seed": seed, **settings.metaadamw, "total_steps": total_steps}
 
 
 def adamw(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> torch.optim.Optimizer:
-    """torch's AdamW."""
-    return torch.optim.AdamW(model.parameters(), **of_both(settings))
+    """Make torch's AdamW."""
+    return torch.optim.AdamW(model.parameters(), **adamw_arguments(settings))
 
 
 def metaadamw(model: nn.Module, settings: Settings, total_steps: int, seed: int) -> MetaAdamW:
-    """MetaAdamW."""
-    return MetaAdamW(model.named_parameters(), **of_metaadamw(settings, total_steps, seed))
+    """Make MetaAdamW."""
+    return MetaAdamW(model.named_parameters(), **metaadamw_arguments(settings, total_steps, seed))
 
 
 def unchanged(settings: Settings) -> Settings:
-    """The settings of the task itself."""
+    """Return the settings of the task itself."""
     return settings
 
 
@@ -52,10 +52,10 @@ class Variant:
 
     Attributes:
         change: from the settings of a task to the variant's.
-        make: the optimizer that trains with them; Φ's random start, if it has one, follows the seed.
-        updates: whether Φ, if there is one, is trained by meta-updates.
+        make: makes the optimizer for these settings; Φ's random start, if any, follows the seed.
+        updates: train Φ, if any, by meta-updates.
         source: from a run of this variant to the run whose record ``make`` needs; None for none.
-        keeps_phi: whether the record has the numbers that Φ ends with.
+        keeps_phi: store the trained Φ in the record.
     """
 
     change: Change = unchanged
@@ -66,15 +66,15 @@ class Variant:
 
 
 def arguments(**changes: Any) -> Change:
-    """Other arguments for ``MetaAdamW``."""
+    """Return the change to other arguments of ``MetaAdamW``."""
     return lambda settings: replace(settings, metaadamw={**settings.metaadamw, **changes})
 
 
-def both(first: Change, second: Change) -> Change:
-    """One change after the other."""
+def chain(first: Change, second: Change) -> Change:
+    """Return one change after the other."""
     return lambda settings: second(first(settings))
 
 
-def rate(lr: float) -> Change:
-    """Another learning rate."""
+def at_rate(lr: float) -> Change:
+    """Return the change to another learning rate."""
     return lambda settings: replace(settings, lr=lr)

@@ -1,8 +1,8 @@
 """The registry of variants: the three arms, one for each cell of Table 3, AdamW at other learning rates, arms
 with LiLAW, and the tables of the studies that have a file of their own.
 
-``VARIANTS`` has all of them. A variant of the ablation changes exactly one factor; where a task has the variant's value
-anyway, it *is* ``metaadamw`` there, and there is no such run.
+``VARIANTS`` has all of them. A variant of the ablation changes exactly one factor. On a task with that value in Table 4
+it *is* ``metaadamw``, and has no run.
 """
 
 from dataclasses import dataclass, replace
@@ -19,26 +19,26 @@ from metaadamw_lite.experiments.published import RELEASED
 from metaadamw_lite.experiments.replay import REPLAY
 from metaadamw_lite.experiments.task import Settings
 from metaadamw_lite.experiments.transfer import TRANSFER
-from metaadamw_lite.experiments.variant import Change, Variant, adamw, arguments, rate
+from metaadamw_lite.experiments.variant import Change, Variant, adamw, arguments, at_rate
 from metaadamw_lite.features import FeatureConfig
 
 ARMS = tuple(BUDGETED)
 """AdamW; MetaAdamW; and the control, MetaAdamW whose random Φ is never updated."""
 
 SEEDS = range(5)
-"""Of the runs that are reported, except where a study says otherwise."""
+"""Seeds of reported runs, unless a study has its own."""
 
 LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-"""Where the baseline's learning rate is searched; the paper's is 5e-4."""
+"""The grid of the baseline's learning rate; the paper's is 5e-4."""
 
 LITE_LEARNING_RATES = (*LEARNING_RATES[2:], 1.6e-2, 3.2e-2)
-"""Where it is searched for the small models of ``lite``, which do best between 1e-3 and 1.6e-2."""
+"""The grid for the small models of ``lite``, which do best between 1e-3 and 1.6e-2."""
 
 UNEQUAL_PRIORITIES = (3.0, 5.0, 1.0)
-"""For tasks whose Table 4 has equal ones: those of the released WikiText-2 script (Table 3 does not say)."""
+"""Priorities for tasks with equal ones in Table 4: those of the released WikiText-2 script, since Table 3 has none."""
 
 OTHER_ATTENTION = {"attn_layers": 16, "attn_hidden_dim": 64}
-"""For tasks whose Table 4 has 8 × 16: as in the released log of WikiText-2 (Table 3 does not say)."""
+"""Sizes for tasks with 8 × 16 in Table 4: those of the released log of WikiText-2, since Table 3 has none."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Ablation:
     """A row of Table 3.
 
     Attributes:
-        factor: the row's block: what it changes.
-        value: the row's name: to what.
+        factor: the row's block.
+        value: the row's name, the factor's new value.
         change: from the settings of a task to those of the row.
     """
 
@@ -57,7 +57,7 @@ class Ablation:
 
 
 def _features(version: str) -> Change:
-    """Another feature version, with as many heads as features, as everywhere in Table 4 (heads must divide them)."""
+    """Change the feature version, with a head for each feature, as everywhere in Table 4 (heads must divide them)."""
 
     def change(settings: Settings) -> Settings:
         if settings.metaadamw["feature_version"] == version:
@@ -69,7 +69,7 @@ def _features(version: str) -> Change:
 
 
 def _updates(per_epoch: int) -> Change:
-    """About so many meta-updates an epoch."""
+    """Change the number of meta-updates an epoch, about."""
 
     def change(settings: Settings) -> Settings:
         every = max(1, settings.meta_every * settings.meta_per_epoch // per_epoch)
@@ -113,7 +113,7 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 def at_learning_rate(lr: float) -> str:
-    """The name of AdamW at a learning rate."""
+    """Name AdamW at a learning rate."""
     return searched_as("adamw", "constant", lr)
 
 
@@ -148,7 +148,7 @@ TUNED = {at_learning_rate(lr): lr for lr in sorted({*LEARNING_RATES, *LITE_LEARN
 VARIANTS = {
     **BUDGETED,
     **{name: Variant(row.change) for name, row in ABLATIONS.items()},
-    **{name: Variant(rate(lr), adamw) for name, lr in TUNED.items()},
+    **{name: Variant(at_rate(lr), adamw) for name, lr in TUNED.items()},
     **WEIGHTED,
     **NULL,
     **LADDER,
@@ -161,38 +161,38 @@ VARIANTS = {
     **budget_variants(sorted({*LEARNING_RATES, *LITE_LEARNING_RATES})),
     **PEERS,
 }
-"""Every variant, by the name that runs and records have. Studies with variants of their own add a table here."""
+"""Every variant, by its name in runs and records. Studies with variants of their own add a table here."""
 
 
 def learning_rates(profile: str) -> tuple[float, ...]:
-    """The grid in which a profile's learning rate is searched."""
+    """Return the grid of a profile's learning-rate search."""
     return LITE_LEARNING_RATES if profile == "lite" else LEARNING_RATES
 
 
 def learning_rate(variant: str) -> float:
-    """The learning rate of an AdamW variant."""
+    """Return the learning rate of an AdamW variant."""
     return TUNED.get(variant, Settings.lr)
 
 
-def changed(settings: Settings, variant: str) -> Settings:
-    """The settings of a variant, from those of its task.
+def apply_variant(settings: Settings, variant: str) -> Settings:
+    """Return the settings of a variant, from those of its task.
 
     Raises:
-        ValueError: for an unknown variant, or one that is the same as an arm on this task.
+        ValueError: for an unknown variant, or one that equals an arm on this task.
     """
     check_choice("optimizer", variant, VARIANTS)
-    if (arm := arm_of(settings, variant)) not in (None, variant):
+    if (arm := equal_arm(settings, variant)) not in (None, variant):
         raise ValueError(f"optimizer is {variant!r}, which is what {arm!r} is on this task; use that")
     return replace(VARIANTS[variant].change(settings), scheduled_epochs=None)
 
 
-def arm_of(settings: Settings, variant: str) -> str | None:
-    """The arm that a variant is on a task, if it is one by another name."""
+def equal_arm(settings: Settings, variant: str) -> str | None:
+    """Return the arm that a variant equals on a task, or None."""
     mine = VARIANTS[variant]
     alike = (arm for arm in ARMS if replace(mine, change=VARIANTS[arm].change) == VARIANTS[arm])
-    return None if differs(settings, variant) else next(alike, None)
+    return None if changes_settings(settings, variant) else next(alike, None)
 
 
-def differs(settings: Settings, variant: str) -> bool:
-    """Whether a variant changes a task's settings."""
+def changes_settings(settings: Settings, variant: str) -> bool:
+    """Tell whether a variant changes a task's settings."""
     return VARIANTS[variant].change(settings) != settings

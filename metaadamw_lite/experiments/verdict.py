@@ -1,4 +1,4 @@
-"""Verdicts on claims, from paired differences. A verdict is data; its text is made once, where it is shown."""
+"""Verdicts on claims, from paired differences. A verdict is data; its text is made where it is shown."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from metaadamw_lite.experiments.paired import CONFIDENCE, EQUIVALENT, PairedDifference
+from metaadamw_lite.experiments.paired import CONFIDENCE, EQUIVALENT, PairedDifference, corrected
 
 HOLDS, FAILS, SAME, OPEN, NEVER = KINDS = (
     "holds",
@@ -15,10 +15,10 @@ HOLDS, FAILS, SAME, OPEN, NEVER = KINDS = (
     "not decided",
     "not yet tested",
 )
-"""Kinds of verdicts on the claim "it is better": it is, it is worse, it is neither, unknown, and no test."""
+"""Kinds of verdicts on the claim "it is better": it is, it is worse, it is equivalent, unknown, no test."""
 
 CORRECTED = "after the correction"
-"""Reason of a verdict that is open only since several tests were made."""
+"""Reason of a verdict that only the correction for several tests leaves open."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Verdict:
 
     Attributes:
         kind: one of ``KINDS``.
-        reason: why, in words; empty where the kind says all.
+        reason: of the kind, in words; may be empty.
         profile: of the runs, "paper" or "lite".
-        pairs: how many there are.
-        planned: how many there should be. A verdict that is given before may be another one with the next seed.
+        pairs: number of pairs.
+        planned: planned number of pairs. A verdict on fewer may change with the next seed.
     """
 
     kind: str
@@ -41,12 +41,12 @@ class Verdict:
 
     @property
     def decided(self) -> bool:
-        """Whether it holds or does not."""
+        """True if the claim holds or does not hold."""
         return self.kind in (HOLDS, FAILS)
 
     @property
     def label(self) -> str:
-        """The kind, and how much an equivalence allows."""
+        """The kind, with the bounds of an equivalence."""
         return f"{SAME} (±{EQUIVALENT:g} %)" if self.kind == SAME else self.kind
 
     @property
@@ -56,13 +56,13 @@ class Verdict:
         return self.label + between + self.reason if self.reason else self.label
 
     def __str__(self) -> str:
-        if self.kind == NEVER:  # which rests on nothing
+        if self.kind == NEVER:  # no runs to note
             return self.text
         return annotate(self.text, self.profile, self.pairs, self.planned)
 
 
 def annotate(text: object, profile: str, pairs: int = 0, planned: int = 0) -> str:
-    """Add a note to a statement where it rests on small runs (``lite``), or on fewer pairs than planned."""
+    """Add a note to a statement from small runs (``lite``), or from fewer pairs than planned."""
     notes = ["lite runs"] if profile == "lite" else []
     if pairs < planned:
         notes.append(f"interim: {pairs} of {planned} planned seeds")
@@ -80,23 +80,30 @@ def judge(
     """Judge the claim "it is better" by a paired difference.
 
     A decision takes both an interval without zero and p < 0.05, since with a handful of seeds the bootstrap interval
-    alone is too narrow. A difference that is smaller than ±1 % by the equivalence test is no improvement, also where it
-    can be told from zero.
+    alone is too narrow. A difference within ±1 % by the equivalence test is no improvement, even if it differs from
+    zero.
 
     Args:
         difference: positive in favour of the claim.
-        correction: the same from ``paired.corrected``, whose p-values count; a claim that only the uncorrected ones
+        correction: the same from ``paired.corrected``, whose p-values count. A claim that only the uncorrected ones
             decide is not decided.
-        opposite: what a difference against the claim means.
-        profile, planned: of the pairs, for the verdict's notes.
+        opposite: meaning of a difference against the claim, in words.
+        profile, planned: profile and planned number of the pairs, for the verdict's notes.
     """
     before, after = (_judged(d, opposite) for d in (difference, correction or difference))
     kind, reason = after if after == before or after[0] == SAME else (OPEN, CORRECTED)
     return Verdict(kind, reason, profile, difference.pairs, planned)
 
 
+def judge_family(differences: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Judge "it is better" by each of some ``PairedDifference``, after Holm's correction over all of them."""
+    after: list[PairedDifference] = [*corrected(differences)]
+    verdicts = [judge(d, c) for d, c in zip(differences, after, strict=True)]
+    return pd.Series(verdicts, index=differences.index, dtype=object)
+
+
 def _judged(difference: PairedDifference, opposite: str) -> tuple[str, str]:
-    """Kind and reason."""
+    """Return the kind and reason of a verdict."""
     if difference.lost:
         return OPEN, f"{difference.lost} of {difference.pairs} pairs lost"
     if np.isnan(difference.low):
@@ -112,6 +119,6 @@ def _judged(difference: PairedDifference, opposite: str) -> tuple[str, str]:
 
 
 def count_decided(differences: "pd.Series[Any]") -> tuple[int, int]:
-    """Count those of some ``PairedDifference`` that are better, and those that are worse."""
+    """Count the better and the worse of some ``PairedDifference``."""
     kinds = [judge(d).kind for d in differences]
     return kinds.count(HOLDS), kinds.count(FAILS)

@@ -1,7 +1,7 @@
 """WikiText-2: predict the next word of Wikipedia articles with a small GPT.
 
-Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper; what they leave out is taken from
-the released code (blocks cut line by line, initialisation, learned positions, epochs, early stopping).
+Data → model → loss → metric → configuration. Section 4.1 and Appendix B of the paper. The released code fills their
+gaps (blocks cut line by line, initialisation, learned positions, epochs, early stopping).
 """
 
 from typing import Any
@@ -40,24 +40,24 @@ VOCABULARY = 10_000
 
 
 def synthetic_lines(lines: int, seed: int) -> pd.DataFrame:
-    """A stand-in with the column of WikiText-2: made-up sentences, each long enough for one block or two."""
+    """Make a stand-in with the column of WikiText-2: made-up sentences of one to three blocks."""
     rng = np.random.default_rng(seed)
     return pd.DataFrame({"text": [" ".join(words) for words in made_up_sentences(lines, 3 * BLOCK, rng)]})
 
 
 def load(protocol: str, settings: Settings, source: str) -> Data:
-    """Blocks of words from single lines, of 128 by the paper; a line's rest is dropped, and so are shorter lines.
+    """Load blocks of words (128 in the paper) from single lines, without shorter lines and the rests of longer ones.
 
-    ``paper``: the official training part trains, the official validation part validates and is what is reported.
-    ``clean``: the last tenth of the training blocks validates, and the official test part is the test part. The
-    vocabulary is that of the whole training text in both, so that their models are the same.
+    ``paper``: the official training part trains, the official validation part validates and is reported. ``clean``: the
+    last tenth of the training blocks validates, and the official test part is the test part. Both protocols have the
+    vocabulary of the whole training text, so that their models are the same.
 
     Returns:
         Batches (words,) of shape (N, block), int16.
 
     Raises:
         ValueError: for an unknown protocol or source.
-        DataError: if the real data cannot be had, or are not what they should be.
+        DataError: if the real data are missing and cannot be downloaded, or fail their check.
     """
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("data", source, SOURCES)
@@ -77,15 +77,15 @@ def load(protocol: str, settings: Settings, source: str) -> Data:
 
 
 def blocks_of_the_tables(words: int, block: int) -> list[Any]:
-    """The blocks of the real data."""
+    """Encode the blocks of the real data, as ``blocks`` does."""
     return blocks(*(read_table(table) for table in (TRAIN, VALIDATION, TEST)), words=words, block=block)
 
 
 def blocks(*frames: pd.DataFrame, words: int = VOCABULARY, block: int = BLOCK) -> list[Any]:
-    """The blocks of each part, int16 arrays (N, block), in the most frequent words of the first part.
+    """Encode the blocks of each part, int16 arrays (N, block), in the most frequent words of the first part.
 
-    The rare words, which this version of the data has replaced by "<unk>", have the number 1, as they would in the raw
-    version, where they are not among the most frequent 10,000.
+    "<unk>", which stands for rare words in this version of the data, has the number 1. In the raw version these words
+    would have it, too, since they are not among the most frequent 10,000.
 
     Args:
         frames: the parts, each with a column "text" of lines.
@@ -128,7 +128,7 @@ class MiniGPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, words: Tensor) -> Tensor:
-        """Scores (N, T, vocabulary) for the words that follow each of the words (N, T)."""
+        """Return scores (N, T, vocabulary) of the word after each of the words (N, T)."""
         length = words.shape[1]
         h = self.token_embedding(words) + self.position_embedding.weight[:length]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=words.device)
@@ -139,7 +139,7 @@ class MiniGPT(nn.Module):
 
 
 def build(settings: Settings, data: Data) -> nn.Module:
-    """A freshly initialised model."""
+    """Build a freshly initialised model."""
     return MiniGPT(**data.sizes, **settings.model)
 
 
@@ -147,7 +147,7 @@ def build(settings: Settings, data: Data) -> nn.Module:
 
 
 def score(model: nn.Module, batch: Batch) -> Score:
-    """Mean cross-entropy in nats of the words that follow a block's first; the metric is its exponential."""
+    """Return the mean cross-entropy in nats of a block's words after the first. The metric is its exponential."""
     (words,) = batch
     words = words.long()
     loss = F.cross_entropy(model(words[:, :-1]).flatten(0, 1), words[:, 1:].flatten())
