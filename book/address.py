@@ -11,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CLONE = "metaadamw_book"
+"""Folder of the clone on Colab. Named as the package, it would hide the package from Python in the folder above."""
 
 
 def address() -> str:
@@ -34,34 +36,32 @@ def colab_badge(url: str, notebook: str) -> str:
 
 
 def colab_setup(url: str) -> str:
-    """The source of a notebook's set-up cell; it pins nothing that Colab brings.
+    """The source of a notebook's set-up cell, which can be run again; it pins nothing that Colab brings.
 
     Args:
         url: of the repository; anything that git clones.
     """
-    folder = Path(url).stem
     clone = f"clone {url}" if is_settled(url) else "clone the repository of this book"
-    alone = (
-        f'        "This notebook needs its repository: {clone}, "\n'
-        '        "run `make lab` there, and open it from its folder `notebooks`."\n'
-    )
-    unsettled = '"The repository has no public address yet: Colab cannot fetch it."'
+    path = "from pathlib import Path\n" if is_settled(url) else ""
     fetch = (
-        f"    !git clone -q --depth 1 {url}\n"
-        f"    !{{sys.executable}} -m pip install -q -e {folder}[experiments]\n"
-        f"    %cd {folder}/notebooks\n"
-        '    sys.path.insert(0, "..")\n'
+        f"    ![ -d {CLONE} ] || git clone -q --depth 1 {url} {CLONE}\n"
+        f"    !{{sys.executable}} -m pip install -q -e {CLONE}[experiments]\n"
+        f'    sys.path.insert(0, str(Path("{CLONE}").resolve()))\n'
         if is_settled(url)
-        else f"    raise RuntimeError(\n        {unsettled}\n    )\n"
+        else "    raise RuntimeError(\n"
+        '        "The repository has no public address yet: Colab cannot fetch it."\n'
+        "    )\n"
     )
     return (
         "# On Colab this fetches the code and the records of the book; elsewhere it does nothing.\n"
-        "import importlib.util\n"
-        "import sys\n\n"
+        f"import importlib.util\nimport sys\n{path}\n"
         'if "google.colab" in sys.modules:\n'
         f"{fetch}"
-        'elif importlib.util.find_spec("metaadamw_lite") is None:\n'
-        f"    raise ModuleNotFoundError(\n{alone}    )"
+        'if importlib.util.find_spec("metaadamw_lite") is None:\n'
+        "    raise ModuleNotFoundError(\n"
+        f'        "This notebook needs its repository: {clone}, "\n'
+        '        "run `make lab` there, and open it from its folder `notebooks`."\n'
+        "    )"
     )
 
 

@@ -52,7 +52,7 @@ def test_while_the_address_is_not_settled_nothing_leads_to_a_page_that_does_not_
     assert "http" not in address.colab_setup(url)
     settled = url.replace("OWNER", "someone")
     assert settled.removeprefix("https://github.com/") in address.colab_badge(settled, "01_update_rule.ipynb")
-    assert f"clone -q --depth 1 {settled}\n" in address.colab_setup(settled)
+    assert f"clone -q --depth 1 {settled} " in address.colab_setup(settled)
 
 
 @pytest.mark.parametrize("settled", [True, False])
