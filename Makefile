@@ -3,12 +3,13 @@
 
 PYTHON ?= python3
 LOCK ?= requirements.lock
+COLAB ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 WORKFLOWS := .github/workflows
 
-.PHONY: help book test check lab notebooks reexecute links address findings lock clean
+.PHONY: help book test check lab notebooks reexecute colab links address findings lock clean
 .DEFAULT_GOAL := book
 
 help:  ## list the commands
@@ -37,6 +38,9 @@ notebooks: $(READY)  ## store the outputs that nbval compares, after a change to
 
 reexecute: $(READY)  ## run every chapter with each choice of its parameters (hours), and write _build/execution/index.html
 	$(BIN)/python book/reexecute.py
+
+colab: $(READY)  ## run every chapter as Colab does, with a new Python 3.12 and Colab's packages (6 GB for a while)
+	METAADAMW_COLAB=$(COLAB) $(BIN)/python -m pytest tests/test_colab.py
 
 links: $(READY)  ## visit the external links of the book that `make book` has built
 	$(BIN)/python -m jupyter_book build _build/source --path-output _build/links --builder linkcheck

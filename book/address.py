@@ -2,7 +2,7 @@
 
 The address is ``Repository`` under ``[project.urls]`` in pyproject.toml. From it come the repository and launch buttons
 (_config.yml), the Colab badge and the Colab set-up cell of every notebook, and the citation. ``make address`` runs this
-file after a change; a test fails where they disagree.
+file after a change; a test fails where they disagree. While the address is not settled, nothing leads to it.
 """
 
 import json
@@ -11,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CLONE = "metaadamw_book"
+"""Folder of the clone on Colab. Named as the package, it would hide the package from Python in the folder above."""
 
 
 def address() -> str:
@@ -34,34 +36,38 @@ def colab_badge(url: str, notebook: str) -> str:
 
 
 def colab_setup(url: str) -> str:
-    """The source of a notebook's set-up cell; it pins nothing that Colab brings.
+    """The source of a notebook's set-up cell, which can be run again; it pins nothing that Colab brings.
 
     Args:
         url: of the repository; anything that git clones.
     """
-    folder = Path(url).stem
-    clone = f"clone {url}" if is_settled(url) else "clone the repository of this book"
-    alone = (
-        f'        "This notebook needs its repository: {clone}, "\n'
-        '        "run `make lab` there, and open it from its folder `notebooks`."\n'
-    )
-    unsettled = '"The repository has no public address yet: Colab cannot fetch it."'
-    fetch = (
-        f"    !git clone -q --depth 1 {url}\n"
-        f"    !{{sys.executable}} -m pip install -q -e {folder}[experiments]\n"
-        f"    %cd {folder}/notebooks\n"
-        '    sys.path.insert(0, "..")\n'
-        if is_settled(url)
-        else f"    raise RuntimeError(\n        {unsettled}\n    )\n"
-    )
+    if is_settled(url):
+        imports, address = "from pathlib import Path\n", f'url = "{url}"\n'
+        clone = 'f"This notebook needs its repository: clone {url}, "'
+        fetch = (
+            f"    ![ -d {CLONE} ] || git clone -q --depth 1 {{url}} {CLONE}\n"
+            f"    !{{sys.executable}} -m pip install -q -e {CLONE}[experiments]\n"
+            f'    sys.path.insert(0, str(Path("{CLONE}").resolve()))\n'
+        )
+    else:
+        imports = address = ""
+        clone = '"This notebook needs its repository: clone the repository of this book, "'
+        fetch = (
+            "    raise RuntimeError(\n"
+            '        "The repository has no public address yet: Colab cannot fetch it."\n'
+            "    )\n"
+        )
     return (
         "# On Colab this fetches the code and the records of the book; elsewhere it does nothing.\n"
-        "import importlib.util\n"
-        "import sys\n\n"
+        f"import importlib.util\nimport sys\n{imports}\n"
+        f"{address}"
         'if "google.colab" in sys.modules:\n'
         f"{fetch}"
-        'elif importlib.util.find_spec("metaadamw_lite") is None:\n'
-        f"    raise ModuleNotFoundError(\n{alone}    )"
+        'if importlib.util.find_spec("metaadamw_lite") is None:\n'
+        "    raise ModuleNotFoundError(\n"
+        f"        {clone}\n"
+        '        "run `make lab` there, and open it from its folder `notebooks`."\n'
+        "    )"
     )
 
 
@@ -77,12 +83,17 @@ def addressed() -> dict[Path, str]:
             elif cell["id"] == "colab-setup":
                 cell["source"] = colab_setup(url).splitlines(keepends=True)
         texts[path] = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-    for name, pattern, line in (
-        ("_config.yml", r"^  url: .*$", f"  url: {url}"),
-        ("CITATION.cff", r"^repository-code: .*$", f'repository-code: "{url}"'),
+    colab, button = ("https://colab.research.google.com", "true") if is_settled(url) else ('""', "false")
+    for name, key, value in (
+        ("_config.yml", "  url", url),
+        ("_config.yml", "  colab_url", colab),
+        ("_config.yml", "  use_repository_button", button),
+        ("_config.yml", "  use_issues_button", button),
+        ("CITATION.cff", "repository-code", f'"{url}"'),
     ):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        texts[ROOT / name] = re.sub(pattern, line, text, count=1, flags=re.MULTILINE)
+        path = ROOT / name
+        text = texts.get(path) or path.read_text(encoding="utf-8")
+        texts[path] = re.sub(f"^{key}: .*$", f"{key}: {value}", text, count=1, flags=re.MULTILINE)
     return texts
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
 from click.testing import CliRunner
 from papermill.cli import papermill as papermill_command
 
@@ -44,15 +45,25 @@ def test_a_new_address_reaches_badges_cells_and_buttons(monkeypatch):
         assert "OWNER" not in text, path.name
         assert "someone/elsewhere" in text, path.name
     assert {p.name for p in texts} == {*(p.name for p in NOTEBOOKS), "_config.yml", "CITATION.cff"}
+    assert links_of_pages(texts) == [True, True, True]
 
 
-def test_while_the_address_is_not_settled_nothing_leads_to_a_page_that_does_not_exist():
+def links_of_pages(texts):
+    """Whether the pages have a button to the repository, one to its issues, and one to Colab."""
+    config = yaml.safe_load(texts[ROOT / "_config.yml"])
+    html = config["html"]
+    return [html["use_repository_button"], html["use_issues_button"], bool(config["launch_buttons"]["colab_url"])]
+
+
+def test_while_the_address_is_not_settled_nothing_leads_to_a_page_that_does_not_exist(monkeypatch):
     address, url = script("address"), "https://github.com/OWNER/metaadamw_lite"
+    monkeypatch.setattr(address, "address", lambda: url)
+    assert links_of_pages(address.addressed()) == [False, False, False]
     assert "http" not in address.colab_badge(url, "01_update_rule.ipynb")
     assert "http" not in address.colab_setup(url)
     settled = url.replace("OWNER", "someone")
     assert settled.removeprefix("https://github.com/") in address.colab_badge(settled, "01_update_rule.ipynb")
-    assert f"clone -q --depth 1 {settled}\n" in address.colab_setup(settled)
+    assert f'url = "{settled}"' in address.colab_setup(settled)
 
 
 @pytest.mark.parametrize("settled", [True, False])

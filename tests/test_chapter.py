@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from made_records import COMMITTED, made, runs_of
 
-from metaadamw_lite.experiments import TASKS, bench, main_report
+from metaadamw_lite.experiments import TASKS, bench, chapter, main_report
 from metaadamw_lite.experiments.chapter import Evidence
 from metaadamw_lite.experiments.records import Records
 from metaadamw_lite.experiments.variants import ARMS
@@ -64,6 +64,21 @@ def test_a_page_says_how_long_its_live_run_takes_on_each_recorded_device(monkeyp
     assert "0.2 to 0.2 minutes" in lines[1]
     assert "on H200 with the older code of abc" in lines[2]
     assert "1 s for an epoch's training with AdamW, 4 s with MetaAdamW" in lines[2]
+
+
+@pytest.mark.parametrize(("place", "kind"), [("cpu", "CPU"), ("cuda", "GPU")])
+def test_a_page_says_which_device_its_live_run_takes_and_whether_its_time_is_recorded(place, kind, monkeypatch):
+    monkeypatch.setattr(bench, "bench_records", dict)
+    monkeypatch.setattr(chapter, "pick_device", lambda name: place)
+    monkeypatch.setattr(chapter, "environment", lambda device: {"device": f"a {device.type} of 2026"})
+    records = [made("adamw", 0, [3.0]), made("adamw", 1, [3.0])]
+    records = [r | {"epochs": [epoch | {"seconds": 9} for epoch in r["epochs"]]} for r in records]
+    for device, recorded in {"another": False, f"a {place} of 2026": True}.items():
+        where = {**records[0]["environment"], "device": device, "threads": 1}
+        given = Records.holding([r | {"environment": where} for r in records])
+        head = Evidence(given, TASKS["etth1"]).running_times().partition("* ")[0]
+        assert f"{kind} of this machine, a {place} of 2026" in head
+        assert ("none is recorded" in head) != recorded
 
 
 def test_a_mean_alpha_counts_a_group_by_its_parameters():

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from metaadamw_lite.experiments import bench, figures, frames, main_report, paired
-from metaadamw_lite.experiments.records import Records, RunKey, paper_table
+from metaadamw_lite.experiments.records import Records, RunKey, environment, paper_table
 from metaadamw_lite.experiments.task import PROTOCOLS, Task
-from metaadamw_lite.experiments.training import run
+from metaadamw_lite.experiments.training import pick_device, run
 from metaadamw_lite.experiments.variants import ARMS
 from metaadamw_lite.experiments.verdict import Verdict, annotate, judge
 
@@ -282,7 +283,7 @@ class Evidence:
         return self._named(pd.DataFrame.from_dict(rows, orient="index").rename_axis("protocol"))
 
     def running_times(self) -> str:
-        """How long a live run takes, by what is recorded (Markdown).
+        """Which device ``auto`` takes here, and how long a live run takes by what is recorded (Markdown).
 
         Whole runs as they were; on a GPU also an epoch's training at the paper's settings, from steps that were timed.
         """
@@ -313,7 +314,14 @@ class Evidence:
                     f"epoch's training with AdamW, {ours:.2g} s with MetaAdamW, put together from single steps "
                     f"([chapter 16](16_costs.ipynb)); at most {settings.epochs} epochs."
                 )
-        head = "The live run makes one run of each of the three arms. How long that takes, by what is recorded:\n\n"
+        place = torch.device(pick_device("auto"))
+        here = environment(place)["device"]
+        head = (
+            f'The live run makes one run of each of the three arms. `device = "auto"` takes the '
+            f"{'CPU' if place.type == 'cpu' else 'GPU'} of this machine, {here}"
+            f"{'' if any(here in line for line in lines) else ', on which none is recorded'}. "
+            "How long a run takes, by what is recorded:\n\n"
+        )
         return head + "\n".join(lines)
 
     def live(self, protocol: str, profile: str, seed: int, device: str) -> list[dict[str, Any]]:
