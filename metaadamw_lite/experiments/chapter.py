@@ -95,19 +95,19 @@ class Evidence:
 
     def answer(self) -> str:
         """Whether MetaAdamW is better than AdamW, and training Φ matters, by protocol; and Φ's factors (Markdown)."""
-        questions = {
-            "Is MetaAdamW better than AdamW?": ("metaadamw", "adamw"),
-            "Is a trained Φ better than an untrained one?": ("metaadamw", "metaadamw-frozen"),
+        claims = {
+            "MetaAdamW is better than AdamW": ("metaadamw", "adamw"),
+            "A trained Φ is better than an untrained one": ("metaadamw", "metaadamw-frozen"),
         }
-        lines = [
-            f"* **{question}** "
-            + " ".join(
-                f"Protocol `{protocol}`: {self._judge(self._compare(protocol, *pair), protocol)}."
-                for protocol in self.profiles
-            )
-            for question, pair in questions.items()
-        ]
-        factors = [] if self._traced.empty else [f"* **What do the factors do?** {self._describe_factors()}"]
+        lines = []
+        for claim, (arm, baseline) in claims.items():
+            found: dict[str, list[str]] = {}
+            for protocol in self.profiles:
+                label = self._judge(self._compare(protocol, arm, baseline), protocol).label
+                found.setdefault(label, []).append(f"`{protocol}`")
+            says = "; ".join(f"{label} under {' and '.join(where)}" for label, where in found.items())
+            lines.append(f"* **{claim}:** {says}.")
+        factors = [] if self._traced.empty else [f"* **The factors:** {self._describe_factors()}"]
         return "\n".join(lines + factors)
 
     def conclusion(self) -> str:
@@ -271,7 +271,7 @@ class Evidence:
         shown["gain (%)"] = pd.concat(gains).map("{:+.1f}".format)
         if not self._traced.empty:
             shown["mean α"] = self._factors()["α (mean)"].map("{:.2f}".format)
-        return self._named(shown.fillna("–").replace(["nan", "+nan"], "–"))
+        return self._named(shown.astype(object).fillna("–").replace(["nan", "+nan"], "–"))
 
     def factors(self) -> pd.DataFrame:
         """For each run of MetaAdamW the ranges of α and β, and how far meta-learning moved them, as text."""
