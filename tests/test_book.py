@@ -92,6 +92,31 @@ def test_every_notebook_has_the_skeleton(path):
     assert any(re.search(r"\bstart\(\s*In\b", "".join(c["source"])) for c in content)
 
 
+def prose(path):
+    return "\n".join("".join(c["source"]) for c in cells(path) if c["cell_type"] == "markdown")
+
+
+def test_the_chapters_of_the_tasks_have_one_order_of_sections():
+    chapters = [path for path in NOTEBOOKS if "06" <= path.stem[:2] <= "10"]
+    found = [re.findall(r"^##+ (.*?)(?:: .*)?$", prose(path), flags=re.MULTILINE) for path in chapters]
+    assert len(found) == 5
+    assert found[0][0] == "The answer"
+    assert "This task's own question" in found[0]
+    assert all(headings == found[0] for headings in found)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_reader_is_told_to_try_parameters_that_exist(path):
+    if path.stem[:2] in ("06", "07", "08", "09", "10", "11", "16", "17", "18", "19"):
+        last = re.split(r"^## ", prose(path), flags=re.MULTILINE)[-1]
+        assert last.startswith("What to try next")
+        named = dict(re.findall(r"`(\w+) = (.+?)`", last))
+        known = papermill.inspect_notebook(path)
+        assert named
+        assert named.keys() <= known.keys()
+        assert all(known[name]["default"] != value for name, value in named.items()), "that is the default"
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_links_between_pages_lead_somewhere(path):
     for cell in cells(path):

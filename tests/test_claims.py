@@ -244,7 +244,7 @@ def test_table_2_and_its_claims_have_the_sign_of_the_papers_formula(task, gain):
     assert ("+5" in learning) == (gain > 0), "against the control"
     runs = frames.outcomes(frames.runs_frame(records))
     table = main_report.comparison_table(task, runs, dict.fromkeys(sizes, "arm"))
-    assert (table["improvement (%)"].iloc[0][0] == "+") == (gain > 0)
+    assert (table["gain (%)"].iloc[0][0] == "+") == (gain > 0)
 
 
 def test_a_component_is_necessary_only_if_it_is_after_the_correction():

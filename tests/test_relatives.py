@@ -291,3 +291,8 @@ def test_the_picture_of_lope_has_the_sign_of_its_table():
     shown = lope_report.plot_lope_against(runs).axes[0].collections[0].get_offsets()[:, 0]
     assert list(shown) == pytest.approx([lope_report.lope_against(runs, "lora").mean] * 3)
     assert shown[0] == pytest.approx(-20), "LoPE's perplexity is higher"
+
+
+def test_the_use_of_the_expert_is_drawn_where_one_arm_is_recorded():
+    records = [r for r in Records().of("lope-noise5") if r["run"]["variant"] == "lope"]
+    assert len(lope_report.plot_expert_use(records).axes) == 1

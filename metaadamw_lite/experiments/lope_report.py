@@ -226,7 +226,7 @@ def plot_expert_use(records: Sequence[Record]) -> Figure:
             hue_order=arms,
             markers=["o", "D", "s", "^", "v", "P"][: len(arms)],
             markersize=4,
-            dodge=0.5,
+            dodge=0.5 if len(arms) > 1 else False,
             linestyle="none",
             errorbar=("pi", 100),
             ax=ax,

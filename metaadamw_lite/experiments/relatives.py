@@ -42,14 +42,12 @@ def corrected_table(table: pd.DataFrame, control: Iterable[object] = ()) -> pd.D
 
 
 def format_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Format a ``corrected_table`` as text: mean with Student's interval, both p, number of seeds, verdict."""
+    """Format a ``corrected_table`` as text: mean with Student's interval, p after Holm's correction, verdict."""
     differences = table["difference"]
     unit = differences.iloc[0].unit if len(table) else "points"
     text = table.drop(columns=["difference", "p_holm", "verdict"])
     text[f"difference ({unit})"] = differences.map(student)
-    text["p (t)"] = differences.map(lambda d: paired.p_value(d.p))
     text["p (Holm)"] = table["p_holm"].map(paired.p_value)
-    text["seeds"] = differences.map(lambda d: d.seeds)
     return text.assign(**{"better?": table["verdict"]})
 
 

@@ -146,12 +146,12 @@ def statement(pairs: pd.DataFrame) -> str:
             f"{(gained > 0).sum()}, by {gained.min():.2f} to {gained.max():.2f} %.",
             f"* **Only the limit of epochs**: {'; '.join(limits)}.",
             "* **A single group.** The experiment on WikiText-2 gives the optimizer one parameter group. So in its "
-            f"{len(one_token)} runs with `original` groups Φ sees one token: the whole model has one factor on the "
+            f"{len(one_token)} runs with `original` groups Φ sees one token. The whole model has one factor on the "
             "learning rate and one on the decay, which may change from step to step. They reach "
             f"{one_token.min():.2f} to {one_token.max():.2f}, where AdamW has {paper['adamw']:.2f} and the best "
-            f"MetaAdamW {paper['metaadamw']:.2f}: **one factor for the whole model has "
+            f"MetaAdamW {paper['metaadamw']:.2f}. **One factor for the whole model has "
             f"{100 * share(one_token.max()):.0f} to {100 * share(one_token.min()):.0f} % of the paper's gain** on this "
-            f"task (in the {len(ones)} pairs above, which differ from a fine-grained run in nothing else: "
-            f"{100 * share(ones.max()):.0f} to {100 * share(ones.min()):.0f} %).",
+            f"task. (In the {len(ones)} pairs above, which differ only in their groups, it has "
+            f"{100 * share(ones.max()):.0f} to {100 * share(ones.min()):.0f} %.)",
         ]
     )
