@@ -235,3 +235,12 @@ def test_the_page_of_promises_counts_the_generated_cases():
     made = {name: test.cases for name, test in tests.items() if hasattr(test, "cases")}
     assert {name: int(count) for name, count in named.items()} == made
     assert sum(made.values()) >= 2000
+
+
+def test_a_link_between_chapters_names_the_chapter_wherever_a_notebook_is_opened():
+    """JupyterLab and Colab show nothing for a link without a text; only the book fills it with the title."""
+    for path in NOTEBOOKS:
+        text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+        assert "[](" not in text, path.name
+        for number, target in re.findall(r"\[[^\]]*?chapter (\d+)[^\]]*\]\((\d\d)_\w+\.ipynb", text, re.I):
+            assert int(number) == int(target), f"{path.name}: chapter {number} links to {target}"

@@ -272,7 +272,8 @@ class Evidence:
         shown["gain (%)"] = pd.concat(gains).map("{:+.1f}".format)
         if not self._traced.empty:
             shown["mean α"] = self._factors()["α (mean)"].map("{:.2f}".format)
-        return self._named(shown.astype(object).fillna("–").replace(["nan", "+nan"], "–"))
+        shown = shown.astype(object).fillna("–").replace(["nan", "+nan"], "–")
+        return self._named(shown).rename_axis(columns=None)  # seven columns leave no room for the profile
 
     def factors(self) -> pd.DataFrame:
         """For each run of MetaAdamW the ranges of α and β, and how far meta-learning moved them, as text."""

@@ -227,11 +227,8 @@ def dose_table(records: Records, task: str) -> pd.DataFrame:
     if best is not None:
         columns["over the best AdamW"] = {variant: (variant, best) for variant in TWINS}
     table = compare_rows(records, task, columns)
-    moved = frames.movement_frame(
-        r
-        for r in records.of(task)
-        if r["run"]["profile"] == "lite" and r["run"]["variant"] in TWINS and r["run"]["protocol"] == "paper"
-    )
+    runs = main_report.reported_records(records, task, "lite", range(MOST_PAIRS))
+    moved = frames.movement_frame(r for r in runs if r["run"]["variant"] in TWINS and r["run"]["protocol"] == "paper")
     if moved.empty:
         return table.assign(moved=np.nan)
     largest = moved.groupby(["variant", "seed"])["alpha_moved"].max().groupby("variant").median()
