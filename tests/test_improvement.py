@@ -1,6 +1,7 @@
 """Paired differences: means, intervals, tests and how they are written."""
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pandas as pd
@@ -120,7 +121,7 @@ def test_a_difference_shows_both_of_its_intervals():
 def test_the_order_of_the_pairs_does_not_matter():
     values = [-100.0, 3.0, -20.0, 8.0, 1.0]
     one, other = (paired.paired_difference(pd.Series(x), "%") for x in (values, values[::-1]))
-    assert one == other
+    assert astuple(one) == astuple(other)  # a tuple takes NaN for itself
 
 
 def test_students_interval_goes_with_its_p():

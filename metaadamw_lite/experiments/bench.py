@@ -95,8 +95,13 @@ def task_model(name: str) -> nn.Module:
     """The model of a task at the paper's size."""
     task = TASKS[name]
     data = task.load("paper", task.settings("smoke"), "synthetic")
-    words = {"multi30k": {"source_words": multi30k.VOCABULARY}, "imdb": {"words": imdb.VOCABULARY}}.get(name, {})
-    return task.build(task.settings("paper"), replace(data, sizes={**data.sizes, **words}))
+    sizes = {
+        "etth1": {"window": etth1.WINDOW},
+        "wikitext2": {"block": wikitext2.BLOCK},
+        "multi30k": {"source_words": multi30k.VOCABULARY},
+        "imdb": {"words": imdb.VOCABULARY},
+    }.get(name, {})
+    return task.build(task.settings("paper"), replace(data, sizes={**data.sizes, **sizes}))
 
 
 def task_batch(name: str) -> Batch:
