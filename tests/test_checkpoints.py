@@ -118,13 +118,13 @@ def test_a_state_that_is_sent_from_the_first_process(batches, one_process, versi
 
 def save(model, optimizer, folder, options=None):
     model_state, state = get_state_dict(model, optimizer, options=options)
-    dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=folder)
 
 
 def load(model, optimizer, folder, options=None):
     model_state, state = get_state_dict(model, optimizer, options=options)
     saved = {"model": model_state, "optimizer": state}
-    dcp.load(saved, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    dcp.load(saved, checkpoint_id=folder)
     set_state_dict(
         model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
     )
@@ -186,8 +186,8 @@ class Training(Stateful):
 def test_torchs_tutorial(batches, tmp_path):
     first, second = make(), make(seed=9)
     go_on(*first, batches)
-    dcp.save({"app": Training(*first)}, checkpoint_id=tmp_path, no_dist=True)
-    dcp.load({"app": Training(*second)}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"app": Training(*first)}, checkpoint_id=tmp_path)
+    dcp.load({"app": Training(*second)}, checkpoint_id=tmp_path)
     assert_goes_on_alike(first, second, batches)
 
 
@@ -196,9 +196,9 @@ def test_a_plain_state_in_a_distributed_checkpoint(batches, tmp_path):
     first, second = make(meta_optimizer="adam"), make(seed=9, meta_optimizer="adam")
     go_on(*first, batches)
     go_on(*second, batches[3:])
-    dcp.save({"model": first[0].state_dict(), "optimizer": first[1].state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"model": first[0].state_dict(), "optimizer": first[1].state_dict()}, checkpoint_id=tmp_path)
     saved = {"model": second[0].state_dict(), "optimizer": copy.deepcopy(second[1].state_dict())}
-    dcp.load(saved, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(saved, checkpoint_id=tmp_path)
     second[0].load_state_dict(saved["model"])
     second[1].load_state_dict(saved["optimizer"])
     assert_goes_on_alike(first, second, batches)
