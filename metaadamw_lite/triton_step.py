@@ -24,6 +24,7 @@ The kernels have been compiled for compute capabilities 7.5, 8.0 and 9.0, and te
 import importlib.util
 import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -61,6 +62,12 @@ def is_available(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= (7, 5)
         and importlib.util.find_spec("triton") is not None
     )
+
+
+def matrices() -> tuple[torch.dtype, ...]:
+    """Return the types of matrices that Triton multiplies: float64 only since version 3.5."""
+    major, minor = (int(number) for number in version("triton").split(".")[:2])
+    return FULL if (major, minor) >= (3, 5) else FULL[:1]
 
 
 class Layout(NamedTuple):
@@ -351,7 +358,7 @@ class Weights:
         own = [tuple(p.shape) for p in (modulator.embeddings, modulator.gates) if p is not None]
         expected = [*own, *one_layer * len(modulator.encoder.layers), (4, w), (4,)]
         kinds = {(p.dtype, p.device) for p in parameters}
-        if [tuple(p.shape) for p in parameters] != expected or len(kinds) > 1 or parameters[0].dtype not in FULL:
+        if [tuple(p.shape) for p in parameters] != expected or len(kinds) > 1 or parameters[0].dtype not in matrices():
             return None
         return cls(modulator, parameters)
 

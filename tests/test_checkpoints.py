@@ -384,6 +384,8 @@ ROUTES = ("gathered", "full", "sent from the first", "folder", "folder, full", "
 @pytest.fixture(scope="module")
 def found():
     """What two processes found: ``checkpoints_of_two.py`` says what that is."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("torch 2.6 shards nothing on a CPU")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, str(HERE / "checkpoints_of_two.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

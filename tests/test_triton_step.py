@@ -35,6 +35,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+needs_float64 = pytest.mark.skipif(F64 not in triton_step.matrices(), reason="this Triton has no float64 matrices")
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -256,7 +257,10 @@ def check_phi(step, phi, features, tolerance):
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 2e-6), (F64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [pytest.param(F32, 2e-6, id="float32"), pytest.param(F64, 1e-12, id="float64", marks=needs_float64)],
+)
 def test_the_kernel_is_the_module(settings, dtype, tolerance):
     phi = phi_of(**settings, dtype=dtype)
     features = 3 * randn(settings.get("groups", 10), settings.get("columns", 6), dtype=F64, seed=1)
@@ -276,6 +280,7 @@ def test_features_that_no_layer_norm_takes(odd):
     torch.testing.assert_close(beta, expected.beta, rtol=0, atol=5e-6)
 
 
+@needs_float64
 def test_changes_of_phi_are_seen():
     step, phi, features = DeviceStep(), phi_of(), randn(10, 6, dtype=F64)
     check_phi(step, phi, features, 2e-6)
@@ -295,6 +300,13 @@ def test_changes_of_phi_are_seen():
     phi.double()
     check_phi(step, phi, features, 1e-12)
     check_phi(step, phi_of(seed=5), features, 2e-6)
+
+
+def test_a_triton_without_float64_matrices_leaves_them_to_the_module(monkeypatch):
+    monkeypatch.setattr(triton_step, "version", lambda name: "3.4.0")
+    features = randn(10, 6, dtype=F64).to(DEVICE)
+    assert DeviceStep().modulate(phi_of(dtype=F64), features) is None
+    assert DeviceStep().modulate(phi_of(), features) is not None
 
 
 class Other(Modulator):
@@ -629,6 +641,7 @@ def by_kernels(monkeypatch):
 SAME_RUN = {"lr": 0.01, "weight_decay": 0.1}
 
 
+@needs_float64
 @pytest.mark.parametrize(
     "options",
     [
@@ -667,6 +680,7 @@ def test_a_meta_update_is_seen_by_the_next_step(batches, by_kernels):
     torch.testing.assert_close(optimizer.alpha.cpu(), expected.alpha.detach(), rtol=0, atol=1e-5)
 
 
+@needs_float64
 def test_without_ranges_it_is_torchs_adamw(batches, by_kernels):
     model, twin = Small(F64), Small(F64).to(DEVICE)
     run(model, torch.optim.AdamW(model.parameters(), **SAME_RUN), batches[:3])
@@ -677,6 +691,7 @@ def test_without_ranges_it_is_torchs_adamw(batches, by_kernels):
         torch.testing.assert_close(p, q.cpu(), rtol=0, atol=1e-12)
 
 
+@needs_float64
 @pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}, {"phi": "hooked"}], ids=str)
 def test_steps_that_the_kernels_cannot_take_are_taken_all_the_same(options, batches, by_kernels):
     hooked = options.pop("phi", None)
