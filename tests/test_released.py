@@ -47,21 +47,14 @@ def test_pairs_differ_in_one_setting_and_worse_is_negative():
     assert accuracy["change"] == pytest.approx(100 * (0.8279 / 0.8183 - 1)), "more is better here"
 
 
-def test_the_statement_counts_pairs_whichever_side_a_setting_is_on():
-    def pair(setting, first, second, change):
-        row = {"task": TASKS["wikitext2"].title, "setting": setting, "first": first, "second": second}
-        return row | {"value_first": "1", "value_second": "2", "change": change, "of_gain": 1.0}
-
-    says = released.statement(
-        pd.DataFrame(
-            [
-                pair("groups", "original", "fine_grained", 2.0),
-                pair("groups", "fine_grained", "original", -1.0),
-                pair("groups", "fine_grained", "original", 0.5),
-                pair("objective", "gradient", "combined, HUW 1.0 1.0 1.0", -3.0),
-                pair("objective", "combined, HUW 3.0 5.0 1.0", "combined, HUW 1.0 1.0 1.0", 7.0),
-            ]
-        )
-    )
-    assert "3 pairs; they are better in 2, by -0.50 to 2.00 %" in says
-    assert "1 pairs; it is better in 0 of them, and the changes are -3.00 to -3.00 %" in says
+def test_a_change_to_a_value_is_counted_whichever_run_of_a_pair_has_it():
+    names = ["setting", "first", "second", "change"]
+    rows = [
+        ("groups", "original", "fine_grained", 2.0),
+        ("groups", "fine_grained", "original", -1.0),
+        ("groups", "fine_grained", "original", 0.5),
+        ("groups", "original", "none", 4.0),
+        ("objective", "fine_grained", "original", 8.0),
+    ]
+    pairs = pd.DataFrame(rows, columns=names)
+    assert released.changes_to(pairs, "groups", "fine_grained").tolist() == [2.0, 1.0, -0.5]

@@ -114,44 +114,14 @@ def behind_table3() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "row", "number", "settings", "which"])
 
 
-def statement(pairs: pd.DataFrame) -> str:
-    """Describe the pairs' evidence on three claims of section 4.3, and the gain of a single group (Markdown).
+def changes_to(pairs: pd.DataFrame, setting: str, value: str) -> "pd.Series[float]":
+    """Return the changes to a value of a setting, in percent, whichever run of a pair has it; negative is worse.
 
     Args:
         pairs: from ``one_setting_apart``.
+        setting: a name in its column "setting".
+        value: of that setting.
     """
-    wikitext2 = TASKS["wikitext2"].title
-    weighted = "combined, HUW 1.0 1.0 1.0"
-    against = pairs[(pairs["setting"] == "objective") & (pairs["task"] == wikitext2) & (pairs["second"] == weighted)]
-    against = against[~against["first"].str.startswith("combined, HUW")]
-    groups = pairs[pairs["setting"] == "groups"]
-    gained = groups["change"].where(groups["second"] == "fine_grained", -groups["change"])
-    limits = [
-        f"{p.task}, {p.first} → {p.second}: {p.value_first} → {p.value_second} ({p.change:+.2f} %)"
-        for p in pairs[pairs["setting"] == "limit of epochs"].itertuples()
-    ]
-    one_token = released_log("wikitext2").query("group_strategy == 'original'")["value"].astype(float)
-    paper: Any = paper_table(2).loc["wikitext2"]
-    ones = groups["value_second"].where(groups["first"] == "fine_grained", groups["value_first"]).astype(float)
-
-    def share(value: float) -> float:
-        return float((paper["adamw"] - value) / (paper["adamw"] - paper["metaadamw"]))
-
-    return "\n".join(
-        [
-            "* **The combined objective with uncertainty weighting** against one term alone or fixed weights "
-            f"({wikitext2}): {len(against)} pairs; it is better in {(against['change'] > 0).sum()} of them, and the "
-            f"changes are {against['change'].min():+.2f} to {against['change'].max():+.2f} %.",
-            f"* **Fine-grained groups** against the optimizer's own: {len(groups)} pairs; they are better in "
-            f"{(gained > 0).sum()}, by {gained.min():.2f} to {gained.max():.2f} %.",
-            f"* **Only the limit of epochs**: {'; '.join(limits)}.",
-            "* **A single group.** The experiment on WikiText-2 gives the optimizer one parameter group. So in its "
-            f"{len(one_token)} runs with `original` groups Φ sees one token. The whole model has one factor on the "
-            "learning rate and one on the decay, which may change from step to step. They reach "
-            f"{one_token.min():.2f} to {one_token.max():.2f}, where AdamW has {paper['adamw']:.2f} and the best "
-            f"MetaAdamW {paper['metaadamw']:.2f}. **One factor for the whole model has "
-            f"{100 * share(one_token.max()):.0f} to {100 * share(one_token.min()):.0f} % of the paper's gain** on this "
-            f"task. (In the {len(ones)} pairs above, which differ only in their groups, it has "
-            f"{100 * share(ones.max()):.0f} to {100 * share(ones.min()):.0f} %.)",
-        ]
-    )
+    chosen = pairs[pairs["setting"] == setting]
+    chosen = chosen[(chosen["first"] == value) | (chosen["second"] == value)]
+    return chosen["change"].where(chosen["second"] == value, -chosen["change"]).astype(float)
