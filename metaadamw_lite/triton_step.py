@@ -24,7 +24,6 @@ The kernels have been compiled for compute capabilities 7.5, 8.0 and 9.0, and te
 import importlib.util
 import math
 from collections.abc import Sequence
-from importlib.metadata import version
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -66,7 +65,9 @@ def is_available(device: torch.device) -> bool:
 
 def matrices() -> tuple[torch.dtype, ...]:
     """Return the types of matrices that Triton multiplies: float64 only since version 3.5."""
-    major, minor = (int(number) for number in version("triton").split(".")[:2])
+    import triton  # its distribution has other names, too
+
+    major, minor = (int(number) for number in triton.__version__.split(".")[:2])
     return FULL if (major, minor) >= (3, 5) else FULL[:1]
 
 

@@ -115,13 +115,23 @@ class PairedDifference:
         return "[no interval]" if np.isnan(self.low) else f"[{signed(self.low)}, {signed(self.high)}]"
 
     @property
+    def half_width(self) -> float:
+        """Half the width of Student's interval; a mean gain is decided only if it is larger."""
+        return (self.t_high - self.t_low) / 2
+
+    @property
+    def half_width_of_one(self) -> float:
+        """Half the width of Student's 95 % prediction interval for one further pair."""
+        return self.half_width * math.sqrt(self.seeds + 1)
+
+    @property
     def one_more(self) -> str:
         """Student's 95 % prediction interval for one further pair, as text; a dash with too few seeds.
 
         The paper's results, from one pair each, compare with this interval and not with that of a mean. It assumes
         normal differences, which a handful of pairs cannot confirm.
         """
-        half = (self.t_high - self.t_low) / 2 * math.sqrt(self.seeds + 1)
+        half = self.half_width_of_one
         return "–" if np.isnan(half) else f"[{signed(self.mean - half)}, {signed(self.mean + half)}]"
 
     @property

@@ -42,10 +42,15 @@ def small_runs(records: Records, task: str) -> pd.DataFrame:
     Raises:
         ValueError: for an unknown task.
     """
-    small = main_report.reported_records(records, task, "lite", range(MOST_PAIRS))
+    small = _small_records(records, task)
     if not small:
         return pd.DataFrame(columns=["protocol", "variant", "seed", "outcome"])
     return frames.outcomes(frames.runs_frame(small))
+
+
+def _small_records(records: Records, task: str) -> list[dict[str, Any]]:
+    """Return the records of a task's small whole runs under the paper's protocol, without those of searches."""
+    return main_report.reported_records(records, task, "lite", range(MOST_PAIRS))
 
 
 def best_adamw(records: Records, task: str) -> str | None:
@@ -155,8 +160,7 @@ def null_alphas(records: Records, task: str) -> pd.DataFrame:
         of the run, in which a group counts by its parameters.
     """
     names = {frozen_phi(phi): phi for phi in PHI_SEEDS}
-    small = main_report.reported_records(records, task, "lite", range(MOST_PAIRS))
-    factors = frames.factors_frame(r for r in small if r["run"]["variant"] in names)
+    factors = frames.factors_frame(r for r in _small_records(records, task) if r["run"]["variant"] in names)
     gains = null_gains(records, task).rename_axis(columns="seed").melt(ignore_index=False, value_name="gain").dropna()
     if factors.empty:
         return pd.DataFrame(columns=["phi", "seed", "gain", "alpha"])
@@ -227,8 +231,7 @@ def dose_table(records: Records, task: str) -> pd.DataFrame:
     if best is not None:
         columns["over the best AdamW"] = {variant: (variant, best) for variant in TWINS}
     table = compare_rows(records, task, columns)
-    runs = main_report.reported_records(records, task, "lite", range(MOST_PAIRS))
-    moved = frames.movement_frame(r for r in runs if r["run"]["variant"] in TWINS and r["run"]["protocol"] == "paper")
+    moved = frames.movement_frame(r for r in _small_records(records, task) if r["run"]["variant"] in TWINS)
     if moved.empty:
         return table.assign(moved=np.nan)
     largest = moved.groupby(["variant", "seed"])["alpha_moved"].max().groupby("variant").median()
